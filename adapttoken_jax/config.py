@@ -1,0 +1,298 @@
+"""Frozen configurations: the model's sizes, read from its checkpoint, and the method's settings, chosen by the user."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, Mapping
+
+from adapttoken_jax.errors import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision tower. `window` is the side of an attention window in pixels, as in `config.json`."""
+
+    layers: int
+    width: int
+    heads: int
+    ff: int
+    out_width: int
+    full_attention_layers: tuple[int, ...]
+    patch: int = 14
+    temporal_patch: int = 2
+    merge: int = 2
+    window: int = 112
+    channels: int = 3
+    tokens_per_second: float = 2
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def patch_features(self) -> int:
+        """Numbers per flattened patch: channels x temporal_patch x patch x patch."""
+        return self.channels * self.temporal_patch * self.patch**2
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Side in pixels of one merged token; frame sides are multiples of it."""
+        return self.patch * self.merge
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the text decoder. `mrope_sections` are in rotary frequencies: temporal, height, width."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ff: int
+    vocab: int
+    mrope_sections: tuple[int, int, int] = (16, 24, 24)
+    rope_theta: float = 1e6
+    eps: float = 1e-6
+    tied: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One Qwen2.5-VL model. Token ids are the checkpoint's own."""
+
+    vision: VisionConfig
+    text: TextConfig
+    vision_start: int = 151652
+    vision_end: int = 151653
+    image_pad: int = 151655
+    video_pad: int = 151656
+    model_type: str = "qwen2_5_vl"
+
+
+_VISION_7B = VisionConfig(
+    layers=32, width=1280, heads=16, ff=3420, out_width=3584, full_attention_layers=(7, 15, 23, 31)
+)  # fmt: skip
+
+
+def _size(width, layers, heads, kv_heads, ff, vocab, vision_ff=3420, tied=False) -> ModelConfig:
+    text = TextConfig(layers, width, heads, kv_heads, width // heads, ff, vocab, tied=tied)
+    return ModelConfig(dataclasses.replace(_VISION_7B, out_width=width, ff=vision_ff), text)
+
+
+SIZES: dict[str, ModelConfig] = {
+    "qwen2.5-vl-3b": _size(2048, 36, 16, 2, 11008, 151936, tied=True),
+    "qwen2.5-vl-7b": _size(3584, 28, 28, 4, 18944, 152064),
+    "qwen2.5-vl-32b": _size(5120, 64, 40, 8, 27648, 152064, vision_ff=3456),
+    "qwen2.5-vl-72b": _size(8192, 80, 64, 8, 29568, 152064, vision_ff=3456),
+}
+
+
+def model_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+    """Builds a `ModelConfig` from the content of a Hugging Face `config.json`.
+
+    Reads the flat layout (transformers 4: text sizes at the top, `rope_scaling`) and the nested one (transformers 5:
+    `text_config`, `rope_parameters`). `source` names the file in errors.
+
+    Raises:
+      UserError: another model type, a missing field, or a feature that this model code does not have.
+    """
+    if raw.get("model_type") != "qwen2_5_vl":
+        raise UserError(f"{source}: model_type is {raw.get('model_type')!r}; only 'qwen2_5_vl' is supported")
+    text = {**raw, **raw["text_config"]} if "text_config" in raw else raw
+    try:
+        return _model_config(raw, text, raw["vision_config"], source)
+    except KeyError as error:
+        raise UserError(f"{source}: the field {error} is missing") from None
+
+
+def _model_config(raw, text, vision, source) -> ModelConfig:
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise UserError(f"{source}: rope type {kind!r} is not supported; only 'mrope' (plain M-RoPE) is")
+    if text.get("use_sliding_window"):
+        raise UserError(f"{source}: use_sliding_window is not supported; set it to false")
+    for part, activation in (("text", text.get("hidden_act")), ("vision", vision.get("hidden_act"))):
+        if activation not in (None, "silu"):
+            raise UserError(f"{source}: {part} hidden_act {activation!r} is not supported; only 'silu' is")
+    heads = text["num_attention_heads"]
+    head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    sections = tuple(rope.get("mrope_section", (16, 24, 24)))
+    if sum(sections) * 2 != head_dim:
+        raise UserError(f"{source}: mrope_section {list(sections)} does not add up to half of head_dim {head_dim}")
+    return ModelConfig(
+        vision=VisionConfig(
+            layers=vision["depth"],
+            width=vision["hidden_size"],
+            heads=vision["num_heads"],
+            ff=vision["intermediate_size"],
+            out_width=vision["out_hidden_size"],
+            full_attention_layers=tuple(vision["fullatt_block_indexes"]),
+            patch=vision.get("patch_size", 14),
+            temporal_patch=vision.get("temporal_patch_size", 2),
+            merge=vision.get("spatial_merge_size", 2),
+            window=vision.get("window_size", 112),
+            channels=vision.get("in_channels", vision.get("in_chans", 3)),
+            # Missing from a file means the class default of transformers, which is not the released models' 2.
+            tokens_per_second=vision.get("tokens_per_second", 4),
+        ),
+        text=TextConfig(
+            layers=text["num_hidden_layers"],
+            width=text["hidden_size"],
+            heads=heads,
+            kv_heads=text["num_key_value_heads"],
+            head_dim=head_dim,
+            ff=text["intermediate_size"],
+            vocab=text["vocab_size"],
+            mrope_sections=sections,
+            rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
+            eps=text.get("rms_norm_eps", 1e-6),
+            tied=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        ),
+        **{
+            field: raw[key]
+            for field, key in (
+                ("vision_start", "vision_start_token_id"),
+                ("vision_end", "vision_end_token_id"),
+                ("image_pad", "image_token_id"),
+                ("video_pad", "video_token_id"),
+            )
+            if key in raw
+        },
+    )
+
+
+def read_model_config(directory) -> ModelConfig:
+    """Reads `config.json` of a checkpoint directory.
+
+    Raises:
+      UserError: no such directory, no `config.json` in it, or not valid JSON.
+    """
+    path = pathlib.Path(directory) / "config.json"
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such model directory")
+    if not path.is_file():
+        raise UserError(f"{path.parent}: no config.json; give the directory of a Hugging Face or converted checkpoint")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    return model_config(raw, str(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+METHODS = ("adapttoken", "lite", "flexselect", "uniform", "full")
+
+
+def _choice(*values: str, help: str) -> Any:
+    return dataclasses.field(default=values[0], metadata={"choices": values, "help": help})
+
+
+def _number(default, *, help: str, low=None, high=None) -> Any:
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptTokenConfig:
+    """Every open choice of the method. A field's name is its command-line flag and its key in `result.json`.
+
+    Raises:
+      UserError: on construction, for a value outside the field's choices or bounds.
+    """
+
+    preset: str = _choice("qwen-vl-utils", "flexselect", "hf", help="rules for sampling, size, resizer and time ids")
+    fps: float = _number(4.0, low=1e-6, help="frames sampled per second of video")
+    max_frames: int = _number(4096, low=1, help="most frames sampled from a video")
+    max_pixels: int = _number(308 * 560, low=1, help="most pixels per resized frame")
+    mrope: str = _choice("legacy", "hf5", help="where the text after the video starts in M-RoPE")
+    slots_per_group: int = _number(64, low=1, help="temporal slots (frame pairs) per group")
+    group_order: str = _choice("sequential", "bit_reversed", help="order in which groups are visited")
+    reference_layer: int = _number(-1, low=-1, help="0-based decoder layer that scores tokens; -1: the model's preset")
+    relevance_heads: str = _choice("max", "mean", help="reduction of attention over heads")
+    relevance_text: str = _choice("max", "mean", help="reduction of attention over text tokens")
+    relevance_queries: str = _choice("after_vision", "question", "last", help="text tokens whose attention counts")
+    certainty: str = _choice(
+        "neg_entropy", "option_entropy", "max_probability", "deepconf", help="certainty of one generated token"
+    )
+    bottom_fraction: float = _number(0.10, low=0.0, high=1.0, help="least certain share of tokens that is averaged")
+    temperature: float = _number(2.0, low=1e-6, help="softmax temperature of the budget over groups")
+    min_tokens_per_group: int = _number(0, low=0, help="fewest tokens that a visited group keeps")
+    budget: int = _number(7040, low=1, help="visual tokens in the final prompt")
+    over_selection: float = _number(1.1, low=1.0, help="candidates before redundancy removal, as a multiple of budget")
+    similarity: str = _choice("projector", "reference_layer", help="features whose similarity makes tokens redundant")
+    proximity: str = _choice("exponential", "window", help="kernel of the spatio-temporal proximity")
+    proximity_scale: float = _number(2.0, low=1e-6, help="scale of the proximity kernel in seconds")
+    group_positions: str = _choice("compact", "real_time", help="time ids inside a group pass")
+    final_positions: str = _choice("original", "compact", help="time ids of the surviving tokens")
+    stop_groups: int = _number(3, low=1, help="lite: certain groups needed to stop")
+    stop_entropy: float = _number(0.25, low=0.0, help="lite: a group is certain at or below this entropy, nats")
+    stop_agreement: bool = dataclasses.field(
+        default=True, metadata={"help": "lite: the certain groups must agree on the answer"}
+    )
+    max_answer_tokens: int = _number(16, low=1, help="most tokens of an answer")
+    sampling_temperature: float = _number(0.0, low=0.0, help="temperature of the final answer; 0 is greedy")
+    seed: int = _number(0, low=0, help="seed of sampling")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, meta = getattr(self, field.name), field.metadata
+            if "choices" in meta and value not in meta["choices"]:
+                raise UserError(f"--{field.name}={value}: choose one of {', '.join(meta['choices'])}")
+            if meta.get("low") is not None and not value >= meta["low"]:
+                raise UserError(f"--{field.name}={value}: must be at least {meta['low']}")
+            if meta.get("high") is not None and not value <= meta["high"]:
+                raise UserError(f"--{field.name}={value}: must be at most {meta['high']}")
+
+    @classmethod
+    def for_model(cls, model: ModelConfig, **given) -> "AdaptTokenConfig":
+        """The model's preset with the given fields put over it; `reference_layer` comes out resolved and checked.
+
+        Raises:
+          UserError: an unknown field, a bad value, or a reference layer that the model does not have.
+        """
+        unknown = set(given) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise UserError(f"unknown configuration field: {', '.join(sorted(unknown))}")
+        return cls(**{**model_preset(model), **given}).resolve(model)
+
+    def resolve(self, model: ModelConfig) -> "AdaptTokenConfig":
+        """This configuration with `reference_layer` -1 replaced by the model's preset.
+
+        Raises:
+          UserError: a reference layer that the model does not have.
+        """
+        layer = self.reference_layer
+        if layer >= model.text.layers:
+            raise UserError(f"--reference_layer={layer}: the model has layers 0 to {model.text.layers - 1}")
+        if layer >= 0:
+            return self
+        return dataclasses.replace(self, reference_layer=model_preset(model)["reference_layer"])
+
+
+# Depth of FlexSelect's reference layer in the 7B model (20 of 28); other sizes take the same relative depth until a
+# needle probe of that size says otherwise.
+_REFERENCE_DEPTH = 20 / 28
+
+# (text width, layers) -> fields that differ from the defaults.
+MODEL_PRESETS: dict[tuple[int, int], dict[str, Any]] = {
+    (config.text.width, config.text.layers): {
+        "reference_layer": round(config.text.layers * _REFERENCE_DEPTH), "budget": 7040,
+    } for config in SIZES.values()
+}  # fmt: skip
+
+
+def model_preset(model: ModelConfig) -> dict[str, Any]:
+    """Fields of `AdaptTokenConfig` that the model's row in `MODEL_PRESETS` sets; unlisted sizes get the depth rule."""
+    fallback = {"reference_layer": min(model.text.layers - 1, round(model.text.layers * _REFERENCE_DEPTH))}
+    return MODEL_PRESETS.get((model.text.width, model.text.layers), fallback)

@@ -1,0 +1,90 @@
+"""The mesh and the rules that lay parameters and activations over it.
+
+The mesh has two axes. `data` holds different groups of the video, `model` splits every layer: attention by heads, the
+feed-forward blocks by F, embedding and head by V. Weights are replicated over `data`.
+"""
+
+import dataclasses
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from adapttoken_jax import parameters
+from adapttoken_jax.config import ModelConfig
+from adapttoken_jax.errors import UserError
+
+AXES = ("data", "model")
+
+# Logical axes that `model` splits where it divides them. An axis that it does not divide is replicated; heads (N) must
+# divide, because replicated attention would save nothing.
+_SPLIT = frozenset("NKFV")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Requested mesh: `--mesh data=4,model=2`."""
+
+    data: int = 1
+    model: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshShape":
+        """Reads "data=4,model=2"; a missing axis is 1.
+
+        Raises:
+          UserError: anything else.
+        """
+        sizes = {}
+        for part in text.split(","):
+            name, _, number = part.strip().partition("=")
+            if name not in AXES or name in sizes or not number.isdigit() or int(number) < 1:
+                raise UserError(f"--mesh={text}: write data=N,model=N with positive numbers")
+            sizes[name] = int(number)
+        return cls(**sizes)
+
+
+def make_mesh(shape: MeshShape, devices=None) -> Mesh:
+    """A (data, model) mesh over the first data x model devices.
+
+    Raises:
+      UserError: more devices asked for than there are.
+    """
+    devices = jax.devices() if devices is None else devices
+    need = shape.data * shape.model
+    if need > len(devices):
+        raise UserError(f"--mesh=data={shape.data},model={shape.model}: needs {need} devices, {len(devices)} available")
+    return jax.make_mesh((shape.data, shape.model), AXES, (AxisType.Auto,) * 2, devices=devices[:need])
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises UserError unless `model` divides the heads of both towers."""
+    model = mesh.shape["model"]
+    for name, heads in (("text", config.text.heads), ("vision", config.vision.heads)):
+        if heads % model:
+            raise UserError(f"--mesh: model={model} does not divide the {heads} {name} attention heads")
+
+
+def parameter_spec(parameter: parameters.Parameter, mesh: Mesh) -> PartitionSpec:
+    """How one parameter lies on the mesh: its first axis that the rules split and `model` divides."""
+    model, spec = mesh.shape["model"], [None] * len(parameter.shape)
+    for position, (axis, size) in enumerate(zip(parameter.axes, parameter.shape)):
+        if axis in _SPLIT and size % model == 0:
+            spec[position] = "model"
+            break
+    return PartitionSpec(*spec)
+
+
+def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
+    """Nested dictionary of `NamedSharding`, one per parameter."""
+    check_mesh(config, mesh)
+    return parameters.tree(config, lambda p: NamedSharding(mesh, parameter_spec(p, mesh)))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over `data`, the rest replicated: groups of a wave, slots of an encoded chunk."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
