@@ -1,0 +1,101 @@
+"""Attention: one clear reference, one memory-bounded version of it, and the only place that chooses between them.
+
+All functions compute softmax in float32 and treat grouped queries without repeating keys. Masks are boolean, True where
+a query may look. Letters: B batch, T query, S key, N heads, K kv-heads, G query heads per kv-head, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_MASKED = -1e30  # finite, so that a row with nothing to look at gives numbers, not NaN
+_BLOCK = 512  # queries per block of the memory-bounded version
+_REFERENCE_UP_TO = 1024  # keys up to which the score matrix is small enough to form whole
+
+
+def scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Scaled dot products in float32: q[B, T, N, H], k[B, S, K, H] -> [B, N, T, S]."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(B, T, K, N // K, H)
+    products = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+    return products.reshape(B, N, T, k.shape[1]) * H**-0.5
+
+
+def weighted_values(probabilities: jax.Array, v: jax.Array) -> jax.Array:
+    """probabilities[B, N, T, S], v[B, S, K, H] -> [B, T, N, H] in the dtype of `v`."""
+    B, N, T, S = probabilities.shape
+    K = v.shape[2]
+    grouped = probabilities.reshape(B, K, N // K, T, S).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", grouped, v).reshape(B, T, N, v.shape[3])
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention: q[B, T, N, H], k and v[B, S, K, H], mask[B or 1, T or 1, S] -> [B, T, N, H]."""
+    return weighted_values(jax.nn.softmax(jnp.where(mask[:, None], scores(q, k), _MASKED)), v)
+
+
+def _causal_reference(q, k, v, valid):
+    causal = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
+    return attention(q, k, v, causal & valid[:, None])
+
+
+def _causal_blocked(q, k, v, valid):
+    T = q.shape[1]
+    starts = jnp.arange(0, T, _BLOCK)
+    padded = jnp.pad(q, ((0, 0), (0, -T % _BLOCK), (0, 0), (0, 0)))
+
+    def block(start):
+        rows = start + jnp.arange(_BLOCK)
+        causal = rows[:, None] >= jnp.arange(k.shape[1])
+        return attention(jax.lax.dynamic_slice_in_dim(padded, start, _BLOCK, 1), k, v, causal & valid[:, None])
+
+    blocks = jax.lax.map(block, starts)  # [T / block, B, block, N, H]
+    return jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :T]
+
+
+CAUSAL = {"reference": _causal_reference, "blocked": _causal_blocked}
+
+
+def causal_attention(q, k, v, valid, implementation: str | None = None) -> jax.Array:
+    """Causal attention of a sequence over itself; `valid[B, T]` is False at padding, which nothing looks at.
+
+    `implementation` forces "reference" (forms the T x T scores) or "blocked" (a block of queries at a time); None
+    chooses by size. Both give the same numbers.
+    """
+    if implementation is None:
+        implementation = "reference" if q.shape[1] <= _REFERENCE_UP_TO else "blocked"
+    return CAUSAL[implementation](q, k, v, valid)
+
+
+def two_part_attention(q, context, tail):
+    """Attention over a shared context and a tail of its own, as one softmax.
+
+    Args:
+      q: [B, Q, T, N, H]; Q tails share the context of their batch entry.
+      context: (k, v, mask) with k and v[B, S, K, H] and mask[B, S].
+      tail: (k, v, mask) with k and v[B, Q, R, K, H] and mask[B, Q, T, R].
+
+    Returns:
+      values[B, Q, T, N, H] and the log-sum-exp of every row, float32[B, Q, N, T].
+    """
+    (ck, cv, cmask), (tk, tv, tmask) = context, tail
+    B, Q, T, N, H = q.shape
+    to_context = scores(q.reshape(B, Q * T, N, H), ck).reshape(B, N, Q, T, -1)
+    to_context = jnp.where(cmask[:, None, None, None], to_context, _MASKED)
+    to_tail = jax.vmap(scores, 1, 2)(q, tk)  # [B, N, Q, T, R]
+    to_tail = jnp.where(tmask[:, None], to_tail, _MASKED)
+    lse = jnp.logaddexp(jax.nn.logsumexp(to_context, -1), jax.nn.logsumexp(to_tail, -1))  # [B, N, Q, T]
+    from_context = weighted_values(jnp.exp(to_context - lse[..., None]).reshape(B, N, Q * T, -1), cv)
+    from_tail = jax.vmap(weighted_values, (2, 1), 1)(jnp.exp(to_tail - lse[..., None]), tv)
+    return from_context.reshape(B, Q, T, N, H) + from_tail, jnp.swapaxes(lse, 1, 2)
+
+
+def probabilities_from_lse(q, k, mask, lse) -> jax.Array:
+    """Attention probabilities of a few rows over a context, from the rows' log-sum-exp, without another softmax.
+
+    q[B, Q, T, N, H], k[B, S, K, H], mask[B, S], lse[B, Q, N, T] -> float32[B, Q, N, T, S]. Rows need not sum to one:
+    the rest of each row lies on the tail.
+    """
+    B, Q, T, N, H = q.shape
+    products = jnp.swapaxes(scores(q.reshape(B, Q * T, N, H), k).reshape(B, N, Q, T, -1), 1, 2)
+    return jnp.where(mask[:, None, None, None], jnp.exp(products - lse[..., None]), 0.0)

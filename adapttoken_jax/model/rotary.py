@@ -1,0 +1,33 @@
+"""Rotary embeddings in float32: 2-D for the vision tower, M-RoPE (time, height, width) for the text decoder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def frequencies(head_dim: int, theta: float) -> np.ndarray:
+    """Inverse frequencies float32[head_dim / 2]."""
+    return (1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))).astype(np.float32)
+
+
+def vision_angles(rows: np.ndarray, cols: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
+    """Angles float32[P, head_dim / 2] of patches: the first half of the frequencies turns by row, the second by column."""
+    inverse = frequencies(head_dim // 2, theta)
+    return np.concatenate([np.outer(rows, inverse), np.outer(cols, inverse)], axis=1).astype(np.float32)
+
+
+def text_angles(position_ids: jax.Array, head_dim: int, theta: float, sections: tuple[int, ...]) -> jax.Array:
+    """M-RoPE angles float32[..., T, head_dim / 2] from ids [..., 3, T]: each section of frequencies follows one id.
+
+    Ids stay integers until this product; bfloat16 could not tell 256 from 257.
+    """
+    section = np.repeat(np.arange(3), sections)  # which id drives each frequency
+    ids = jnp.moveaxis(position_ids.astype(jnp.float32), -2, -1)[..., section]
+    return ids * frequencies(head_dim, theta)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotates x[..., T, heads, H] by angles[..., T, H / 2] in float32, pairing element i with i + H / 2."""
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

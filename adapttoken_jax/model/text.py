@@ -1,0 +1,190 @@
+"""The text decoder, in two movements that share their layers.
+
+`prefill` runs a context (prompt prefix and visual tokens) once and keeps its keys and values. `extend` runs further
+tokens (a question, then its answer token by token) against that context; many questions can share one context, each
+with a tail of keys and values of its own. The answer is the same as of one long sequence.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adapttoken_jax.model.attention import causal_attention, probabilities_from_lse, two_part_attention
+from adapttoken_jax.model.block import Block, rms_norm
+from adapttoken_jax.model.rotary import rotate, text_angles
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Keys and values of a prefilled context, per layer.
+
+    Attributes:
+      k, v: [L, B, S, K, H].
+      valid: bool[B, S], False at padding.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    valid: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """Keys and values of what follows the context, in a buffer of fixed length R.
+
+    Attributes:
+      k, v: [L, B, Q, R, K, H].
+      valid: bool[B, Q, R], True where a token was written that later ones may look at.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    valid: jax.Array
+
+
+class Probe(NamedTuple):
+    """Asks `extend` for the attention of one layer.
+
+    Attributes:
+      layer: 0-based decoder layer.
+      observe: maps that layer's attention to the context, float32[B, Q, N, T, S], to what is kept of it.
+    """
+
+    layer: int
+    observe: Callable[[jax.Array], jax.Array]
+
+
+class TextLayer(Block):
+    """One pre-norm decoder layer with grouped-query attention (biases on q, k, v) and a gated feed-forward block."""
+
+    def qkv(self, x, angles):
+        """Rotated queries [..., T, N, H] and keys [..., T, K, H], values [..., T, K, H]."""
+        x = rms_norm(x, self.norm1, self.config.eps)
+        q = jnp.einsum("...TD,DNH->...TNH", x, self.q_kernel[...]) + self.q_bias[...]
+        k = jnp.einsum("...TD,DKH->...TKH", x, self.k_kernel[...]) + self.k_bias[...]
+        v = jnp.einsum("...TD,DKH->...TKH", x, self.v_kernel[...]) + self.v_bias[...]
+        return rotate(q, angles), rotate(k, angles), v
+
+    def finish(self, x, mixed):
+        """Adds the attention's output and the feed-forward block to the residual stream."""
+        x = x + jnp.einsum("...TNH,NHD->...TD", mixed, self.o_kernel[...])
+        h = rms_norm(x, self.norm2, self.config.eps)
+        return x + (jax.nn.silu(h @ self.gate_kernel[...]) * (h @ self.up_kernel[...])) @ self.down_kernel[...]
+
+    def prefill(self, x, angles, valid, implementation):
+        q, k, v = self.qkv(x, angles)
+        return self.finish(x, causal_attention(q, k, v, valid, implementation)), k, v
+
+    def extend(self, x, angles, context, tail, mask, start):
+        """One layer of `TextDecoder.extend`; also returns its queries and their log-sum-exp."""
+        q, k, v = self.qkv(x, angles)
+        k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, start, 2) for old, new in ((tail[0], k), (tail[1], v)))
+        mixed, lse = two_part_attention(q, context, (k, v, mask))
+        return self.finish(x, mixed), (k, v), q, lse
+
+
+class TextDecoder(Block):
+    """Embedding, scanned layers, final norm and head (tied to the embedding where the checkpoint says so)."""
+
+    parts = {"layers": TextLayer}
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Token ids [...] -> embeddings [..., D]."""
+        return self.embedding[...][ids]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., D] after the last layer -> float32 logits [..., V]; applies the final norm."""
+        x = rms_norm(hidden, self.norm, self.config.eps)
+        head = self.embedding[...].T if self.config.tied else self.head[...]
+        return jnp.einsum("...D,DV->...V", x, head, preferred_element_type=jnp.float32)
+
+    def angles(self, position_ids):
+        c = self.config
+        return text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections)
+
+    def prefill(self, embeddings, position_ids, valid, *, keep_layer=None, return_layers=False, implementation=None):
+        """Runs a context from its beginning.
+
+        Args:
+          embeddings: [B, S, D].
+          position_ids: int32[B, 3, S].
+          valid: bool[B, S]; padding may stand anywhere, nothing looks at it.
+          keep_layer: a 0-based layer whose output is returned as "kept"[B, S, D].
+          return_layers: return every layer's output as "layers"[L, B, S, D].
+          implementation: forces the attention, see `causal_attention`.
+
+        Returns:
+          The `Context` and a dictionary of the intermediates asked for.
+        """
+        angles = self.angles(position_ids)
+
+        def step(carry, indexed):
+            x, kept = carry
+            index, layer = indexed
+            x, k, v = layer.prefill(x, angles, valid, implementation)
+            if keep_layer is not None:
+                kept = jnp.where(index == keep_layer, x, kept)
+            return (x, kept), (k, v, x if return_layers else None)
+
+        kept = None if keep_layer is None else embeddings
+        (_, kept), (k, v, layers) = jax.lax.scan(step, (embeddings, kept), self.indexed_layers())
+        found = {"kept": kept, "layers": layers}
+        return Context(k, v, valid), {name: value for name, value in found.items() if value is not None}
+
+    def empty_tail(self, batch: int, questions: int, length: int, dtype) -> Tail:
+        """A `Tail` with room for `length` tokens per question."""
+        c = self.config
+        buffer = jnp.zeros((c.layers, batch, questions, length, c.kv_heads, c.head_dim), dtype)
+        return Tail(buffer, buffer, jnp.zeros((batch, questions, length), bool))
+
+    def extend(self, embeddings, position_ids, valid, context: Context, tail: Tail, start, *, probe=None,
+               return_layers=False):  # fmt: skip
+        """Runs tokens that follow a context and what the tail already holds.
+
+        Args:
+          embeddings: [B, Q, T, D].
+          position_ids: int32[B, Q, 3, T].
+          valid: bool[B, Q, T]; padding is never looked at.
+          context: the shared past.
+          tail: each question's own past; tokens are written at `start`, a (traced) integer.
+          probe: the attention to observe, a `Probe`.
+          return_layers: return every layer's output as "layers"[L, B, Q, T, D].
+
+        Returns:
+          Hidden states [B, Q, T, D], the grown `Tail`, and a dictionary of the intermediates asked for ("observed" for
+          the probe).
+        """
+        angles = self.angles(position_ids)
+        written = jax.lax.dynamic_update_slice_in_dim(tail.valid, valid, start, 2)
+        T, R = embeddings.shape[2], written.shape[2]
+        causal = start + jnp.arange(T)[:, None] >= jnp.arange(R)
+        mask = causal & written[:, :, None]  # [B, Q, T, R]
+
+        def step(carry, indexed):
+            x, observed = carry
+            (index, layer), (ck, cv, tk, tv) = indexed
+            x, (tk, tv), q, lse = layer.extend(x, angles, (ck, cv, context.valid), (tk, tv), mask, start)
+            if probe is not None:
+                look = lambda: probe.observe(probabilities_from_lse(q, ck, context.valid, lse))  # noqa: E731
+                observed = jax.lax.cond(index == probe.layer, look, lambda: observed)
+            return (x, observed), (tk, tv, x if return_layers else None)
+
+        observed = None if probe is None else self.unobserved(probe, embeddings, context)
+        layers_in = (self.indexed_layers(), (context.k, context.v, tail.k, tail.v))
+        (x, observed), (k, v, layers) = jax.lax.scan(step, (embeddings, observed), layers_in)
+        found = {"observed": observed, "layers": layers}
+        return x, Tail(k, v, written), {name: value for name, value in found.items() if value is not None}
+
+    def unobserved(self, probe, embeddings, context):
+        """Zeros of the shape that the probe's observation will have."""
+        B, Q, T, _ = embeddings.shape
+        rows = jax.ShapeDtypeStruct((B, Q, self.config.heads, T, context.valid.shape[1]), jnp.float32)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(probe.observe, rows))
+
+    def indexed_layers(self):
+        return jnp.arange(self.config.layers), self.layers

@@ -1,0 +1,100 @@
+"""The vision tower. A slot (two frames) is a batch entry: no layer looks across slots, so chunks of any size agree.
+
+Patches are laid out in windows once, padded to a common window size, and stay so through all layers: window layers
+attend within [slots W, U'] and full layers within [slots, W U'], both with the same mask of padding. U' counts patches
+per window.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapttoken_jax.geometry import WindowLayout
+from adapttoken_jax.model.attention import attention
+from adapttoken_jax.model.block import Block, rms_norm
+from adapttoken_jax.model.rotary import rotate, vision_angles
+
+
+class VisionLayer(Block):
+    """One pre-norm layer: attention within windows or within the slot, then a gated feed-forward block with biases."""
+
+    def __call__(self, x, angles, mask, full):
+        """x[T, W U', D] -> the same; `full` is a traced bool that widens attention from the window to the slot."""
+        c = self.config
+        q, k, v = self.qkv(rms_norm(x, self.norm1, c.eps), angles)
+        mixed = jax.lax.cond(full, self.within_slot, self.within_windows, q, k, v, mask)
+        x = x + jnp.einsum("TPNH,NHD->TPD", mixed, self.o_kernel[...]) + self.o_bias[...]
+        return x + self.feed_forward(rms_norm(x, self.norm2, c.eps))
+
+    def qkv(self, x, angles):
+        qkv = jnp.einsum("TPD,DcNH->cTPNH", x, self.qkv_kernel[...]) + self.qkv_bias[...][:, None, None]
+        return rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2]
+
+    @staticmethod
+    def within_slot(q, k, v, mask):
+        return attention(q, k, v, mask.reshape(1, 1, -1))
+
+    @staticmethod
+    def within_windows(q, k, v, mask):
+        split = lambda x: x.reshape(-1, mask.shape[1], *x.shape[2:])  # noqa: E731
+        windows = jnp.tile(mask, (q.shape[0], 1))[:, None]
+        return attention(split(q), split(k), split(v), windows).reshape(q.shape)
+
+    def feed_forward(self, x):
+        gate = jax.nn.silu(x @ self.gate_kernel[...] + self.gate_bias[...])
+        return (gate * (x @ self.up_kernel[...] + self.up_bias[...])) @ self.down_kernel[...] + self.down_bias[...]
+
+
+class VisionTower(Block):
+    """Patches of whole slots -> merged visual tokens."""
+
+    parts = {"layers": VisionLayer}
+
+    def __call__(self, patches: jax.Array, layout: WindowLayout, return_layers: bool = False) -> dict[str, jax.Array]:
+        """Encodes slots.
+
+        Args:
+          patches: [T, P, channels x temporal patch x patch^2], rows in merge order (four per merged token).
+          layout: `geometry.window_layout` of the slot's size; static.
+          return_layers: also return every layer's output.
+
+        Returns:
+          "features"[T, M, D_text] in raster order; with `return_layers` also "layers"[L, T, P, D] in patch order.
+        """
+        x, mask, angles = self.embed(patches, layout), *self.places(layout)
+        full = np.isin(np.arange(self.config.layers), self.config.full_attention_layers)
+
+        def step(x, layer_and_kind):
+            layer, full = layer_and_kind
+            x = layer(x, angles, mask, full)
+            return x, x if return_layers else None
+
+        x, layers = jax.lax.scan(step, x, (self.layers, jnp.asarray(full)))
+        out = {"features": self.merge(x, layout)}
+        if return_layers:
+            out["layers"] = jax.vmap(lambda y: self.unwindow(y, layout).reshape(*patches.shape[:2], -1))(layers)
+        return out
+
+    def embed(self, patches, layout):
+        """Linear patch embedding, then patches to their window places: [T, W U', D]."""
+        x = patches.astype(self.patch_kernel.dtype) @ self.patch_kernel[...]
+        units = x.reshape(x.shape[0], -1, self.config.merge**2, x.shape[-1])  # [T, M, merge^2, D]
+        return units[:, layout.token.reshape(-1)].reshape(x.shape[0], -1, x.shape[-1])
+
+    def places(self, layout):
+        """Mask [W, U'] of real patches and rotary angles [W U', H / 2]."""
+        c = self.config
+        mask = np.repeat(layout.valid, c.merge**2, axis=1)
+        return jnp.asarray(mask), jnp.asarray(vision_angles(layout.rows, layout.cols, c.head_dim, c.rope_theta))
+
+    def unwindow(self, x, layout):
+        """[T, W U', D] -> [T, M, merge^2, D], merged tokens in raster order."""
+        units = x.reshape(x.shape[0], -1, self.config.merge**2, x.shape[-1])
+        return units[:, layout.place]
+
+    def merge(self, x, layout):
+        """Norm, concatenation of each token's patches, two linear layers with exact (erf) GELU between."""
+        units = rms_norm(self.unwindow(x, layout), self.merger_norm, self.config.eps)
+        units = units.reshape(*units.shape[:2], -1)
+        hidden = jax.nn.gelu(units @ self.merger_in_kernel[...] + self.merger_in_bias[...], approximate=False)
+        return hidden @ self.merger_out_kernel[...] + self.merger_out_bias[...]
