@@ -153,8 +153,8 @@ def _model_config(raw, text, vision, source) -> ModelConfig:
             vocab=text["vocab_size"],
             mrope_sections=sections,
             rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
-            eps=text.get("rms_norm_eps", 1e-6),
-            tied=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+            eps=text["rms_norm_eps"],
+            tied=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         ),
         **{
             field: raw[key]
@@ -242,6 +242,7 @@ class AdaptTokenConfig:
     )
     max_answer_tokens: int = _number(16, low=1, help="most tokens of an answer")
     sampling_temperature: float = _number(0.0, low=0.0, help="temperature of the final answer; 0 is greedy")
+    top_p: float = _number(1.0, low=1e-6, high=1.0, help="sample from the likeliest tokens that hold this probability")
     seed: int = _number(0, low=0, help="seed of sampling")
 
     def __post_init__(self):

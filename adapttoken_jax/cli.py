@@ -1,0 +1,620 @@
+"""The command line: `adapttoken <command> --flags`. It parses, calls and prints.
+
+Design decisions:
+- A command is a row of `COMMANDS`: its flags as data and a function. absl flags, one `FlagValues` per command, so that
+  a command knows its own flags only.
+- Every field of `AdaptTokenConfig` is a flag whose default is "not given", so that only what the user writes wins over
+  the model's preset.
+- Exit codes: 0 success, 1 `compare` found a difference, 2 the user's mistake (one line on stderr), 3 a fault of this
+  program, 130 interrupted, 141 nobody reads stdout. A traceback only with `--debug`.
+- stdout carries the answer, everything else goes to stderr.
+- Nothing heavy is imported before a command runs: help must not wait for JAX.
+"""
+
+import dataclasses
+import difflib
+import errno
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from adapttoken_jax import config as configs
+from adapttoken_jax.errors import UserError
+
+OK, DIFFERENT, USAGE, INTERNAL, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 130, 141
+
+PROGRAM = "adapttoken"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Number(flags.ArgumentParser):
+    """A finite number between two bounds, either of which may be None."""
+
+    def __init__(self, kind: type, low=None, high=None):
+        self._kind, self._low, self._high = kind, low, high
+
+    def parse(self, argument):
+        try:
+            value = self._kind(argument)
+        except ValueError:
+            raise ValueError(f"must be a {'whole ' if self._kind is int else ''}number") from None
+        if not math.isfinite(value):
+            raise ValueError("must be a finite number")
+        if self._low is not None and value < self._low:
+            raise ValueError(f"must be at least {self._low}")
+        if self._high is not None and value > self._high:
+            raise ValueError(f"must be at most {self._high}")
+        return value
+
+
+class _Choice(flags.ArgumentParser):
+    """One of a few words."""
+
+    def __init__(self, choices: Sequence[str]):
+        self._choices = tuple(choices)
+
+    def parse(self, argument):
+        if argument not in self._choices:
+            raise ValueError(f"choose one of {', '.join(self._choices)}")
+        return argument
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag. `kind` is str, int, float, bool or list (a text that may be repeated); not given means `default`.
+
+    `metavar` stands for the value in the help text, and `shown_default` for a default that is not a value.
+    """
+
+    name: str
+    kind: type
+    help: str
+    section: str
+    metavar: str = ""
+    default: Any = None
+    required: bool = False
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    shown_default: str = ""
+
+    def define(self, values: flags.FlagValues) -> None:
+        """Adds the flag to a command's flags."""
+        if self.kind is bool:
+            flags.DEFINE_boolean(self.name, self.default, self.help, flag_values=values)
+        elif self.kind is list:
+            flags.DEFINE_multi_string(self.name, self.default, self.help, flag_values=values)
+        elif self.choices:
+            flags.DEFINE(_Choice(self.choices), self.name, self.default, self.help, flag_values=values)
+        elif self.kind in (int, float):
+            parser = _Number(self.kind, self.low, self.high)
+            flags.DEFINE(parser, self.name, self.default, self.help, flag_values=values)
+        else:
+            flags.DEFINE_string(self.name, self.default, self.help, flag_values=values)
+
+    def usage(self) -> str:
+        """The flag as the help text's left column shows it."""
+        if self.kind is bool:
+            return f"--[no]{self.name}" if self.shown_default == "true" else f"--{self.name}"
+        return f"--{self.name} {self.metavar or self.kind.__name__.upper()}"
+
+    def description(self) -> str:
+        """The flag as the help text's right column shows it."""
+        if self.required:
+            return f"{self.help} (required)"
+        choices = f": {', '.join(self.choices)}" if self.choices else ""
+        default = self.shown_default or (_shown(self.default) if self.default not in (None, False) else "")
+        return f"{self.help}{choices}{f' (default {default})' if default else ''}"
+
+
+# The sections of the help text for the method's settings; a field that is in none of them goes to the last.
+_SECTIONS = {
+    "Sampling the video": ("preset", "fps", "max_frames", "max_pixels", "mrope"),
+    "Groups": ("slots_per_group", "group_order", "group_positions"),
+    "Relevance of a token": ("reference_layer", "relevance_heads", "relevance_text", "relevance_queries"),
+    "Certainty of a group and its budget": (
+        "certainty",
+        "bottom_fraction",
+        "temperature",
+        "min_tokens_per_group",
+        "budget",
+        "over_selection",
+    ),
+    "Redundancy": ("similarity", "proximity", "proximity_scale"),
+    "Stopping early (lite)": ("stop_groups", "stop_entropy", "stop_agreement"),
+    "Final answer": ("final_positions", "max_answer_tokens", "sampling_temperature", "seed"),
+    "Other settings": (),
+}
+
+
+def _setting_flag(field: dataclasses.Field) -> Flag:
+    """The flag of one field of `AdaptTokenConfig`."""
+    section = next((name for name, fields in _SECTIONS.items() if field.name in fields), list(_SECTIONS)[-1])
+    shown = _shown(field.default)
+    if field.name in set().union(*configs.MODEL_PRESETS.values()) and field.default != -1:
+        shown = f"the model's preset, else {shown}"
+    bounds = {key: field.metadata.get(key) for key in ("low", "high")}
+    return Flag(
+        field.name,
+        type(field.default),
+        field.metadata["help"],
+        section,
+        metavar={int: "N", float: "X", str: "NAME"}.get(type(field.default), ""),
+        choices=field.metadata.get("choices", ()),
+        shown_default=shown,
+        **bounds,
+    )
+
+
+def _shown(default) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _settings() -> tuple[Flag, ...]:
+    return tuple(_setting_flag(field) for field in dataclasses.fields(configs.AdaptTokenConfig))
+
+
+def _given_settings(values: flags.FlagValues) -> dict[str, Any]:
+    """The settings that the user wrote."""
+    names = [field.name for field in dataclasses.fields(configs.AdaptTokenConfig)]
+    return {name: values[name].value for name in names if values[name].value is not None}
+
+
+_DEBUG = Flag("debug", bool, "show a traceback with an error", "General")
+_MODEL = Flag("model", str, "directory of a Hugging Face or converted checkpoint", "Input", "DIR", required=True)
+_VIDEO = Flag("video", str, "video file", "Input", "FILE", required=True)
+_QUESTION = Flag("question", str, "what to ask about the video", "Input", "TEXT", required=True)
+_OPTION = Flag("option", list, "an answer to choose from, without its letter; repeat the flag", "Input", "TEXT")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answer
+# ---------------------------------------------------------------------------------------------------------------------
+
+_ANSWER_FLAGS = (
+    _MODEL,
+    _VIDEO,
+    dataclasses.replace(_QUESTION, required=False, help="what to ask about the video (required without --dry_run)"),
+    _OPTION,
+    Flag(
+        "method",
+        str,
+        "how to choose what the model sees",
+        "Method",
+        "NAME",
+        choices=configs.METHODS,
+        shown_default=configs.METHODS[0],
+    ),
+    Flag("lite", bool, "the same as --method lite", "Method"),
+    Flag("dry_run", bool, "print frames, grid, tokens, groups and budget; answer nothing, load no weights", "Method"),
+    Flag("json", str, "write result.json here; - writes it to stdout instead of the answer", "Output", "FILE"),
+    Flag("trace", str, "write every array needed to recompute the run, as .npz", "Output", "FILE"),
+    Flag("mesh", str, "devices that hold groups and layers, as data=4,model=2", "Devices", "SIZES"),
+    Flag(
+        "dtype",
+        str,
+        "number format of the computation",
+        "Devices",
+        "NAME",
+        choices=("float32", "bfloat16"),
+        shown_default="the checkpoint's own",
+    ),
+    *_settings(),
+    _DEBUG,
+)
+
+
+def _answer(values: flags.FlagValues) -> int:
+    """`adapttoken answer`. What can be wrong is checked before weights are loaded."""
+    method = _method(values)
+    _check_outputs(values, ("json", "trace"))
+    if values.dry_run:
+        if values.trace:
+            raise UserError("--trace: a dry run has nothing to trace; drop one of --trace and --dry_run")
+        return _dry_run(values, method)
+    _check_question(values)
+    from adapttoken_jax import pipeline
+
+    pipeline.dry_run(values.model, values.video, _given_settings(values), method)
+    result = _run(values, method)
+    _write_outputs(values, result)
+    _print_answer(result, as_json=values.json == "-")
+    return OK
+
+
+def _method(values: flags.FlagValues) -> str:
+    if values.lite and values.method not in (None, "lite"):
+        raise UserError(f"--lite: contradicts --method={values.method}; give one of them")
+    return "lite" if values.lite else values.method or configs.METHODS[0]
+
+
+def _check_question(values: flags.FlagValues) -> None:
+    from adapttoken_jax import prompt
+
+    if values.question is None:
+        raise UserError("--question is required; write what you want to know about the video")
+    prompt.check_question(values.question, values.option)
+
+
+def _dry_run(values: flags.FlagValues, method: str) -> int:
+    from adapttoken_jax import pipeline, result
+
+    plan = pipeline.dry_run(values.model, values.video, _given_settings(values), method)
+    text = json.dumps(result.plain_json(plan), indent=2) + "\n"
+    if values.json == "-":
+        sys.stdout.write(text)
+        return OK
+    if values.json:
+        with result.atomic_file(values.json) as file:
+            file.write(text.encode("utf-8"))
+    sys.stdout.write(aligned(plan))
+    return OK
+
+
+def _run(values: flags.FlagValues, method: str):
+    import adapttoken_jax as at
+    from adapttoken_jax.progress import Progress
+    from adapttoken_jax.sharding import MeshShape
+
+    mesh = MeshShape.parse(values.mesh) if values.mesh else None
+    print(f"loading {values.model}", file=sys.stderr, flush=True)
+    model = at.load(values.model, mesh=mesh, dtype=values.dtype)
+    settings = configs.AdaptTokenConfig.for_model(model.config, **_given_settings(values))
+    with Progress() as progress:
+        return at.answer(
+            model,
+            values.video,
+            values.question,
+            options=values.option,
+            config=settings,
+            method=method,
+            on_progress=progress,
+            return_trace=bool(values.trace),
+        )
+
+
+def _write_outputs(values: flags.FlagValues, result) -> None:
+    from adapttoken_jax.result import write_result, write_trace
+
+    if values.trace:
+        write_trace(values.trace, result.trace)
+    if values.json and values.json != "-":
+        write_result(values.json, result)
+
+
+def _print_answer(result, as_json: bool) -> None:
+    """The answer or its JSON on stdout, and one line about the run on stderr."""
+    sys.stdout.write(result.to_json() if as_json else f"{result.answer}\n")
+    sys.stdout.flush()
+    print(summary_line(result), file=sys.stderr)
+
+
+def summary_line(result) -> str:
+    """One line about a run: option, entropy, groups, tokens, seconds."""
+    parts = []
+    if result.option is not None:
+        share = (result.option_probabilities or {}).get(result.option)
+        parts.append(f"option {result.option}" + (f" ({share:.0%})" if share is not None else ""))
+    if result.entropy is not None:
+        parts.append(f"entropy {result.entropy:.2f} nats")
+    if result.stop.groups_total:
+        parts.append(f"{result.stop.groups_visited} of {result.stop.groups_total} groups")
+    parts.append(f"{result.selected.count} of {result.video.tokens} visual tokens")
+    parts.append(f"{result.cost.seconds.total:.1f} s")
+    return ", ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# convert and compare
+# ---------------------------------------------------------------------------------------------------------------------
+
+_CONVERT_FLAGS = (
+    Flag("source", str, "checkpoint to read", "Input", "DIR", required=True),
+    Flag("target", str, "directory to write; it must not exist yet", "Output", "DIR", required=True),
+    Flag("to", str, "format to write", "Output", "NAME", "orbax", choices=("orbax", "huggingface")),
+    _DEBUG,
+)
+
+
+def _convert(values: flags.FlagValues) -> int:
+    from checkpoints_convert.convert import convert
+
+    convert(values.source, values.target, values.to)
+    print(values.target)
+    return OK
+
+
+_COMPARE_FLAGS = (
+    _MODEL,
+    _VIDEO,
+    _QUESTION,
+    _OPTION,
+    Flag("tolerance", float, "largest relative difference that passes", "Comparison", "X", 1e-4, low=0.0),
+    *_settings(),
+    _DEBUG,
+)
+
+
+def _compare(values: flags.FlagValues) -> int:
+    _check_question(values)
+    try:
+        from adapttoken_jax.parity.compare import compare
+
+        rows, passed = compare(
+            values.model, values.video, values.question, values.option, _given_settings(values), values.tolerance
+        )
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise UserError(f"compare needs {error.name}; install it with: pip install 'adapttoken-jax[test]'") from None
+    sys.stdout.write(table(rows))
+    verdict = "all stages are within" if passed else "some stage is above"
+    print(f"{verdict} --tolerance={values.tolerance:g}", file=sys.stderr)
+    return OK if passed else DIFFERENT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command: its name, what it does in a line, its flags, and the function that runs it and gives a status."""
+
+    name: str
+    summary: str
+    flags: tuple[Flag, ...]
+    run: Callable[[flags.FlagValues], int]
+
+
+COMMANDS = (
+    Command("answer", "answers a question about a video", _ANSWER_FLAGS, _answer),
+    Command("convert", "turns Hugging Face safetensors into an Orbax checkpoint, and back", _CONVERT_FLAGS, _convert),
+    Command("compare", "runs PyTorch beside this library, stage by stage (needs torch)", _COMPARE_FLAGS, _compare),
+)
+
+
+def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
+    """Runs `adapttoken` with the arguments after the program's name and returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _main(argv, commands)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+
+
+def _main(argv: Sequence[str], commands: Sequence[Command]) -> int:
+    known = {command.name: command for command in commands}
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        sys.stdout.write(overview(commands))
+        return OK
+    if argv[0] == "--version":
+        print(f"{PROGRAM} {_version()}")
+        return OK
+    if argv[0] not in known:
+        return _fail(PROGRAM, f"{_unknown_command(argv[0], known)}; see {PROGRAM} --help")
+    return _run_command(known[argv[0]], argv[1:])
+
+
+def _unknown_command(word: str, known: Iterable[str]) -> str:
+    if word.startswith("-"):
+        return f"{word}: a command comes first ({', '.join(known)})"
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"unknown command {word!r}" + (f", did you mean {near[0]!r}?" if near else "")
+
+
+def _run_command(command: Command, argv: Sequence[str]) -> int:
+    """Parses and runs; every way that this can end becomes an exit status."""
+    name = f"{PROGRAM} {command.name}"
+    debug = "--debug" in argv  # until the flags are parsed
+    try:
+        values = parse(command, argv)
+        debug = values.debug
+        if values.help:
+            sys.stdout.write(help_text(command))
+            return OK
+        _check_required(command, values)
+        return command.run(values)
+    except UserError as error:
+        return _fail(name, str(error), traceback.format_exc() if debug else "")
+    except KeyboardInterrupt:
+        _fail(name, "interrupted", traceback.format_exc() if debug else "")
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(name, f"{place}{error.strerror or error}", traceback.format_exc() if debug else "")
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        message = f"internal error: {type(error).__name__}: {first_line}"
+        hint = "" if debug else " (run again with --debug for a traceback)"
+        return _fail(name, message + hint, traceback.format_exc() if debug else "", status=INTERNAL)
+
+
+def _fail(name: str, message: str, trace: str = "", status: int = USAGE) -> int:
+    """Prints one line on stderr, after the traceback if there is one."""
+    print(f"{trace}{name}: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
+    return status
+
+
+def _version() -> str:
+    import importlib.metadata  # a third of the start-up time, and nothing else needs it
+
+    try:
+        return importlib.metadata.version("adapttoken-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def parse(command: Command, argv: Sequence[str]) -> flags.FlagValues:
+    """The command's flags, read from the arguments after its name and from the files that `--flagfile` names.
+
+    Raises:
+      UserError: an unknown flag, a bad or missing value, a flag file that cannot be read, or a word that is no flag.
+    """
+    values = flags.FlagValues()
+    for flag in command.flags:
+        flag.define(values)
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    values.set_gnu_getopt(True)
+    try:
+        words = values([command.name, *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, list(values), 1)
+        meant = f"did you mean --{near[0]}?" if near else f"see {PROGRAM} {command.name} --help"
+        raise UserError(f"--{error.flagname}: unknown flag; {meant}") from None
+    except flags.Error as error:
+        raise UserError(_flag_error(error)) from None
+    if words:
+        raise UserError(f"{words[0]!r} belongs to no flag; put quotes around values with spaces")
+    return values
+
+
+def _flag_error(error: flags.Error) -> str:
+    """absl's message in our words."""
+    text = str(error)
+    if isinstance(error, flags.CantOpenFlagFileError):
+        return f"--flagfile: {text.partition('flagfile: ')[2] or text}"
+    if text.startswith("Missing value for flag "):
+        return f"{text.removeprefix('Missing value for flag ')}: a value must follow"
+    if "Non-boolean argument" in text:
+        return f"{text.removeprefix('flag ').partition(':')[0]}: must be true or false"
+    return text.removeprefix("flag ")
+
+
+def _check_required(command: Command, values: flags.FlagValues) -> None:
+    for flag in command.flags:
+        if flag.required and not values[flag.name].value:
+            raise UserError(f"--{flag.name} is required: {flag.help}")
+
+
+def _check_outputs(values: flags.FlagValues, names: Sequence[str]) -> None:
+    """Refuses, before any work, a file that could not be written at its end, or that would replace another."""
+    taken = {os.path.realpath(values.video): "--video"}
+    for name in names:
+        path = values[name].value
+        if path is None or (name == "json" and path == "-"):
+            continue
+        check_output(name, path)
+        other = taken.setdefault(os.path.realpath(path), f"--{name}")
+        if other != f"--{name}":
+            raise UserError(f"--{name}={path}: the same file as {other}; choose another")
+
+
+def check_output(flag: str, path: str) -> None:
+    """Raises `UserError` unless a file can be written at `path`."""
+    target = pathlib.Path(os.path.realpath(path))
+    if not path or target.is_dir():
+        raise UserError(f"--{flag}={path}: is a directory; name a file in it")
+    if not target.parent.is_dir():
+        raise UserError(f"--{flag}={path}: the directory {target.parent} does not exist; create it first")
+    # A plain file is replaced, which needs the directory; anything else, as /dev/null, is written to.
+    if not os.access(target if target.exists() and not target.is_file() else target.parent, os.W_OK):
+        raise UserError(f"--{flag}={path}: {os.strerror(errno.EACCES)}; choose a directory that you can write to")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _width() -> int:
+    return max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
+
+
+def _columns(rows: Iterable[tuple[str, str]], left: int) -> str:
+    """Two columns; a left cell that is too wide gets a line of its own."""
+    lines = []
+    for label, text in rows:
+        wrapped = textwrap.wrap(text, _width() - left - 4) or [""]
+        if len(label) > left:
+            lines.append(f"  {label}")
+            label = ""
+        lines += [f"  {label:<{left}}  {wrapped[0]}".rstrip(), *(f"{'':{left + 4}}{line}" for line in wrapped[1:])]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def overview(commands: Sequence[Command] = COMMANDS) -> str:
+    """What `adapttoken --help` prints."""
+    rows = [(command.name, command.summary) for command in commands]
+    return (
+        f"usage: {PROGRAM} COMMAND --flags\n\n"
+        "Answers questions about long videos with the tokens that matter.\n\n"
+        f"Commands\n{_columns(rows, 10)}\n"
+        f"{PROGRAM} COMMAND --help shows a command's flags; {PROGRAM} --version the version.\n"
+    )
+
+
+def help_text(command: Command) -> str:
+    """What `adapttoken COMMAND --help` prints: its flags, by section."""
+    required = " ".join(flag.usage() for flag in command.flags if flag.required)
+    general = dataclasses.replace(_DEBUG, name="flagfile", kind=str, metavar="FILE", help="read flags from a file")
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for flag in [*command.flags, general]:
+        sections.setdefault(flag.section, []).append((flag.usage(), flag.description()))
+    # The command's own sections in the order of its flags, then the settings, then what every command has.
+    settings = [name for name in _SECTIONS if name in sections]
+    order = [*(name for name in sections if name not in (*settings, "General")), *settings, "General"]
+    blocks = [f"\n{section}\n{_columns(sections[section], 27)}" for section in order]
+    return f"usage: {PROGRAM} {command.name} {required} [--flags]\n\nThis command {command.summary}.\n{''.join(blocks)}"
+
+
+def aligned(content: Mapping[str, Any], indent: int = 0) -> str:
+    """Nested names and values as lines; the values of one level stand under each other."""
+    width = max((len(key) for key, value in content.items() if not isinstance(value, Mapping)), default=0)
+    text = ""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            text += f"{'':{indent}}{key}\n{aligned(value, indent + 2)}"
+        else:
+            text += f"{'':{indent}}{key:<{width}}  {_cell(value)}\n"
+    return text
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as a table; numbers stand on the right."""
+    if not rows:
+        return ""
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [isinstance(value, int | float) and not isinstance(value, bool) for value in rows[0].values()]
+    lines = []
+    for line in cells:
+        padded = [f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(line, widths, right, strict=True)]
+        lines.append("  ".join(padded).rstrip() + "\n")
+    return "".join(lines)
+
+
+def _cell(value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value)
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Opens a checkpoint directory as a model that can answer."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from adapttoken_jax import sharding
+from adapttoken_jax.config import ModelConfig, read_model_config
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.model import Qwen25VL
+from adapttoken_jax.prompt import ChatTokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A checkpoint in memory.
+
+    Attributes:
+      module: the Flax model, laid over `mesh`.
+      config: its sizes.
+      tokenizer: its chat tokenizer.
+      path: the directory it came from.
+      mesh: the device mesh; None for one device.
+    """
+
+    module: Qwen25VL
+    config: ModelConfig
+    tokenizer: ChatTokenizer
+    path: str
+    mesh: Mesh | None = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Element type of the embedding, in which the model computes."""
+        return self.module.text.embedding.dtype
+
+    @property
+    def wave(self) -> int:
+        """Groups that run side by side: the size of the mesh's `data` axis."""
+        return 1 if self.mesh is None else self.mesh.shape["data"]
+
+
+def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None) -> Model:
+    """Loads a Hugging Face directory or a converted checkpoint, each parameter straight to its place on the mesh.
+
+    Args:
+      path: the checkpoint's directory.
+      mesh: a (data, model) mesh, its shape, or a text such as "data=4,model=2"; None for one device.
+      dtype: float32, bfloat16 or float16; None is float32 on a CPU and the checkpoint's own type elsewhere.
+
+    Raises:
+      UserError: a directory, file, key, type or mesh that cannot be used; the message names it.
+    """
+    from checkpoints_convert.load import load_parameters  # its readers are needed only here
+
+    config = read_model_config(path)
+    tokenizer = ChatTokenizer.from_directory(path)
+    if isinstance(mesh, str):
+        mesh = sharding.MeshShape.parse(mesh)
+    if isinstance(mesh, sharding.MeshShape):
+        mesh = sharding.make_mesh(mesh)
+    if mesh is not None:
+        sharding.check_mesh(config, mesh)
+    values = load_parameters(path, config, dtype=_dtype(dtype), mesh=mesh)
+    return Model(Qwen25VL(config, values), config, tokenizer, str(pathlib.Path(path)), mesh)
+
+
+def _dtype(dtype):
+    if dtype is None:
+        return jnp.float32 if jax.default_backend() == "cpu" else None
+    name = jnp.dtype(dtype).name if not isinstance(dtype, str) else dtype
+    if name not in DTYPES:
+        raise UserError(f"--dtype={name}: choose one of {', '.join(DTYPES)}")
+    return jnp.dtype(name)

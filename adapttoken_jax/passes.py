@@ -1,0 +1,162 @@
+"""The two compiled programs of the method: encode some slots, and run a batch of prompts.
+
+A group pass and the final pass are the same program: a context of prompt prefix and visual tokens, then every question
+against it. Shapes are static: visual tokens, questions' suffixes and answers are padded, and padding changes nothing.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from adapttoken_jax.geometry import window_layout
+from adapttoken_jax.model import Probe, Qwen25VL
+from adapttoken_jax.model.generation import Sampling, generate
+from adapttoken_jax.selection import reduce_relevance, token_certainty, token_entropy
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """B contexts, and Q questions asked of each.
+
+    Attributes:
+      prefix_ids: int32[P], prompt tokens before the visual tokens.
+      visual: [B, M, D], visual tokens; B contexts of M tokens each.
+      visual_valid: bool[B, M].
+      context_positions: int32[B, 3, P + M], M-RoPE ids.
+      suffix_ids: int32[Q, T], prompt tokens after the visual tokens, padded on the right.
+      suffix_length: int32[Q].
+      query_rows: bool[Q, T], rows whose attention counts as relevance.
+      suffix_start: int32[B], M-RoPE id of the first suffix token.
+      answer_start: int32[B, Q], M-RoPE id of the first generated token.
+      limit: int32[Q], most tokens of each answer.
+      option_ids: int32[Q, O], first tokens of the options' letters, padded with -1.
+      key: random key of sampling.
+    """
+
+    prefix_ids: jax.Array
+    visual: jax.Array
+    visual_valid: jax.Array
+    context_positions: jax.Array
+    suffix_ids: jax.Array
+    suffix_length: jax.Array
+    query_rows: jax.Array
+    suffix_start: jax.Array
+    answer_start: jax.Array
+    limit: jax.Array
+    option_ids: jax.Array
+    key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PassSpec:
+    """What is compiled into a pass.
+
+    Attributes:
+      relevance: (layer, heads, text): reference layer and reductions; None for a pass that only answers.
+      certainty: form of a token's certainty, as in `AdaptTokenConfig`.
+      keep_layer: return the visual tokens' hidden states after this layer; None for no.
+      answer_tokens: length A of the answers' buffer.
+      end_ids: tokens that end an answer.
+      sampling: how tokens are chosen.
+    """
+
+    relevance: tuple[int, str, str] | None
+    certainty: str
+    keep_layer: int | None
+    answer_tokens: int
+    end_ids: tuple[int, ...]
+    sampling: Sampling = Sampling()
+
+
+def _exact(function):
+    """Runs float32 models in true float32, where an accelerator would otherwise round the factors of a product."""
+
+    @functools.wraps(function)
+    def traced(model, *args, **kwargs):
+        exact = model.text.embedding.dtype == jnp.float32
+        with jax.default_matmul_precision("highest" if exact else "default"):
+            return function(model, *args, **kwargs)
+
+    return traced
+
+
+@functools.partial(jax.jit, static_argnames=("height", "width"))
+@_exact
+def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int) -> jax.Array:
+    """Patches [T, height x width, 1176] of T slots -> visual tokens [T, M, D]."""
+    with jax.named_scope("vision"):
+        return model.vision(patches, window_layout(model.config.vision, height, width))["features"]
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+@_exact
+def run_prompts(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[str, jax.Array]:
+    """Prefills every context once, runs every question against it and generates the answers (steps 4 to 6 and 11).
+
+    Returns:
+      "first_logits" float32[B, Q, V], "tokens" int32[B, Q, A], "counted" bool[B, Q, A] (the answer's own tokens),
+      "entropy" and "certainty" float32[B, Q, A] per token; with `spec.relevance` "relevance" float32[B, Q, M]; with
+      `spec.keep_layer` "kept"[B, M, D].
+    """
+    text, prefix = model.text, batch.prefix_ids.shape[0]
+    with jax.named_scope("context"):
+        context, found = text.prefill(
+            _context_embeddings(text, batch), batch.context_positions, _context_valid(batch), keep_layer=spec.keep_layer
+        )
+    with jax.named_scope("question"):
+        logits, tail, observed = _ask(text, batch, context, _relevance_probe(batch, spec), spec.answer_tokens)
+    with jax.named_scope("answer"):
+        generation = generate(
+            text, logits, batch.answer_start, context, tail, batch.suffix_ids.shape[1], tokens=spec.answer_tokens,
+            limit=batch.limit, end_ids=spec.end_ids, measure=functools.partial(_measure, batch=batch, spec=spec),
+            sampling=spec.sampling, key=batch.key,
+        )  # fmt: skip
+    out = {"first_logits": logits, "tokens": generation.tokens, "counted": generation.counted}
+    out |= {"entropy": generation.measured[..., 0], "certainty": generation.measured[..., 1]}
+    if spec.relevance is not None:
+        out["relevance"] = observed[..., prefix:]
+    if spec.keep_layer is not None:
+        out["kept"] = found["kept"][:, prefix:]
+    return out
+
+
+def _context_embeddings(text, batch):
+    prefix = text.embed(batch.prefix_ids)
+    prefix = jnp.broadcast_to(prefix, (batch.visual.shape[0], *prefix.shape))
+    return jnp.concatenate([prefix, batch.visual.astype(prefix.dtype)], 1)
+
+
+def _context_valid(batch):
+    prefix = jnp.ones((batch.visual.shape[0], batch.prefix_ids.shape[0]), bool)
+    return jnp.concatenate([prefix, batch.visual_valid], 1)
+
+
+def _ask(text, batch, context, probe, answer_tokens):
+    """Runs the questions' suffixes: logits after each one's last token, the tail, and what the probe observed."""
+    B, (Q, T) = batch.visual.shape[0], batch.suffix_ids.shape
+    embeddings = text.embed(batch.suffix_ids)
+    valid = jnp.arange(T) < batch.suffix_length[:, None]
+    positions = batch.suffix_start[:, None, None, None] + jnp.arange(T)
+    tail = text.empty_tail(B, Q, T + answer_tokens, embeddings.dtype)
+    hidden, tail, found = text.extend(
+        jnp.broadcast_to(embeddings, (B, *embeddings.shape)), jnp.broadcast_to(positions, (B, Q, 3, T)),
+        jnp.broadcast_to(valid, (B, Q, T)), context, tail, 0, probe=probe,
+    )  # fmt: skip
+    last = jnp.take_along_axis(hidden, (batch.suffix_length - 1)[None, :, None, None], 2)[:, :, 0]
+    return text.logits(last), tail, found.get("observed")
+
+
+def _relevance_probe(batch, spec):
+    if spec.relevance is None:
+        return None
+    layer, heads, text = spec.relevance
+    return Probe(layer, functools.partial(reduce_relevance, heads=heads, text=text, rows=batch.query_rows))
+
+
+def _measure(logits, batch, spec):
+    """Entropy and certainty of each next token: logits[B, Q, V] -> [B, Q, 2]."""
+    certainty = jax.vmap(lambda x, options: token_certainty(x, spec.certainty, options), (1, 0), 1)
+    return jnp.stack([token_entropy(logits), certainty(logits, batch.option_ids)], -1)

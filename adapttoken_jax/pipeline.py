@@ -1,0 +1,380 @@
+"""AdaptToken in one read: sample → encode → scan groups → allocate the budget → select tokens → answer.
+
+Steps are numbered as in the paper's algorithm. The comparison arms differ in one place each: `flexselect` gives every
+group the same budget and keeps all it selects, `uniform` samples only as many frames as the budget holds, `full` keeps
+everything.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from adapttoken_jax import costs, result
+from adapttoken_jax.config import METHODS, AdaptTokenConfig, ModelConfig, read_model_config
+from adapttoken_jax.encoding import Progress, VisualTokens, encode_video
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.loading import Model
+from adapttoken_jax.prompt import Prompt, build_prompt, check_question, parse_option
+from adapttoken_jax.scan import ContextTokens, Reply, Scan, final_reply, full_position_ids, visit_groups
+from adapttoken_jax.selection import (
+    allocate_budget,
+    candidate_count,
+    equal_budget,
+    group_slots,
+    group_weights,
+    remove_redundant,
+    top_tokens,
+)
+from adapttoken_jax.video import Clip, plan_clip, probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run will do, known before any work: the sampled clip and the groups (none: answer directly)."""
+
+    clip: Clip
+    tokens_per_slot: int
+    groups: list[np.ndarray]
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of the whole clip."""
+        return self.clip.grid[0] * self.tokens_per_slot
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """Steps 8 to 10 for one question.
+
+    Attributes:
+      weights: float64[v], softmax weight per visited group, in visiting order.
+      budgets: int[v], tokens allotted to it.
+      candidates: int64[n, 3], (slot, row, column) before redundancy removal, in video order.
+      tokens: int64[B, 3], the survivors, in video order.
+    """
+
+    weights: np.ndarray
+    budgets: np.ndarray
+    candidates: np.ndarray
+    tokens: np.ndarray
+
+
+def plan_run(model: ModelConfig, video, config: AdaptTokenConfig, method: str) -> Plan:
+    """Steps 1 to 3 and 12: which frames, how large, which groups.
+
+    Raises:
+      UserError: a video that cannot be read, an unknown method, or a budget that cannot hold what it must.
+    """
+    if method not in METHODS:
+        raise UserError(f"--method={method}: choose one of {', '.join(METHODS)}")
+    info, grouped = probe(video), method in ("adapttoken", "lite", "flexselect")
+
+    def sample(max_frames, context_frames):
+        return plan_clip(info, model.vision, preset=config.preset, fps=config.fps, max_frames=max_frames,
+                         max_pixels=config.max_pixels, context_frames=context_frames)  # fmt: skip
+
+    frames = model.vision.temporal_patch
+    clip = sample(config.max_frames, config.slots_per_group * frames if method != "full" else config.max_frames)
+    per_slot = clip.grid[1] * clip.grid[2] // model.vision.merge**2
+    if method == "uniform" and clip.grid[0] * per_slot > config.budget:
+        if config.budget < per_slot:
+            raise UserError(f"--budget={config.budget}: one slot of this video has {per_slot} tokens; allow at least that")
+        clip = sample(config.budget // per_slot * frames, config.max_frames)
+        per_slot = clip.grid[1] * clip.grid[2] // model.vision.merge**2
+    groups = group_slots(clip.grid[0], config.slots_per_group)
+    if not grouped or len(groups) == 1 or clip.grid[0] * per_slot <= config.budget:
+        groups = []
+    if len(groups) * config.min_tokens_per_group > config.budget:
+        raise UserError(
+            f"--budget={config.budget}: less than --min_tokens_per_group={config.min_tokens_per_group} for each of "
+            f"{len(groups)} groups; raise the budget to {len(groups) * config.min_tokens_per_group}"
+        )
+    return Plan(clip, per_slot, groups)
+
+
+def answer(
+    model: Model,
+    video,
+    question: str | Sequence[str],
+    options: Sequence | None = None,
+    config: AdaptTokenConfig | None = None,
+    method: str = "adapttoken",
+    *,
+    system: str | None = None,
+    trace: bool = False,
+    on_progress: Progress | None = None,
+) -> result.Result | list[result.Result]:
+    """Answers a question about a video, or several in one scan.
+
+    Args:
+      model: from `load`.
+      video: a path, or `video.Frames` in memory.
+      question: one question, or a list of them; the video is then encoded and scanned once for all.
+      options: the answer options of the question (None: an open question); for a list of questions, one entry each.
+      config: None is the model's preset; `AdaptTokenConfig.for_model` starts from it.
+      method: one of `config.METHODS`.
+      system: replaces the default system message.
+      trace: keep the arrays of `--trace` in `Result.trace`.
+      on_progress: called with (stage, done, total).
+
+    Returns:
+      A `Result`, or a list of them for a list of questions.
+
+    Raises:
+      UserError: something about the video, the question or the settings that the user can mend.
+    """
+    begin = time.perf_counter()
+    questions = [question] if isinstance(question, str) else list(question)
+    choices = [options] if isinstance(question, str) else list(options or [None] * len(questions))
+    if not questions or len(choices) != len(questions):
+        raise UserError(f"options: give one entry per question ({len(questions)}), None for an open one")
+    config = AdaptTokenConfig.for_model(model.config) if config is None else config.resolve(model.config)
+    prompts = [build_prompt(model.tokenizer, q, o, system) for q, o in zip(questions, choices, strict=True)]
+    plan = plan_run(model.config, video, config, method)
+    tokens = encode_video(model, plan.clip, trace, on_progress)
+    scan_begin = time.perf_counter()
+    scans = [None] * len(prompts)
+    if plan.groups:
+        scans = visit_groups(model, tokens, prompts, config, method == "lite", on_progress)
+    seconds = {**tokens.seconds, "groups": time.perf_counter() - scan_begin}
+    runs = [
+        _conclude(Run(model, plan, tokens, config, method, prompt, scan, dict(seconds)), begin, trace)
+        for prompt, scan in zip(prompts, scans, strict=True)
+    ]
+    return runs[0] if isinstance(question, str) else runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One question on its way from the scan to the result; `scan` is None where the answer is direct."""
+
+    model: Model
+    plan: Plan
+    video: VisualTokens
+    config: AdaptTokenConfig
+    method: str
+    prompt: Prompt
+    scan: Scan | None
+    seconds: dict[str, float]
+
+
+def _conclude(run: Run, begin: float, trace: bool) -> result.Result:
+    """Steps 8 to 11 for one question."""
+    final_begin = time.perf_counter()
+    everything = run.video.coordinates(np.arange(run.plan.clip.grid[0]))
+    empty = np.zeros(0)
+    selected = select(run) if run.scan else Selected(empty, empty.astype(int), everything, everything)
+    renumber = run.config.final_positions == "compact" and run.scan is not None
+    context = ContextTokens(
+        run.video.gather(selected.tokens),
+        run.video.position_ids(selected.tokens, len(run.prompt.prefix_ids), renumber),
+    )
+    final = final_reply(run.model, run.video, context, run.prompt, run.config)
+    now = time.perf_counter()
+    run.seconds.update(final=now - final_begin, total=now - begin)
+    return _result(run, selected, final, _trace(run, selected, context, final) if trace else None)
+
+
+def select(run: Run) -> Selected:
+    """Steps 8 to 10: budget per group, most relevant tokens of each, redundant ones dropped, video order restored."""
+    config, visits = run.config, run.scan.visits
+    relevance = [v.relevance for v in visits]
+    capacity = np.array([len(r) for r in relevance])
+    certainty = np.array([v.reply.certainty for v in visits])
+    if run.method == "flexselect":
+        weights = np.full(len(visits), 1 / len(visits))
+        budgets = equal_budget(capacity, min(config.budget, capacity.sum()))
+    else:
+        weights = group_weights(certainty, config.temperature)
+        total = candidate_count(config.budget, config.over_selection, capacity.sum())
+        budgets = allocate_budget(certainty, capacity, total, config.temperature, config.min_tokens_per_group)
+    chosen = [np.flatnonzero(top_tokens(r[None], [b])[0]) for r, b in zip(relevance, budgets, strict=True)]
+    coordinates = np.concatenate([run.video.coordinates(v.slots)[c] for v, c in zip(visits, chosen, strict=True)])
+    order = np.lexsort(coordinates.T[::-1])
+    candidates = coordinates[order]
+    if run.method == "flexselect":
+        return Selected(weights, budgets, candidates, candidates)
+    score = np.concatenate([w * r[c] for w, r, c in zip(weights, relevance, chosen, strict=True)])[order]
+    if config.similarity == "projector":
+        features = run.video.gather(candidates)
+    else:
+        features = np.concatenate([v.hidden[c] for v, c in zip(visits, chosen, strict=True)])[order]
+    positions = np.column_stack([run.video.slot_times[candidates[:, 0]], candidates[:, 1:]])
+    kept = remove_redundant(
+        features.astype(np.float32), positions, score, min(config.budget, len(candidates)),
+        kernel=config.proximity, scale=config.proximity_scale,
+    )  # fmt: skip
+    return Selected(weights, budgets, candidates, candidates[kept])
+
+
+def _read_option(run: Run, reply: Reply) -> tuple[str, str | None]:
+    """The answer's text, and its option: read from the text, else the letter that was likeliest as the first token."""
+    text = run.model.tokenizer.decode(reply.answer_ids).strip()
+    if not run.prompt.letters:
+        return text, None
+    option = parse_option(text, run.prompt.letters, run.prompt.options)
+    return text, option or run.prompt.letters[int(np.argmax(reply.first_logits[list(run.prompt.letter_ids)]))]
+
+
+def option_probabilities(prompt: Prompt, first_logits: np.ndarray) -> dict[str, float] | None:
+    """Probability of each letter as the first token, among the letters."""
+    if not prompt.letters:
+        return None
+    logits = first_logits[list(prompt.letter_ids)].astype(np.float64)
+    weights = np.exp(logits - logits.max())
+    return dict(zip(prompt.letters, (weights / weights.sum()).tolist(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written down
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _result(run: Run, selected: Selected, final: Reply, trace) -> result.Result:
+    text, option = _read_option(run, final)
+    slots, rows, cols = selected.tokens.T
+    return result.Result(
+        answer=text,
+        option=option,
+        option_probabilities=option_probabilities(run.prompt, final.first_logits),
+        entropy=final.entropy,
+        method=run.method,
+        video=_video_summary(run.plan),
+        groups=_group_results(run, selected),
+        selected=result.Selection(len(selected.tokens), len(selected.candidates), slots, rows, cols),
+        stop=_stop(run),
+        cost=_cost(run, selected, final),
+        config=dataclasses.asdict(run.config),
+        model=_model_summary(run.model),
+        versions=result.library_versions(),
+        trace=trace,
+    )
+
+
+def _video_summary(plan: Plan) -> result.VideoSummary:
+    clip = plan.clip
+    return result.VideoSummary(
+        path=clip.info.path, duration_s=clip.info.duration_s, source_fps=clip.info.source_fps,
+        sampled_frames=len(clip.frame_indices), slots=clip.grid[0], grid=clip.grid, tokens=plan.tokens,
+    )  # fmt: skip
+
+
+def _model_summary(model: Model) -> result.ModelSummary:
+    mesh = None if model.mesh is None else dict(model.mesh.shape)
+    return result.ModelSummary(model.path, model.config.model_type, model.dtype.name, mesh)
+
+
+def _group_results(run: Run, selected: Selected) -> list[result.GroupResult]:
+    visits = {} if run.scan is None else {v.index: place for place, v in enumerate(run.scan.visits)}
+    group_of_slot = {int(slot): g for g, slots in enumerate(run.plan.groups) for slot in slots}
+    kept = np.bincount([group_of_slot[int(s)] for s in selected.tokens[:, 0]] if group_of_slot else [],
+                       minlength=len(run.plan.groups))  # fmt: skip
+    return [
+        result.GroupResult(index=g, slots=slots, times_s=run.video.slot_times[slots], visited=g in visits,
+                           selected=int(kept[g]), **_visited(run, selected, visits.get(g)))
+        for g, slots in enumerate(run.plan.groups)
+    ]  # fmt: skip
+
+
+def _visited(run: Run, selected: Selected, place: int | None) -> dict:
+    if place is None:
+        return {}
+    reply = run.scan.visits[place].reply
+    text, option = _read_option(run, reply)
+    return {
+        "entropy": reply.entropy, "certainty": reply.certainty, "answer": text, "option": option,
+        "weight": float(selected.weights[place]), "budget": int(selected.budgets[place]),
+    }  # fmt: skip
+
+
+def _stop(run: Run) -> result.Stop:
+    if run.scan is None:
+        return result.Stop(False, f"answered directly from all {run.plan.tokens} tokens", 0, 0)
+    reason = run.scan.reason or "all groups visited"
+    return result.Stop(bool(run.scan.reason), reason, len(run.scan.visits), len(run.plan.groups))
+
+
+def _cost(run: Run, selected: Selected, final: Reply) -> result.Cost:
+    model, (slots, height, width) = run.model.config, run.plan.clip.grid
+    prefix, suffix = len(run.prompt.prefix_ids), len(run.prompt.suffix_ids)
+    passes = [(len(v.relevance), len(v.reply.answer_ids)) for v in run.scan.visits] if run.scan else []
+    passes.append((len(selected.tokens), len(final.answer_ids)))
+    flops = sum(costs.prompt_flops(model, prefix + tokens, suffix, answer) for tokens, answer in passes)
+    return result.Cost(
+        seconds=result.Seconds(**run.seconds),
+        visual_tokens_prefilled=sum(tokens for tokens, _ in passes),
+        flops=flops + costs.vision_flops(model, slots, height, width),
+    )
+
+
+def _trace(run: Run, selected: Selected, context: ContextTokens, final: Reply) -> dict[str, np.ndarray]:
+    """The arrays of `result.TRACE_ARRAYS`; what was not visited or is padding is NaN, or -1 for integers."""
+    clip, video, groups = run.plan.clip, run.video, run.plan.groups
+    G, K = len(groups), max((len(slots) for slots in groups), default=0)
+    P, T, V = len(run.prompt.prefix_ids), len(run.prompt.suffix_ids), run.model.config.text.vocab
+    tokens = K * video.per_slot
+    out = {
+        "frame_indices": clip.frame_indices,
+        "frame_times": clip.frame_times.astype(np.float32),
+        "grid": np.array(clip.grid),
+        "patches": video.patches,
+        "visual_features": video.features.astype(np.float32),
+        "groups": np.array([np.pad(slots, (0, K - len(slots)), constant_values=-1) for slots in groups], int)
+        .reshape(G, K),
+        "prefix_ids": np.array(run.prompt.prefix_ids),
+        "suffix_ids": np.array(run.prompt.suffix_ids),
+        "group_position_ids": np.full((G, 3, P + tokens + T), -1),
+        "group_first_logits": np.full((G, V), np.nan, np.float32),
+        "group_entropy": np.full(G, np.nan, np.float32),
+        "group_certainty": np.full(G, np.nan, np.float32),
+        "group_relevance": np.full((G, tokens), np.nan, np.float32),
+        "budget": np.zeros(G, int),
+        "candidates": selected.candidates,
+        "selected": selected.tokens,
+        "final_position_ids": full_position_ids(run.prompt, context, run.config, video),
+        "final_first_logits": final.first_logits.astype(np.float32),
+        "answer_ids": final.answer_ids,
+    }  # fmt: skip
+    for place, visit in enumerate(run.scan.visits if run.scan else ()):
+        g, n = visit.index, len(visit.relevance)
+        out["group_position_ids"][g, :, : P + n] = visit.position_ids[:, : P + n]
+        out["group_position_ids"][g, :, P + tokens :] = visit.position_ids[:, P + n :]
+        out["group_first_logits"][g] = visit.reply.first_logits
+        out["group_entropy"][g] = visit.reply.entropy
+        out["group_certainty"][g] = visit.reply.certainty
+        out["group_relevance"][g, :n] = visit.relevance
+        out["budget"][g] = selected.budgets[place]
+    return out
+
+
+def dry_run(directory, video, overrides: dict, method: str, question: str | None = None, options=None) -> dict:
+    """What a run would do, from the checkpoint's `config.json` and the video's header alone: no weights, no decoding.
+
+    Returns:
+      A flat dictionary of numbers and texts: frames, size, grid, tokens, groups, budget and the video's length.
+
+    Raises:
+      UserError: as `answer`.
+    """
+    model = read_model_config(directory)
+    config = AdaptTokenConfig.for_model(model, **overrides)
+    if question is not None:
+        check_question(question, options)
+    plan = plan_run(model, video, config, method)
+    clip = plan.clip
+    return {
+        "duration_s": round(clip.info.duration_s, 3),
+        "source_fps": round(clip.info.source_fps, 3),
+        "sampled_frames": len(clip.frame_indices),
+        "frame_size": f"{clip.width}x{clip.height}",
+        "grid": list(clip.grid),
+        "tokens_per_slot": plan.tokens_per_slot,
+        "tokens": plan.tokens,
+        "groups": len(plan.groups),
+        "slots_per_group": config.slots_per_group if plan.groups else clip.grid[0],
+        "reference_layer": config.reference_layer,
+        "budget": min(config.budget, plan.tokens) if plan.groups else plan.tokens,
+        "method": method,
+    }

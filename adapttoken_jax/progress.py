@@ -1,0 +1,52 @@
+"""Progress of a run on stderr: a bar per stage on a terminal, a line now and then where nobody watches."""
+
+import sys
+import time
+from typing import TextIO
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Called as `progress(stage, done, total, note)`; stages may overlap. Use it as a context manager.
+
+    On a terminal each stage has a bar that shows `note` behind it. Elsewhere a stage writes a line when it is complete,
+    and at most every `SECONDS_BETWEEN_LINES` seconds before that, so that logs stay short.
+    """
+
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = sys.stderr if stream is None else stream
+        self._bars: dict[str, object] = {}
+        self._last_line: dict[str, float] = {}
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for bar in self._bars.values():
+            bar.close()
+        self._bars.clear()
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        if self._stream.isatty():
+            self._show_bar(stage, done, total, note)
+        elif self._line_is_due(stage, done, total):
+            print(f"{stage}: {done} of {total}{f', {note}' if note else ''}", file=self._stream, flush=True)
+
+    def _show_bar(self, stage: str, done: int, total: int, note: str) -> None:
+        import tqdm  # only a terminal pays for it
+
+        if stage not in self._bars:
+            layout = "{desc:<8} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            self._bars[stage] = tqdm.tqdm(total=total, desc=stage, file=self._stream, bar_format=layout)
+        bar = self._bars[stage]
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(done - bar.n)
+
+    def _line_is_due(self, stage: str, done: int, total: int) -> bool:
+        now = time.monotonic()
+        started = self._last_line.setdefault(stage, now)
+        if done < total and now - started < SECONDS_BETWEEN_LINES:
+            return False
+        self._last_line[stage] = now
+        return True

@@ -1,0 +1,257 @@
+"""The scan: visits the groups of a video, wave by wave, and keeps what each one says.
+
+A wave holds as many groups as the mesh's `data` axis is long. Every question runs against a group's visual prefix as one
+batch. What a group says does not depend on the wave it ran in: early stopping is decided group by group, in visiting
+order, and groups of the wave beyond the stop count as not visited.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+
+from adapttoken_jax import sharding
+from adapttoken_jax.config import AdaptTokenConfig
+from adapttoken_jax.encoding import Progress, VisualTokens
+from adapttoken_jax.geometry import round_up, text_start
+from adapttoken_jax.loading import Model
+from adapttoken_jax.model.generation import Sampling
+from adapttoken_jax.passes import PassSpec, PromptBatch, run_prompts
+from adapttoken_jax.prompt import Prompt
+from adapttoken_jax.selection import group_certainty, group_slots, least_certain_mean, should_stop, visiting_order
+
+_SUFFIX_STEP = 32  # suffixes are padded to a multiple of this, so that questions of similar length share a program
+_CONTEXT_STEP = 64  # the same for contexts
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What the model said to one question in one pass.
+
+    Attributes:
+      first_logits: float32[V], before the first answer token.
+      answer_ids: int32[A'], the answer's own tokens.
+      entropy: response entropy, nats: mean over the least certain tokens.
+      certainty: the same summary of the chosen form of certainty.
+    """
+
+    first_logits: np.ndarray
+    answer_ids: np.ndarray
+    entropy: float
+    certainty: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """One group as seen by one question.
+
+    Attributes:
+      index: the group.
+      slots: int64[k], its slots.
+      reply: the answer from this group alone.
+      relevance: float32[k M] of its tokens.
+      hidden: [k M, D] at the reference layer, if similarity needs it.
+      position_ids: int32[3, P + k M + T], the prompt's M-RoPE ids.
+    """
+
+    index: int
+    slots: np.ndarray
+    reply: Reply
+    relevance: np.ndarray
+    hidden: np.ndarray | None
+    position_ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """The groups that one question visited, in visiting order, and the named reason for stopping early ("" if not)."""
+
+    visits: list[Visit]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextTokens:
+    """Visual tokens of one context: features [n, D] and M-RoPE ids int32[3, n]."""
+
+    features: np.ndarray
+    position_ids: np.ndarray
+
+
+def visit_groups(
+    model: Model,
+    video: VisualTokens,
+    prompts: list[Prompt],
+    config: AdaptTokenConfig,
+    may_stop: bool,
+    on_progress: Progress | None = None,
+) -> list[Scan]:
+    """Steps 3 to 7: every question on every group, until all have stopped if `may_stop`.
+
+    Returns:
+      One `Scan` per question.
+    """
+    groups = group_slots(video.clip.grid[0], config.slots_per_group)
+    visits: list[list[Visit]] = [[] for _ in prompts]
+    reasons = [""] * len(prompts)
+    order = iter(visiting_order(len(groups), config.group_order))
+    while wave := list(itertools.islice(order, model.wave)):
+        asked = _ask_wave(model, video, [groups[g] for g in wave], prompts, config)
+        for g, per_question in zip(wave, asked, strict=True):
+            for q, visit in enumerate(per_question):
+                if not reasons[q]:
+                    visits[q].append(dataclasses.replace(visit, index=int(g)))
+                    reasons[q] = _stop_reason(model, visits[q], config) if may_stop else ""
+        if on_progress:
+            on_progress("groups", max(len(v) for v in visits), len(groups))
+        if all(reasons):
+            break
+    return [Scan(v, reason if len(v) < len(groups) else "") for v, reason in zip(visits, reasons, strict=True)]
+
+
+def _stop_reason(model: Model, visits: list[Visit], config: AdaptTokenConfig) -> str:
+    answers = [model.tokenizer.decode(v.reply.answer_ids).strip().casefold() or None for v in visits]
+    return should_stop(
+        [v.reply.entropy for v in visits], answers,
+        groups=config.stop_groups, entropy=config.stop_entropy, agreement=config.stop_agreement,
+    )  # fmt: skip
+
+
+def _ask_wave(model, video, groups, prompts, config) -> list[list[Visit]]:
+    """One compiled pass over a wave of groups: a list of visits per group, one per question."""
+    renumber = config.group_positions == "compact"
+    start = len(prompts[0].prefix_ids)
+    coordinates = [video.coordinates(slots) for slots in groups]
+    contexts = [ContextTokens(video.gather(c), video.position_ids(c, start, renumber)) for c in coordinates]
+    # A short wave repeats its last group, so that every wave has the same shape.
+    contexts += [contexts[-1]] * (model.wave - len(contexts))
+    size = config.slots_per_group * video.per_slot
+    batch = prompt_batch(model, video, contexts, prompts, config, size)
+    spec = PassSpec(
+        relevance=(config.reference_layer, config.relevance_heads, config.relevance_text),
+        certainty=config.certainty,
+        keep_layer=config.reference_layer if config.similarity == "reference_layer" else None,
+        answer_tokens=max(_group_limit(p, config) for p in prompts),
+        end_ids=model.tokenizer.eos,
+    )
+    out = jax.device_get(run_prompts(model.module, batch, spec))
+    return [
+        [_visit(out, b, q, slots, contexts[b], prompt, config, video) for q, prompt in enumerate(prompts)]
+        for b, slots in enumerate(groups)
+    ]
+
+
+def _group_limit(prompt: Prompt, config: AdaptTokenConfig) -> int:
+    """Answer tokens of a group pass: the letter alone where there are options."""
+    return 1 if prompt.letters else config.max_answer_tokens
+
+
+def _visit(out, b, q, slots, context, prompt, config, video) -> Visit:
+    n = len(context.features)
+    return Visit(
+        index=-1,
+        slots=slots,
+        reply=reply(out, b, q, config),
+        relevance=out["relevance"][b, q, :n],
+        hidden=out["kept"][b, :n] if "kept" in out else None,
+        position_ids=full_position_ids(prompt, context, config, video),
+    )
+
+
+def reply(out: dict[str, np.ndarray], b: int, q: int, config: AdaptTokenConfig) -> Reply:
+    """Reads question q of context b out of what `run_prompts` returned."""
+    counted = out["counted"][b, q]
+    return Reply(
+        first_logits=out["first_logits"][b, q],
+        answer_ids=out["tokens"][b, q][counted],
+        entropy=float(-group_certainty(out["entropy"][b, q], counted, config.bottom_fraction)),
+        certainty=float(least_certain_mean(out["certainty"][b, q], counted, config.bottom_fraction)),
+    )
+
+
+def suffix_start(context: ContextTokens, prompt: Prompt, config: AdaptTokenConfig, video: VisualTokens) -> int:
+    """M-RoPE id of the first token after the visual tokens, by the rule `config.mrope`."""
+    _, height, width = video.clip.grid
+    return text_start(config.mrope, len(prompt.prefix_ids), context.position_ids, height, width, video.merge)
+
+
+def full_position_ids(prompt, context, config, video) -> np.ndarray:
+    """M-RoPE ids int32[3, P + n + T] of a whole unpadded prompt."""
+    prefix = np.arange(len(prompt.prefix_ids), dtype=np.int32)
+    suffix = suffix_start(context, prompt, config, video) + np.arange(len(prompt.suffix_ids), dtype=np.int32)
+    text = lambda ids: np.broadcast_to(ids, (3, len(ids)))  # noqa: E731
+    return np.concatenate([text(prefix), context.position_ids, text(suffix)], 1)
+
+
+def prompt_batch(model, video, contexts, prompts, config, size=None, limit=None) -> PromptBatch:
+    """Pads contexts and questions to static shapes and places them on the mesh.
+
+    `size` is the padded number of visual tokens (None: the next multiple that holds them), `limit` the number of answer
+    tokens (None: as in group passes).
+    """
+    prefix = np.asarray(prompts[0].prefix_ids, np.int32)
+    size = size or round_up(max(len(c.features) for c in contexts), _CONTEXT_STEP)
+    T = round_up(max(len(p.suffix_ids) for p in prompts), _SUFFIX_STEP)
+    starts = [suffix_start(c, prompts[0], config, video) for c in contexts]
+    answers = [[max(c.position_ids.max(initial=0), s + len(p.suffix_ids) - 1) + 1 for p in prompts]
+               for c, s in zip(contexts, starts, strict=True)]  # fmt: skip
+    split = {
+        "visual": np.stack([_padded(c.features, size, 0) for c in contexts]),
+        "visual_valid": np.stack([np.arange(size) < len(c.features) for c in contexts]),
+        "context_positions": np.stack([_context_positions(len(prefix), c, size) for c in contexts]),
+        "suffix_start": np.asarray(starts, np.int32),
+        "answer_start": np.asarray(answers, np.int32),
+    }
+    shared = {
+        "prefix_ids": prefix,
+        "suffix_ids": np.stack([_padded(np.asarray(p.suffix_ids, np.int32), T, 0) for p in prompts]),
+        "suffix_length": np.asarray([len(p.suffix_ids) for p in prompts], np.int32),
+        "query_rows": np.stack([_query_rows(p, T, config.relevance_queries) for p in prompts]),
+        "limit": np.asarray([limit or _group_limit(p, config) for p in prompts], np.int32),
+        "option_ids": _option_ids(prompts),
+        "key": jax.random.key(config.seed),
+    }
+    if model.mesh is not None:
+        over_data = sharding.batch_sharding(model.mesh) if len(contexts) == model.wave else None
+        everywhere = sharding.replicated(model.mesh)
+        split = jax.device_put(split, over_data or everywhere)
+        shared = jax.device_put(shared, everywhere)
+    return PromptBatch(**split, **shared)
+
+
+def _padded(array: np.ndarray, size: int, axis: int, fill=0) -> np.ndarray:
+    widths = [(0, size - array.shape[axis] if a == axis else 0) for a in range(array.ndim)]
+    return np.pad(array, widths, constant_values=fill)
+
+
+def _context_positions(prefix: int, context: ContextTokens, size: int) -> np.ndarray:
+    text = np.broadcast_to(np.arange(prefix, dtype=np.int32), (3, prefix))
+    return np.concatenate([text, _padded(context.position_ids, size, 1)], 1)
+
+
+def _query_rows(prompt: Prompt, T: int, queries: str) -> np.ndarray:
+    """Rows of the padded suffix whose attention counts as relevance: bool[T]."""
+    length = len(prompt.suffix_ids)
+    first, last = {"after_vision": (0, length), "question": prompt.question_span, "last": (length - 1, length)}[queries]
+    rows = np.arange(T)
+    return (first <= rows) & (rows < last)
+
+
+def _option_ids(prompts: list[Prompt]) -> np.ndarray:
+    widest = max(1, max(len(p.letter_ids) for p in prompts))
+    return np.stack([_padded(np.asarray(p.letter_ids, np.int32), widest, 0, -1) for p in prompts])
+
+
+def final_reply(model, video, context, prompt, config) -> Reply:
+    """Step 11: answers one question from one context of chosen tokens."""
+    batch = prompt_batch(model, video, [context], [prompt], config, limit=config.max_answer_tokens)
+    spec = PassSpec(
+        relevance=None,
+        certainty=config.certainty,
+        keep_layer=None,
+        answer_tokens=config.max_answer_tokens,
+        end_ids=model.tokenizer.eos,
+        sampling=Sampling(config.sampling_temperature, config.top_p),
+    )
+    return reply(jax.device_get(run_prompts(model.module, batch, spec)), 0, 0, config)
