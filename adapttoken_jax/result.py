@@ -1,0 +1,371 @@
+"""What one answered question leaves behind: `result.json` (version 1) and the trace that recomputes the run elsewhere.
+
+Both files appear whole or not at all. Times are in seconds, entropies in nats, positions in slots and merged tokens.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from adapttoken_jax.errors import UserError
+
+RESULT_VERSION = 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Result
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """A part of the result. NumPy and JAX values become plain Python ones, sequences tuples, on construction."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.metadata.get("saved", True):
+                object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSummary(_Record):
+    """The video as sampled. `path` is None for one in memory; `grid` is (slots, rows, columns) of 14-pixel patches."""
+
+    path: str | None
+    duration_s: float
+    source_fps: float
+    sampled_frames: int
+    slots: int
+    grid: tuple[int, int, int]
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupResult(_Record):
+    """One group: `slots` it holds and their `times_s`; what its pass said; the share of the prompt that it earned.
+
+    `entropy` and `certainty` (nats), `answer`, `option` and `weight` are None for a group that was not visited.
+    `budget` counts the tokens it was allotted before redundancy removal, `selected` those in the final prompt.
+    """
+
+    index: int
+    slots: tuple[int, ...]
+    times_s: tuple[float, ...]
+    visited: bool
+    entropy: float | None = None
+    certainty: float | None = None
+    answer: str | None = None
+    option: str | None = None
+    weight: float | None = None
+    budget: int = 0
+    selected: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection(_Record):
+    """The final prompt's `count` visual tokens in video order: slot, and row and column of the merged grid.
+
+    `candidates` is how many there were before redundancy removal.
+    """
+
+    count: int
+    candidates: int
+    slots: tuple[int, ...]
+    rows: tuple[int, ...]
+    cols: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop(_Record):
+    """Whether the scan over groups ended `early`, and why."""
+
+    early: bool
+    reason: str
+    groups_visited: int
+    groups_total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds(_Record):
+    """Wall seconds per stage."""
+
+    decode: float
+    vision: float
+    groups: float
+    final: float
+    total: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost(_Record):
+    """Work done: seconds, visual tokens prefilled (group passes and final pass), estimated FLOPs."""
+
+    seconds: Seconds
+    visual_tokens_prefilled: int
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSummary(_Record):
+    """Which model answered: checkpoint path, `model_type`, parameter dtype, mesh axis sizes (None on one device)."""
+
+    path: str
+    type: str
+    dtype: str
+    mesh: Mapping[str, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(_Record):
+    """The answer to one question and everything that led to it.
+
+    Attributes:
+      answer: the generated text.
+      option: its letter; None for an open question.
+      option_probabilities: letter -> probability of the first token among the letters; None for an open question.
+      entropy: response entropy of the final answer, nats.
+      method: one of `config.METHODS`.
+      config: every field of the `AdaptTokenConfig` that ran.
+      versions: package -> version.
+      trace: the arrays of `write_trace` if they were asked for; not part of `result.json`.
+    """
+
+    answer: str
+    option: str | None
+    option_probabilities: Mapping[str, float] | None
+    entropy: float | None
+    method: str
+    video: VideoSummary
+    groups: tuple[GroupResult, ...]
+    selected: Selection
+    stop: Stop
+    cost: Cost
+    config: Mapping[str, Any]
+    model: ModelSummary
+    versions: Mapping[str, str]
+    trace: Mapping[str, np.ndarray] | None = dataclasses.field(
+        default=None, repr=False, compare=False, metadata={"saved": False}
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `result.json`: plain values, numbers that are not finite as None."""
+        return {"version": RESULT_VERSION, **_saved(self)}
+
+    def to_json(self) -> str:
+        """`result.json`, version 1: one line per key and per group, strictly JSON (no NaN)."""
+        content = self.to_dict()
+        lines = [f'  "{key}": {json.dumps(value, allow_nan=False)}' for key, value in content.items()]
+        groups = ",\n".join(f"    {json.dumps(group, allow_nan=False)}" for group in content["groups"])
+        if groups:
+            lines[list(content).index("groups")] = f'  "groups": [\n{groups}\n  ]'
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "result.json") -> "Result":
+        """The result that `to_json` wrote; `source` names the file in errors.
+
+        Raises:
+          UserError: not JSON, another version, or a missing or unknown key.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{source}: not valid JSON ({error})") from None
+        version = content.pop("version", None) if isinstance(content, dict) else None
+        if version != RESULT_VERSION:
+            raise UserError(f"{source}: version {version!r} of the result format; this release reads {RESULT_VERSION}")
+        return _restored(cls, content, source)
+
+
+def _plain(value):
+    """`value` as plain Python, for NumPy and JAX scalars and arrays, paths, mappings and sequences of such."""
+    if isinstance(value, np.generic | np.ndarray) or hasattr(value, "__array__"):
+        return _plain(np.asarray(value).tolist())
+    if value is None or isinstance(value, str | bool | int | float | _Record):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"a result cannot hold a {type(value).__name__}: {value!r}")
+
+
+def _saved(value):
+    """`value` as JSON has it."""
+    if isinstance(value, _Record):
+        fields = [field.name for field in dataclasses.fields(value) if field.metadata.get("saved", True)]
+        return {name: _saved(getattr(value, name)) for name in fields}
+    if isinstance(value, Mapping):
+        return {key: _saved(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_saved(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restored(record: type[_Record], content, where: str):
+    """Builds `record` and the records inside it from what `_saved` made of them."""
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: must be a JSON object")
+    types = {field.name: field.type for field in dataclasses.fields(record) if field.metadata.get("saved", True)}
+    for key in [*types, *content]:
+        if (key in types) != (key in content):
+            raise UserError(f"{where}: the key {key!r} is {'missing' if key in types else 'unknown'}")
+    return record(**{key: _restored_value(types[key], content[key], f"{where}: {key}") for key in types})
+
+
+def _restored_value(kind, content, where: str):
+    if isinstance(kind, type) and issubclass(kind, _Record):
+        return _restored(kind, content, where)
+    item = (typing.get_args(kind) or (None,))[0]
+    if isinstance(item, type) and issubclass(item, _Record):
+        if not isinstance(content, list):
+            raise UserError(f"{where}: must be a JSON array")
+        return tuple(_restored(item, each, f"{where}[{i}]") for i, each in enumerate(content))
+    return content
+
+
+def plain_json(value) -> Any:
+    """Nested NumPy or plain values as `json` takes them; numbers that are not finite become None."""
+    return _saved(_plain(value))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, this package and the packages that a result depends on; those not installed are left out."""
+    packages = ("adapttoken-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors", "av", "pillow")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trace
+# ---------------------------------------------------------------------------------------------------------------------
+
+# name -> (kind, axes). Equal letters are equal sizes: N frames, T slots, P patches (of F numbers), M merged tokens per
+# slot, D width, G groups, K slots per group, R = K * M, S and U prompt lengths (group, final), V vocabulary, C
+# candidates, B selected tokens; A, X, Y appear once. A digit is a size itself.
+TRACE_ARRAYS: dict[str, tuple[str, str]] = {
+    "frame_indices": ("int", "N"),
+    "frame_times": ("float", "N"),
+    "grid": ("int", "3"),
+    "patches": ("float", "PF"),
+    "visual_features": ("float", "TMD"),
+    "groups": ("int", "GK"),
+    "prefix_ids": ("int", "X"),
+    "suffix_ids": ("int", "Y"),
+    "group_position_ids": ("int", "G3S"),
+    "group_first_logits": ("float", "GV"),
+    "group_entropy": ("float", "G"),
+    "group_certainty": ("float", "G"),
+    "group_relevance": ("float", "GR"),
+    "budget": ("int", "G"),
+    "candidates": ("int", "C3"),
+    "selected": ("int", "B3"),
+    "final_position_ids": ("int", "3U"),
+    "final_first_logits": ("float", "V"),
+    "answer_ids": ("int", "A"),
+}
+
+
+def write_trace(path, arrays: Mapping[str, Any]) -> None:
+    """Writes the arrays of `--trace` as an uncompressed `.npz`, integers as int32.
+
+    Raises:
+      ValueError: a missing or unknown name, floats that are not float32, integers beyond int32, or shapes that
+        contradict `TRACE_ARRAYS` or one another.
+    """
+    missing, unknown = set(TRACE_ARRAYS) - set(arrays), set(arrays) - set(TRACE_ARRAYS)
+    if missing or unknown:
+        raise ValueError(f"trace: missing {sorted(missing)}, unknown {sorted(unknown)}")
+    checked = {name: _trace_array(name, np.asarray(arrays[name])) for name in TRACE_ARRAYS}
+    _check_trace_shapes(checked)
+    with atomic_file(path) as file:
+        np.savez(file, **checked)
+
+
+def _trace_array(name: str, array: np.ndarray) -> np.ndarray:
+    kind, axes = TRACE_ARRAYS[name]
+    if array.ndim != len(axes):
+        raise ValueError(f"trace: {name} has shape {array.shape}; its axes are {axes}")
+    if kind == "float":
+        if array.dtype != np.float32:
+            raise ValueError(f"trace: {name} is {array.dtype}; it must be float32")
+        return array
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"trace: {name} is {array.dtype}; it must be an integer type")
+    if array.size and (array.min() < -(2**31) or array.max() >= 2**31):
+        raise ValueError(f"trace: {name} has values beyond int32")
+    return array.astype(np.int32)
+
+
+def _check_trace_shapes(arrays: Mapping[str, np.ndarray]) -> None:
+    sizes: dict[str, int] = {}
+    for name, array in arrays.items():
+        for axis, size in zip(TRACE_ARRAYS[name][1], array.shape, strict=True):
+            expected = int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
+            # Without groups (`uniform`, `full`) the other axes of their arrays mean nothing.
+            if size != expected and array.size:
+                raise ValueError(f"trace: axis {axis} of {name} is {size}; it must be {expected}")
+    if sizes["P"] != arrays["grid"].prod():
+        raise ValueError(f"trace: {sizes['P']} patches, but the grid is {arrays['grid'].tolist()}")
+    if sizes["G"] and sizes["R"] != sizes["K"] * sizes["M"]:
+        raise ValueError(f"trace: group_relevance has {sizes['R']} columns for {sizes['K']} x {sizes['M']} tokens")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_file(path) -> Iterator[typing.BinaryIO]:
+    """Opens a binary file that replaces `path` when the block ends well and leaves nothing behind when it does not.
+
+    A link is followed. Something that is not a plain file, as /dev/null, is written to directly.
+    """
+    path = pathlib.Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as file:
+            yield file
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_result(path, result: Result) -> None:
+    """Writes `result.json` to `path`."""
+    with atomic_file(path) as file:
+        file.write(result.to_json().encode("utf-8"))
+
+
+def read_result(path) -> Result:
+    """Reads a `result.json`.
+
+    Raises:
+      UserError: no such file, or what `Result.from_json` refuses.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return Result.from_json(path.read_text(encoding="utf-8"), str(path))
