@@ -16,8 +16,8 @@ from adapttoken_jax.config import METHODS, AdaptTokenConfig, ModelConfig, read_m
 from adapttoken_jax.encoding import Progress, VisualTokens, encode_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.loading import Model
-from adapttoken_jax.prompt import Prompt, build_prompt, check_question, parse_option
-from adapttoken_jax.scan import ContextTokens, Reply, Scan, final_reply, full_position_ids, visit_groups
+from adapttoken_jax.prompt import Prompt, build_prompt, check_question
+from adapttoken_jax.scan import ContextTokens, Reply, Scan, final_reply, full_position_ids, read_answer, visit_groups
 from adapttoken_jax.selection import (
     allocate_budget,
     candidate_count,
@@ -209,15 +209,6 @@ def select(run: Run) -> Selected:
     return Selected(weights, budgets, candidates, candidates[kept])
 
 
-def _read_option(run: Run, reply: Reply) -> tuple[str, str | None]:
-    """The answer's text, and its option: read from the text, else the letter that was likeliest as the first token."""
-    text = run.model.tokenizer.decode(reply.answer_ids).strip()
-    if not run.prompt.letters:
-        return text, None
-    option = parse_option(text, run.prompt.letters, run.prompt.options)
-    return text, option or run.prompt.letters[int(np.argmax(reply.first_logits[list(run.prompt.letter_ids)]))]
-
-
 def option_probabilities(prompt: Prompt, first_logits: np.ndarray) -> dict[str, float] | None:
     """Probability of each letter as the first token, among the letters."""
     if not prompt.letters:
@@ -233,7 +224,7 @@ def option_probabilities(prompt: Prompt, first_logits: np.ndarray) -> dict[str, 
 
 
 def _result(run: Run, selected: Selected, final: Reply, trace) -> result.Result:
-    text, option = _read_option(run, final)
+    text, option = read_answer(run.model, run.prompt, final)
     slots, rows, cols = selected.tokens.T
     return result.Result(
         answer=text,
@@ -282,7 +273,7 @@ def _visited(run: Run, selected: Selected, place: int | None) -> dict:
     if place is None:
         return {}
     reply = run.scan.visits[place].reply
-    text, option = _read_option(run, reply)
+    text, option = read_answer(run.model, run.prompt, reply)
     return {
         "entropy": reply.entropy, "certainty": reply.certainty, "answer": text, "option": option,
         "weight": float(selected.weights[place]), "budget": int(selected.budgets[place]),

@@ -18,7 +18,7 @@ from adapttoken_jax.geometry import round_up, text_start
 from adapttoken_jax.loading import Model
 from adapttoken_jax.model.generation import Sampling
 from adapttoken_jax.passes import PassSpec, PromptBatch, run_prompts
-from adapttoken_jax.prompt import Prompt
+from adapttoken_jax.prompt import Prompt, parse_option
 from adapttoken_jax.selection import group_certainty, group_slots, least_certain_mean, should_stop, visiting_order
 
 _SUFFIX_STEP = 32  # suffixes are padded to a multiple of this, so that questions of similar length share a program
@@ -102,7 +102,7 @@ def visit_groups(
             for q, visit in enumerate(per_question):
                 if not reasons[q]:
                     visits[q].append(dataclasses.replace(visit, index=int(g)))
-                    reasons[q] = _stop_reason(model, visits[q], config) if may_stop else ""
+                    reasons[q] = _stop_reason(model, prompts[q], visits[q], config) if may_stop else ""
         if on_progress:
             on_progress("groups", max(len(v) for v in visits), len(groups))
         if all(reasons):
@@ -110,12 +110,21 @@ def visit_groups(
     return [Scan(v, reason if len(v) < len(groups) else "") for v, reason in zip(visits, reasons, strict=True)]
 
 
-def _stop_reason(model: Model, visits: list[Visit], config: AdaptTokenConfig) -> str:
-    answers = [model.tokenizer.decode(v.reply.answer_ids).strip().casefold() or None for v in visits]
+def _stop_reason(model: Model, prompt: Prompt, visits: list[Visit], config: AdaptTokenConfig) -> str:
+    read = [read_answer(model, prompt, v.reply) for v in visits]
     return should_stop(
-        [v.reply.entropy for v in visits], answers,
+        [v.reply.entropy for v in visits], [option or text.casefold() or None for text, option in read],
         groups=config.stop_groups, entropy=config.stop_entropy, agreement=config.stop_agreement,
     )  # fmt: skip
+
+
+def read_answer(model: Model, prompt: Prompt, reply: Reply) -> tuple[str, str | None]:
+    """The answer's text, and its option: read from the text, else the letter that was likeliest as the first token."""
+    text = model.tokenizer.decode(reply.answer_ids).strip()
+    if not prompt.letters:
+        return text, None
+    option = parse_option(text, prompt.letters, prompt.options)
+    return text, option or prompt.letters[int(np.argmax(reply.first_logits[list(prompt.letter_ids)]))]
 
 
 def _ask_wave(model, video, groups, prompts, config) -> list[list[Visit]]:

@@ -1,0 +1,126 @@
+"""Every stage of the model against transformers in float32, over all tiny shapes and awkward grids."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from adapttoken_jax import geometry, parameters
+from adapttoken_jax.config import read_model_config
+from adapttoken_jax.model import Probe, Qwen25VL
+from adapttoken_jax.model.generation import generate
+from adapttoken_jax.model.reference import decode_sequence
+from adapttoken_jax.parity import pytorch_method as oracle
+from tests import tiny
+
+# The whole stack is float32 on both sides; sums of a few hundred terms in another order differ by some 1e-6 of the
+# largest value, and a dozen layers leave that two orders below this bound.
+TOLERANCE = 1e-4
+
+# Slots, rows and columns of patches: windows that divide the grid and that do not, more than one slot, not square.
+GRIDS = {"one_window": (2, 4, 4), "ragged": (3, 10, 14), "wide": (2, 6, 22), "tall": (4, 18, 4), "exact": (2, 16, 8)}
+CASES = [
+    (shape, list(GRIDS)[(i + j) % len(GRIDS)]) for i, shape in enumerate(tiny.SHAPES) for j in ((0, 1) if i < 3 else (0,))
+]
+
+
+def relative(ours, theirs) -> float:
+    theirs = np.asarray(theirs)
+    return float(np.abs(np.asarray(ours).reshape(theirs.shape) - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    cache = {}
+
+    def load(shape):
+        if shape not in cache:
+            directory = tiny.write_checkpoint(tmp_path_factory.mktemp(shape), tiny.SHAPES[shape])
+            config = read_model_config(directory)
+            stored = safetensors.numpy.load_file(directory / "model.safetensors")
+
+            def leaf(parameter):
+                layers = [parameter.from_stored(stored[key]) for key in parameter.keys]
+                return jnp.asarray(layers[0] if parameter.layers is None else np.stack(layers))
+
+            cache[shape] = Qwen25VL(config, parameters.tree(config, leaf)), tiny.load_torch(directory)
+        return cache[shape]
+
+    return load
+
+
+def random_patches(grid, seed=0):
+    slots, height, width = grid
+    return np.random.default_rng(seed).normal(size=(slots, height * width, 1176)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("shape", "grid"), CASES)
+def test_vision_tower_and_decoder_match_transformers(load, shape, grid):
+    model, torch_model = load(shape)
+    grid, config = GRIDS[grid], model.config
+    patches = random_patches(grid)
+    layout = geometry.window_layout(config.vision, *grid[1:])
+    ours = jax.jit(lambda m, p: m.vision(p, layout, return_layers=True))(model, patches)
+    theirs = oracle.vision_stages(torch_model, patches.reshape(-1, 1176), grid)
+    assert relative(ours["features"], theirs["features"]) < TOLERANCE
+    for layer in range(config.vision.layers):
+        assert relative(ours["layers"][layer], theirs["layers"][layer]) < TOLERANCE
+
+    prefix, suffix = [5, 6, 7, config.vision_start], [config.vision_end, 8, 9, 10, 11, 12]
+    visual = geometry.grid_position_ids(4, geometry.time_ids(range(grid[0]), 1.5, 2), *grid[1:], 2)
+    start = geometry.text_start("legacy", 4, visual, *grid[1:], 2)
+    ids = np.concatenate([geometry.suffix_position_ids(0, 4), visual, geometry.suffix_position_ids(start, 6)], 1)
+    embeddings = oracle.prompt_embeddings(torch_model, prefix, theirs["features"].reshape(-1, config.text.width), suffix)
+    stages = oracle.hidden_states(torch_model, embeddings, ids)
+    S, layer = ids.shape[1] - 6, config.text.layers - 1
+
+    @jax.jit
+    def run(model, x, ids):
+        text = model.text
+        probe = Probe(layer, lambda p: p.max((2, 3)))
+        context, kept = text.prefill(x[None, :S], ids[None, :, :S], jnp.ones((1, S), bool), return_layers=True)
+        hidden, _, found = text.extend(
+            x[None, None, S:], ids[None, None, :, S:], jnp.ones((1, 1, 6), bool), context,
+            text.empty_tail(1, 1, 9, jnp.float32), 0, probe=probe, return_layers=True,
+        )  # fmt: skip
+        layers = jnp.concatenate([kept["layers"][:, 0], found["layers"][:, 0, 0]], 1)
+        return layers, text.logits(hidden[0, 0]), found["observed"][0, 0], decode_sequence(text, x, ids)
+
+    layers, logits, observed, reference = run(model, embeddings.numpy(), ids)
+    for index in range(config.text.layers):
+        assert relative(layers[index], stages["layers"][index]) < TOLERANCE
+        assert relative(reference["layers"][index], stages["layers"][index]) < TOLERANCE
+    assert relative(logits, stages["logits"][S:]) < TOLERANCE
+    assert relative(reference["logits"], stages["logits"]) < TOLERANCE
+    # A probability is at most one, so 1e-5 is both absolute and relative to the scale.
+    np.testing.assert_allclose(observed, stages["attentions"][layer][:, S:, :S].max((0, 1)), atol=1e-5)
+    np.testing.assert_allclose(reference["attention"], stages["attentions"], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["base", "tied", "seven_per_kv"])
+def test_thirty_two_greedy_tokens_match_transformers(load, shape):
+    import torch
+
+    model, torch_model = load(shape)
+    text, prompt, new = model.text, [3, 1, 4, 1, 5, 9, 2, 6], 32
+    theirs = torch_model.generate(
+        torch.tensor([prompt]), max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None
+    )[0, len(prompt) :]
+
+    @jax.jit
+    def run(text, ids):
+        positions = jnp.broadcast_to(jnp.arange(len(prompt)), (1, 3, len(prompt)))
+        context, _ = text.prefill(text.embed(ids[None, :5]), positions[:, :, :5], jnp.ones((1, 5), bool))
+        tail = text.empty_tail(1, 1, 3 + new, jnp.float32)
+        hidden, tail, _ = text.extend(
+            text.embed(ids[None, None, 5:]), positions[:, None, :, 5:], jnp.ones((1, 1, 3), bool), context, tail, 0
+        )
+        return generate(
+            text, text.logits(hidden[:, :, -1]), jnp.full((1, 1), len(prompt)), context, tail, 3, tokens=new,
+            limit=jnp.array([new]), end_ids=(), measure=lambda logits: logits.max(-1, keepdims=True),
+        )  # fmt: skip
+
+    generation = run(text, jnp.array(prompt))
+    assert generation.tokens[0, 0].tolist() == theirs.tolist()
+    assert bool(generation.counted.all()) and int(generation.step) == new
