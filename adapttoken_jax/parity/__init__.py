@@ -1,0 +1,1 @@
+"""Checks of this library against PyTorch. Only this package and the tests import torch and transformers."""
