@@ -134,7 +134,7 @@ _SECTIONS = {
     ),
     "Redundancy": ("similarity", "proximity", "proximity_scale"),
     "Stopping early (lite)": ("stop_groups", "stop_entropy", "stop_agreement"),
-    "Final answer": ("final_positions", "max_answer_tokens", "sampling_temperature", "seed"),
+    "Final answer": ("final_positions", "max_answer_tokens", "sampling_temperature", "top_p", "seed"),
     "Other settings": (),
 }
 
@@ -209,8 +209,8 @@ _ANSWER_FLAGS = (
         "number format of the computation",
         "Devices",
         "NAME",
-        choices=("float32", "bfloat16"),
-        shown_default="the checkpoint's own",
+        choices=("float32", "bfloat16", "float16"),
+        shown_default="float32 on a CPU, elsewhere the checkpoint's own",
     ),
     *_settings(),
     _DEBUG,
@@ -221,15 +221,15 @@ def _answer(values: flags.FlagValues) -> int:
     """`adapttoken answer`. What can be wrong is checked before weights are loaded."""
     method = _method(values)
     _check_outputs(values, ("json", "trace"))
-    if values.dry_run:
-        if values.trace:
-            raise UserError("--trace: a dry run has nothing to trace; drop one of --trace and --dry_run")
-        return _dry_run(values, method)
-    _check_question(values)
+    if values.question is None and not values.dry_run:
+        raise UserError("--question is required: what to ask about the video")
     from adapttoken_jax import pipeline
 
-    pipeline.dry_run(values.model, values.video, _given_settings(values), method)
-    result = _run(values, method)
+    settings = _given_settings(values)
+    plan = pipeline.dry_run(values.model, values.video, settings, method, values.question, values.option)
+    if values.dry_run:
+        return _show_plan(values, plan)
+    result = _run(values, method, settings)
     _write_outputs(values, result)
     _print_answer(result, as_json=values.json == "-")
     return OK
@@ -238,51 +238,38 @@ def _answer(values: flags.FlagValues) -> int:
 def _method(values: flags.FlagValues) -> str:
     if values.lite and values.method not in (None, "lite"):
         raise UserError(f"--lite: contradicts --method={values.method}; give one of them")
+    if values.dry_run and values.trace:
+        raise UserError("--trace: a dry run has nothing to trace; drop one of --trace and --dry_run")
     return "lite" if values.lite else values.method or configs.METHODS[0]
 
 
-def _check_question(values: flags.FlagValues) -> None:
-    from adapttoken_jax import prompt
+def _show_plan(values: flags.FlagValues, plan: Mapping[str, Any]) -> int:
+    from adapttoken_jax.result import atomic_file, plain_json
 
-    if values.question is None:
-        raise UserError("--question is required; write what you want to know about the video")
-    prompt.check_question(values.question, values.option)
-
-
-def _dry_run(values: flags.FlagValues, method: str) -> int:
-    from adapttoken_jax import pipeline, result
-
-    plan = pipeline.dry_run(values.model, values.video, _given_settings(values), method)
-    text = json.dumps(result.plain_json(plan), indent=2) + "\n"
-    if values.json == "-":
-        sys.stdout.write(text)
-        return OK
-    if values.json:
-        with result.atomic_file(values.json) as file:
+    text = json.dumps(plain_json(plan), indent=2) + "\n"
+    if values.json and values.json != "-":
+        with atomic_file(values.json) as file:
             file.write(text.encode("utf-8"))
-    sys.stdout.write(aligned(plan))
+    sys.stdout.write(text if values.json == "-" else aligned(plan))
     return OK
 
 
-def _run(values: flags.FlagValues, method: str):
+def _run(values: flags.FlagValues, method: str, settings: Mapping[str, Any]):
     import adapttoken_jax as at
     from adapttoken_jax.progress import Progress
-    from adapttoken_jax.sharding import MeshShape
 
-    mesh = MeshShape.parse(values.mesh) if values.mesh else None
     print(f"loading {values.model}", file=sys.stderr, flush=True)
-    model = at.load(values.model, mesh=mesh, dtype=values.dtype)
-    settings = configs.AdaptTokenConfig.for_model(model.config, **_given_settings(values))
+    model = at.load(values.model, mesh=values.mesh, dtype=values.dtype)
     with Progress() as progress:
         return at.answer(
             model,
             values.video,
             values.question,
-            options=values.option,
-            config=settings,
+            values.option,
+            config=at.AdaptTokenConfig.for_model(model.config, **settings),
             method=method,
+            trace=bool(values.trace),
             on_progress=progress,
-            return_trace=bool(values.trace),
         )
 
 
@@ -349,7 +336,6 @@ _COMPARE_FLAGS = (
 
 
 def _compare(values: flags.FlagValues) -> int:
-    _check_question(values)
     try:
         from adapttoken_jax.parity.compare import compare
 
@@ -493,7 +479,8 @@ def _flag_error(error: flags.Error) -> str:
     """absl's message in our words."""
     text = str(error)
     if isinstance(error, flags.CantOpenFlagFileError):
-        return f"--flagfile: {text.partition('flagfile: ')[2] or text}"
+        reason, _, path = text.partition("] ")[2].partition(": ")
+        return f"--flagfile={path.strip(chr(39))}: {reason}"
     if text.startswith("Missing value for flag "):
         return f"{text.removeprefix('Missing value for flag ')}: a value must follow"
     if "Non-boolean argument" in text:
@@ -578,16 +565,10 @@ def help_text(command: Command) -> str:
     return f"usage: {PROGRAM} {command.name} {required} [--flags]\n\nThis command {command.summary}.\n{''.join(blocks)}"
 
 
-def aligned(content: Mapping[str, Any], indent: int = 0) -> str:
-    """Nested names and values as lines; the values of one level stand under each other."""
-    width = max((len(key) for key, value in content.items() if not isinstance(value, Mapping)), default=0)
-    text = ""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            text += f"{'':{indent}}{key}\n{aligned(value, indent + 2)}"
-        else:
-            text += f"{'':{indent}}{key:<{width}}  {_cell(value)}\n"
-    return text
+def aligned(content: Mapping[str, Any]) -> str:
+    """Names and values as lines; the values stand under each other."""
+    width = max(map(len, content))
+    return "".join(f"{key:<{width}}  {_cell(value)}\n" for key, value in content.items())
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -8,10 +8,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Called as `progress(stage, done, total, note)`; stages may overlap. Use it as a context manager.
+    """Called as `progress(stage, done, total)`; stages may overlap. Use it as a context manager.
 
-    On a terminal each stage has a bar that shows `note` behind it. Elsewhere a stage writes a line when it is complete,
-    and at most every `SECONDS_BETWEEN_LINES` seconds before that, so that logs stay short.
+    On a terminal each stage has a bar. Elsewhere a stage writes a line when it is complete, and at most every
+    `SECONDS_BETWEEN_LINES` seconds before that, so that logs stay short.
     """
 
     def __init__(self, stream: TextIO | None = None):
@@ -27,21 +27,19 @@ class Progress:
             bar.close()
         self._bars.clear()
 
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+    def __call__(self, stage: str, done: int, total: int) -> None:
         if self._stream.isatty():
-            self._show_bar(stage, done, total, note)
+            self._show_bar(stage, done, total)
         elif self._line_is_due(stage, done, total):
-            print(f"{stage}: {done} of {total}{f', {note}' if note else ''}", file=self._stream, flush=True)
+            print(f"{stage}: {done} of {total}", file=self._stream, flush=True)
 
-    def _show_bar(self, stage: str, done: int, total: int, note: str) -> None:
+    def _show_bar(self, stage: str, done: int, total: int) -> None:
         import tqdm  # only a terminal pays for it
 
         if stage not in self._bars:
-            layout = "{desc:<8} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            layout = "{desc:<8} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
             self._bars[stage] = tqdm.tqdm(total=total, desc=stage, file=self._stream, bar_format=layout)
-        bar = self._bars[stage]
-        bar.set_postfix_str(note, refresh=False)
-        bar.update(done - bar.n)
+        self._bars[stage].update(done - self._bars[stage].n)
 
     def _line_is_due(self, stage: str, done: int, total: int) -> bool:
         now = time.monotonic()

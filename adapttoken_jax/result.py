@@ -320,8 +320,11 @@ def _check_trace_shapes(arrays: Mapping[str, np.ndarray]) -> None:
             # Without groups (`uniform`, `full`) the other axes of their arrays mean nothing.
             if size != expected and array.size:
                 raise ValueError(f"trace: axis {axis} of {name} is {size}; it must be {expected}")
-    if sizes["P"] != arrays["grid"].prod():
-        raise ValueError(f"trace: {sizes['P']} patches, but the grid is {arrays['grid'].tolist()}")
+    slots, rows, cols = arrays["grid"].tolist()
+    if sizes["P"] != slots * rows * cols:
+        raise ValueError(f"trace: {sizes['P']} patches, but the grid is {(slots, rows, cols)}")
+    if (sizes["T"], 4 * sizes["M"]) != (slots, rows * cols):
+        raise ValueError(f"trace: {sizes['T']} slots of {sizes['M']} tokens, but the grid is {(slots, rows, cols)}")
     if sizes["G"] and sizes["R"] != sizes["K"] * sizes["M"]:
         raise ValueError(f"trace: group_relevance has {sizes['R']} columns for {sizes['K']} x {sizes['M']} tokens")
 

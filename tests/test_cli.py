@@ -1,0 +1,405 @@
+"""The command line around the commands: help, flags, exit codes, what goes to which stream. No model is loaded here."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from adapttoken_jax import cli
+from adapttoken_jax.config import METHODS, AdaptTokenConfig
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.progress import Progress
+from tests.test_result import make_result, make_trace
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ANSWER = next(command for command in cli.COMMANDS if command.name == "answer")
+INPUT = ["--model", "m", "--video", "v.mp4", "--question", "Where?"]
+
+
+def command(run, flags=()):
+    """A command table with one command, `try`, that runs `run`."""
+    return [cli.Command("try", "tries something", (*flags, cli.Flag("debug", bool, "", "General")), run)]
+
+
+def one_line(capsys, argv, commands=cli.COMMANDS):
+    """The single line that a mistake leaves on stderr; stdout stays empty and the status is 2."""
+    assert cli.main(argv, commands) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith("\n")
+    return err.rstrip("\n")
+
+
+def subprocess_cli(*argv):
+    line = [sys.executable, "-m", "adapttoken_jax.cli", *argv]
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+# Help
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_the_overview_lists_every_command(capsys, argv):
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and out.startswith("usage: adapttoken COMMAND")
+    for listed in cli.COMMANDS:
+        assert f"  {listed.name} " in out and listed.summary in out
+
+
+@pytest.mark.parametrize("listed", cli.COMMANDS, ids=lambda c: c.name)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_the_help_of_a_command_shows_its_flags_and_no_others(capsys, listed, flag):
+    assert cli.main([listed.name, flag]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    shown = {line.split()[0].replace("[no]", "") for line in out.splitlines() if line.startswith("  --")}
+    assert shown == {f"--{flag.name}" for flag in listed.flags} | {"--flagfile"}
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_help_shows_choices_and_defaults(capsys):
+    cli.main(["answer", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--fps X frames sampled per second of video (default 4)" in out
+    assert "legacy, hf5 (default legacy)" in out
+    assert "--[no]stop_agreement lite: the certain groups must agree on the answer (default true)" in out
+    assert "visual tokens in the final prompt (default the model's preset, else 7040)" in out
+    assert "adapttoken, lite, flexselect, uniform, full (default adapttoken)" in out
+    assert "Other settings" not in out  # every setting has a section of its own
+
+
+def test_help_does_not_wait_for_jax():
+    code = (
+        "import sys; from adapttoken_jax import cli; cli.main(['answer', '--help']);"
+        "print({'jax', 'flax', 'numpy', 'tokenizers', 'av', 'torch', 'tqdm'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stderr == "set()\n"
+
+
+def test_the_version_is_one_line(capsys):
+    assert cli.main(["--version"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("adapttoken ") and out.count("\n") == 1 and err == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("answr", "adapttoken: unknown command 'answr', did you mean 'answer'?; see adapttoken --help"),
+        ("evaluate-it-all", "adapttoken: unknown command 'evaluate-it-all'; see adapttoken --help"),
+        ("--model", "adapttoken: --model: a command comes first (answer, convert, compare); see adapttoken --help"),
+    ],
+)
+def test_an_unknown_command_is_one_line(capsys, word, words):
+    assert one_line(capsys, [word]) == words
+
+
+# Flags
+
+
+def given(argv):
+    values = cli.parse(ANSWER, argv)
+    return cli._given_settings(values)
+
+
+def test_every_setting_is_a_flag_that_is_not_given_by_default():
+    assert given([]) == {}
+    for field in dataclasses.fields(AdaptTokenConfig):
+        other = field.metadata.get("choices", (None, None))[1]
+        if other is None:
+            other = not field.default if isinstance(field.default, bool) else field.default
+        text = str(other).lower() if isinstance(other, bool) else str(other)
+        for argv in ([f"--{field.name}={text}"], [f"--{field.name}", text]):
+            if isinstance(other, bool) and len(argv) == 2:
+                continue  # a switch takes no word of its own
+            parsed = given(argv)
+            assert parsed == {field.name: other} and type(parsed[field.name]) is type(field.default)
+            AdaptTokenConfig(**parsed)
+
+
+def test_flags_set_and_unset_switches_and_repeat_lists():
+    assert given(["--nostop_agreement"]) == {"stop_agreement": False}
+    assert given(["--stop_agreement"]) == {"stop_agreement": True}
+    assert given(["--budget", "5", "--budget", "6"]) == {"budget": 6}
+    assert given(["--fps", "4"]) == {"fps": 4.0}
+    values = cli.parse(ANSWER, ["--option", "a, b", "--option=-5", "--option", "--"])
+    assert values.option == ["a, b", "-5", "--"]
+
+
+def test_a_flag_file_sets_flags(tmp_path):
+    inner, outer = tmp_path / "inner", tmp_path / "outer"
+    inner.write_text("# a comment\n--budget=12\n--option=a b\n")
+    outer.write_text(f"--flagfile={inner}\n--lite\n")
+    values = cli.parse(ANSWER, [f"--flagfile={outer}", "--budget=13", "--option", "c"])
+    assert (values.budget, values.lite, values.option) == (13, True, ["a b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--modle", "x"], "--modle: unknown flag; did you mean --model?"),
+        (["--xyzzy"], "--xyzzy: unknown flag; see adapttoken answer --help"),
+        (["--budget=many"], "--budget=many: must be a whole number"),
+        (["--budget=1.5"], "--budget=1.5: must be a whole number"),
+        (["--budget=0"], "--budget=0: must be at least 1"),
+        (["--fps=fast"], "--fps=fast: must be a number"),
+        (["--fps=nan"], "--fps=nan: must be a finite number"),
+        (["--bottom_fraction=1.5"], "--bottom_fraction=1.5: must be at most 1.0"),
+        (["--mrope=new"], "--mrope=new: choose one of legacy, hf5"),
+        (["--method=best"], f"--method=best: choose one of {', '.join(METHODS)}"),
+        (["--stop_agreement=perhaps"], "--stop_agreement=perhaps: must be true or false"),
+        (["--video"], "--video: a value must follow"),
+        (["--flagfile=/no/such"], "--flagfile=/no/such: No such file or directory"),
+        (["--model", "m", "x y"], "'x y' belongs to no flag; put quotes around values with spaces"),
+        (["--video", "v"], "--model is required: directory of a Hugging Face or converted checkpoint"),
+        (["--model", "m"], "--video is required: video file"),
+        (["--model", "m", "--video", "v"], "--question is required: what to ask about the video"),
+        ([*INPUT, "--lite", "--method=full"], "--lite: contradicts --method=full; give one of them"),
+        (
+            [*INPUT, "--dry_run", "--trace=t"],
+            "--trace: a dry run has nothing to trace; drop one of --trace and --dry_run",
+        ),
+    ],
+)
+def test_a_mistake_in_the_flags_is_one_line(capsys, argv, words):
+    assert one_line(capsys, ["answer", *argv]) == f"adapttoken answer: {words}"
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "words"),
+    [
+        ("convert", [], "--source is required"),
+        ("convert", ["--source=a"], "--target is required"),
+        ("convert", ["--source=a", "--target=b", "--to=pickle"], "--to=pickle: choose one of orbax, huggingface"),
+        ("compare", INPUT[:4], "--question is required"),
+        ("compare", [*INPUT, "--tolerance=-1"], "--tolerance=-1: must be at least 0.0"),
+        ("compare", [*INPUT, "--json=x"], "--json: unknown flag"),
+    ],
+)
+def test_the_other_commands_check_their_flags(capsys, name, argv, words):
+    assert words in one_line(capsys, [name, *argv])
+
+
+def test_lite_is_a_method_and_lite_twice_is_no_contradiction():
+    methods = [cli._method(cli.parse(ANSWER, argv)) for argv in ([], ["--lite"], ["--lite", "--method=lite"])]
+    assert methods == ["adapttoken", "lite", "lite"]
+    assert [cli._method(cli.parse(ANSWER, [f"--method={name}"])) for name in METHODS] == list(METHODS)
+
+
+# Output files
+
+
+@pytest.mark.parametrize("flag", ["json", "trace"])
+def test_outputs_are_checked_before_any_work(capsys, tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "v.mp4").write_bytes(b"film")
+    os.link("v.mp4", "hard.mp4")
+    os.symlink("v.mp4", "soft.mp4")
+    cases = {
+        str(tmp_path): "is a directory",
+        "": "is a directory",
+        "no/such/out": "does not exist; create it first",
+        "v.mp4": "the same file as --video",
+        "soft.mp4": "the same file as --video",
+    }
+    for path, words in cases.items():
+        line = one_line(capsys, ["answer", *INPUT, f"--{flag}={path}"])
+        assert line.startswith(f"adapttoken answer: --{flag}={path}: ") and words in line
+    assert (tmp_path / "v.mp4").read_bytes() == b"film"
+
+
+def test_two_outputs_cannot_be_one_file(capsys, tmp_path):
+    path = tmp_path / "out"
+    line = one_line(capsys, ["answer", *INPUT, f"--json={path}", f"--trace={tmp_path}/./out"])
+    assert "the same file as --json" in line
+
+
+def test_a_directory_without_write_permission_is_refused(tmp_path, monkeypatch):
+    # Root may write anywhere, so the system's answer is asked for rather than provoked.
+    monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) != str(tmp_path))
+    with pytest.raises(UserError, match=r"--json=.*: Permission denied"):
+        cli.check_output("json", str(tmp_path / "out"))
+
+
+def test_devices_are_outputs_too(tmp_path):
+    cli.check_output("json", os.devnull)
+    cli.check_output("json", str(tmp_path / "new.json"))
+    (tmp_path / "old.json").write_text("{}")
+    cli.check_output("json", str(tmp_path / "old.json"))
+
+
+# Exit codes
+
+
+def test_the_status_of_a_command_is_the_programs(capsys):
+    for status in (0, 1):
+        assert cli.main(["try"], command(lambda values, status=status: status)) == status
+    assert capsys.readouterr() == ("", "")
+
+
+def raising(error):
+    def run(values):
+        raise error
+
+    return command(run)
+
+
+def test_a_users_mistake_is_one_line_and_with_debug_a_traceback_too(capsys):
+    commands = raising(UserError("--budget=3: too\n  small"))
+    assert one_line(capsys, ["try"], commands) == "adapttoken try: --budget=3: too small"
+    assert cli.main(["try", "--debug"], commands) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and err.endswith("adapttoken try: --budget=3: too small\n")
+
+
+def test_what_the_system_refuses_is_one_line(capsys):
+    error = OSError(28, "No space left on device", "/out/result.json")
+    assert one_line(capsys, ["try"], raising(error)) == "adapttoken try: /out/result.json: No space left on device"
+    assert one_line(capsys, ["try"], raising(OSError("odd"))) == "adapttoken try: odd"
+
+
+def test_a_fault_of_the_program_is_one_line_with_a_status_of_its_own(capsys):
+    commands = raising(ZeroDivisionError("a\nb"))
+    assert cli.main(["try"], commands) == 3
+    line = "adapttoken try: internal error: ZeroDivisionError: a"
+    assert capsys.readouterr().err == f"{line} (run again with --debug for a traceback)\n"
+    assert cli.main(["try", "--debug"], commands) == 3
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.endswith(f"{line}\n")
+
+
+def test_an_interrupt_is_130(capsys):
+    assert cli.main(["try"], raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "adapttoken try: interrupted\n")
+
+
+def test_ctrl_c_ends_the_process_with_130_and_no_traceback():
+    code = (
+        "import sys, time; from adapttoken_jax import cli;"
+        "run = lambda values: (print('ready', flush=True), time.sleep(60));"
+        "sys.exit(cli.main(['try'], [cli.Command('try', '', (cli.Flag('debug', bool, '', 'General'),), run)]))"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == "adapttoken try: interrupted\n"
+    assert process.returncode == 130
+
+
+def test_a_reader_that_leaves_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    line = [sys.executable, "-m", "adapttoken_jax.cli", "answer", "--help"]
+    done = subprocess.run(line, stdout=write, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_program_as_a_process():
+    done = subprocess_cli("answer", "--budgte=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "adapttoken answer: --budgte: unknown flag; did you mean --budget?\n"
+    started = time.monotonic()
+    done = subprocess_cli("--help")
+    assert done.returncode == 0 and done.stderr == "" and "answer" in done.stdout
+    assert time.monotonic() - started < 10  # 0.1 s on an idle machine; JAX alone would take longer under load
+
+
+# What is printed
+
+
+def test_the_answer_alone_goes_to_stdout(capsys):
+    cli._print_answer(make_result(), as_json=False)
+    out, err = capsys.readouterr()
+    assert out == "B\n"
+    assert err == "option B (75%), entropy 0.50 nats, 1 of 2 groups, 2 of 24 visual tokens, 1.0 s\n"
+
+
+def test_the_json_alone_goes_to_stdout(capsys):
+    result = make_result()
+    cli._print_answer(result, as_json=True)
+    out, err = capsys.readouterr()
+    assert out == result.to_json() and err.count("\n") == 1
+
+
+def test_the_summary_leaves_out_what_there_is_not():
+    stop = dataclasses.replace(make_result().stop, groups_visited=0, groups_total=0)
+    result = make_result(option=None, option_probabilities=None, entropy=None, stop=stop)
+    assert cli.summary_line(result) == "2 of 24 visual tokens, 1.0 s"
+
+
+def test_outputs_are_written_where_they_were_asked_for(tmp_path, capsys):
+    argv = [*INPUT, f"--json={tmp_path}/r.json", f"--trace={tmp_path}/t.npz"]
+    cli._write_outputs(cli.parse(ANSWER, argv), make_result(trace=make_trace()))
+    assert json.loads((tmp_path / "r.json").read_text())["answer"] == "B"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "t.npz"]
+    cli._write_outputs(cli.parse(ANSWER, [*INPUT, "--json=-"]), make_result())
+    assert len(list(tmp_path.iterdir())) == 2 and capsys.readouterr() == ("", "")
+
+
+PLAN = {"duration_s": 12.5, "grid": [3, 4, 6], "groups": 2, "method": "lite", "path": None}
+
+
+def test_a_plan_is_aligned_text_or_json(tmp_path, capsys):
+    assert cli._show_plan(cli.parse(ANSWER, []), PLAN) == 0
+    text = "duration_s  12.5\ngrid        3, 4, 6\ngroups      2\nmethod      lite\npath        -\n"
+    assert capsys.readouterr().out == text
+    cli._show_plan(cli.parse(ANSWER, ["--json=-"]), PLAN)
+    assert json.loads(capsys.readouterr().out) == PLAN
+    cli._show_plan(cli.parse(ANSWER, [f"--json={tmp_path}/plan.json"]), PLAN)
+    assert capsys.readouterr().out == text and json.loads((tmp_path / "plan.json").read_text()) == PLAN
+
+
+def test_a_table_has_its_numbers_on_the_right():
+    rows = [
+        {"stage": "patches", "max_rel": 0.0, "ok": True},
+        {"stage": "layer 12", "max_rel": 1.25e-6, "ok": False},
+    ]
+    assert cli.table(rows) == "stage      max_rel  ok\npatches          0  yes\nlayer 12  1.25e-06  no\n"
+    assert cli.table([]) == ""
+
+
+# Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_log_gets_a_line_per_stage():
+    log = io.StringIO()
+    with Progress(log) as progress:
+        for done in (1, 2, 3):
+            progress("encode", done, 3)
+            progress("groups", done, 4)
+    assert log.getvalue() == "encode: 3 of 3\n"
+
+
+def test_a_long_stage_shows_signs_of_life(monkeypatch):
+    clock = iter([0.0, 9.0, 11.0, 20.0, 22.0, 23.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    log = io.StringIO()
+    with Progress(log) as progress:
+        for done in range(6):
+            progress("groups", done, 9)
+    assert log.getvalue() == "groups: 2 of 9\ngroups: 4 of 9\n"
+
+
+def test_a_terminal_gets_a_bar_per_stage():
+    terminal = Terminal()
+    with Progress(terminal) as progress:
+        progress("encode", 1, 2)
+        progress("groups", 4, 4)
+        progress("encode", 2, 2)
+    text = terminal.getvalue()
+    assert "encode" in text and "2/2" in text and "4/4" in text and "100%" in text
