@@ -48,7 +48,7 @@ class VisualTokens:
     @property
     def slot_times(self) -> np.ndarray:
         """Time of each slot's first frame, seconds."""
-        return self.clip.frame_times[::2]
+        return self.clip.slot_times
 
     def coordinates(self, slots) -> np.ndarray:
         """(slot, row, column) of every token of `slots`, int64[len(slots) M, 3]."""
