@@ -258,7 +258,8 @@ def _run(values: flags.FlagValues, method: str, settings: Mapping[str, Any]):
     import adapttoken_jax as at
     from adapttoken_jax.progress import Progress
 
-    print(f"loading {values.model}", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"loading {values.model}", file=sys.stderr, flush=True)
     model = at.load(values.model, mesh=values.mesh, dtype=values.dtype)
     with Progress() as progress:
         return at.answer(

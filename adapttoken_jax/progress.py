@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: a bar per stage on a terminal, a line now and then where nobody watches."""
+"""Progress of a run on stderr: a bar per stage on a terminal, a line now and then elsewhere."""
 
 import sys
 import time
@@ -10,13 +10,14 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Called as `progress(stage, done, total)`; stages may overlap. Use it as a context manager.
 
-    On a terminal each stage has a bar. Elsewhere a stage writes a line when it is complete, and at most every
-    `SECONDS_BETWEEN_LINES` seconds before that, so that logs stay short.
+    On a terminal each stage has a bar. Elsewhere a stage writes a line every `SECONDS_BETWEEN_LINES` seconds, and one
+    at its end if it took that long: a short run that fails leaves its error alone on stderr.
     """
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = sys.stderr if stream is None else stream
         self._bars: dict[str, object] = {}
+        self._started: dict[str, float] = {}
         self._last_line: dict[str, float] = {}
 
     def __enter__(self) -> "Progress":
@@ -43,8 +44,9 @@ class Progress:
 
     def _line_is_due(self, stage: str, done: int, total: int) -> bool:
         now = time.monotonic()
-        started = self._last_line.setdefault(stage, now)
-        if done < total and now - started < SECONDS_BETWEEN_LINES:
+        started = self._started.setdefault(stage, now)
+        since = started if done >= total else self._last_line.get(stage, started)
+        if now - since < SECONDS_BETWEEN_LINES:
             return False
         self._last_line[stage] = now
         return True

@@ -290,7 +290,7 @@ _CUE = re.compile(
     rf"(?i:{_ANSWER_IS}(?:option\s+|choice\s+|letter\s+)?){_OPEN}"
     rf"(?:{_MENTION}|([a-z])(?={_CLOSE}\s*(?:[.:;!\n]|$))){_NOT_A_LIST}"
 )
-_ALONE = re.compile(rf"\s*{_OPEN}\s*([A-Za-z])\s*{_CLOSE}[\s.,:;!]*{_CLOSE}\s*")
+_ALONE = re.compile(r"[\s(\[{<]*([A-Za-z])[\s.,:;!)\]}>]*")
 _LEADING = re.compile(
     rf"\s*[(\[{{]?(?:([A-Z])(?:\s*[)\]}}:,;!]|\s*\.(?![A-Za-z]\b)|\s+-+\s)|([a-z])[.)\]:](?=\s)){_NOT_A_LIST}"
 )

@@ -1,4 +1,4 @@
-"""The command line around the commands: help, flags, exit codes, what goes to which stream. No model is loaded here."""
+"""The command line around the commands: help, flags, exit codes, what goes to which stream. No weights are loaded."""
 
 import dataclasses
 import io
@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 
+import av
+import numpy as np
 import pytest
 
 from adapttoken_jax import cli
@@ -368,6 +370,76 @@ def test_a_table_has_its_numbers_on_the_right():
     assert cli.table([]) == ""
 
 
+# Bad input and dry runs: as much of `answer` as needs no weights
+
+CONFIG = {
+    **{"model_type": "qwen2_5_vl", "hidden_act": "silu", "tie_word_embeddings": False, "rms_norm_eps": 1e-6},
+    **{"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"intermediate_size": 96, "vocab_size": 320, "rope_theta": 1e6},
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    **{"vision_start_token_id": 300, "vision_end_token_id": 301, "image_token_id": 302, "video_token_id": 303},
+    "vision_config": {
+        **{"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64},
+        **{"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112, "in_chans": 3},
+        **{"fullatt_block_indexes": [1], "tokens_per_second": 2, "hidden_act": "silu"},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A directory with `model` (a config alone), `v.mp4` (10 s, 10 fps, 112 x 84) and `text.mp4`, which is none."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "text.mp4").write_text("no film")
+    with av.open(str(folder / "v.mp4"), "w") as container:
+        stream = container.add_stream("h264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 112, 84, "yuv420p"
+        for shade in range(100):
+            picture = np.full((84, 112, 3), shade, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return folder
+
+
+def answer(folder, **flags):
+    values = {"model": folder / "model", "video": folder / "v.mp4", **flags}
+    return ["answer", *(f"--{name}={value}" for name, value in values.items())]
+
+
+def test_a_dry_run_shows_what_would_be_done_and_needs_neither_weights_nor_question(inputs, capsys):
+    argv = answer(inputs, slots_per_group=4, budget=300, json="-")
+    assert cli.main([*argv, "--dry_run"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    # 112 x 84 is under 128 * 28 * 28 pixels: both sides grow by sqrt(100352 / 9408) and are rounded up to 28.
+    expected = {"sampled_frames": 40, "frame_size": "392x280", "grid": [20, 20, 28], "tokens_per_slot": 140}
+    expected |= {"tokens": 2800, "groups": 5, "slots_per_group": 4, "budget": 300, "reference_layer": 3}
+    assert expected.items() <= json.loads(out).items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"video": "none.mp4"}, "none.mp4"),
+        ({"video": "text.mp4"}, "text.mp4"),
+        ({"model": "none"}, "no such model directory"),
+        ({"model": "."}, "no config.json"),
+        ({"question": " "}, "--question"),
+        ({"option": "red"}, "--option"),
+        ({"reference_layer": 4}, "--reference_layer=4: the model has layers 0 to 3"),
+        ({"slots_per_group": 4, "budget": 40, "min_tokens_per_group": 9}, "--budget=40"),
+        ({"method": "uniform", "budget": 100}, "--budget=100"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path, capsys, monkeypatch, changes, words):
+    monkeypatch.chdir(inputs)
+    argv = answer(inputs, **{"question": "Where?", "json": tmp_path / "r.json", "trace": tmp_path / "t.npz", **changes})
+    assert words in one_line(capsys, argv)
+    assert list(tmp_path.iterdir()) == []
+
+
 # Progress
 
 
@@ -376,23 +448,25 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_gets_a_line_per_stage():
-    log = io.StringIO()
-    with Progress(log) as progress:
-        for done in (1, 2, 3):
-            progress("encode", done, 3)
-            progress("groups", done, 4)
-    assert log.getvalue() == "encode: 3 of 3\n"
-
-
-def test_a_long_stage_shows_signs_of_life(monkeypatch):
-    clock = iter([0.0, 9.0, 11.0, 20.0, 22.0, 23.0])
+def logged(monkeypatch, calls):
+    """The log of calls (seconds, stage, done, total)."""
+    clock = iter([call[0] for call in calls])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     log = io.StringIO()
     with Progress(log) as progress:
-        for done in range(6):
-            progress("groups", done, 9)
-    assert log.getvalue() == "groups: 2 of 9\ngroups: 4 of 9\n"
+        for _, *call in calls:
+            progress(*call)
+    return log.getvalue()
+
+
+def test_short_stages_leave_no_log(monkeypatch):
+    assert logged(monkeypatch, [(0, "encode", 1, 2), (5, "groups", 1, 1), (9, "encode", 2, 2)]) == ""
+
+
+def test_a_long_stage_shows_signs_of_life_and_its_end(monkeypatch):
+    seconds = [0, 9, 11, 20, 22, 23]
+    calls = [(second, "groups", done, 5) for done, second in enumerate(seconds)]
+    assert logged(monkeypatch, calls) == "groups: 2 of 5\ngroups: 4 of 5\ngroups: 5 of 5\n"
 
 
 def test_a_terminal_gets_a_bar_per_stage():

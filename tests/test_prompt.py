@@ -185,6 +185,25 @@ def test_vocab_and_merges_give_the_same_tokenizer(tmp_path):
     assert build_prompt(ChatTokenizer.from_directory(tmp_path), text) == build_prompt(whole, text)
 
 
+def test_vocab_and_merges_encode_as_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the oracle; it comes with the test extra")
+    tokenizer = write_checkpoint(tmp_path)
+    tokenizer.model.save(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({text: tokenizer.token_to_id(text) for text in CONTROL}))
+    ours = ChatTokenizer.from_directory(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    merges = [tuple(line.split()) for line in (tmp_path / "merges.txt").read_text().splitlines()[1:]]
+    theirs = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
+    for text in (
+        "It's the CAFE\u0301's 12 cars?\n\n  \t\u65e5\u672c -- a_b\r\n 3.5%",
+        "I'LL don't   WE'VE \n x",
+        " ",
+        "\n",
+    ):
+        assert ours.encode(text) == theirs.encode(text)
+
+
 def test_added_tokens_with_a_gap_are_refused(tmp_path):
     write_checkpoint(tmp_path).model.save(str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
