@@ -1,0 +1,32 @@
+"""From a video to the vision tower's input: probe -> plan a clip -> decode, resize and cut into patches.
+
+`probe` reads a file's timing without decoding it, `plan_clip` decides which frames are taken and how large they become,
+`read_patches` decodes them chunk by chunk. NumPy, PyAV and Pillow only: nothing here knows the model or JAX.
+
+Three presets (`PRESETS`) gather the conventions in which the published preprocessing codes differ. A *slot* is
+`temporal_patch` consecutive sampled frames (two for every released model), the unit of time that the model sees.
+"""
+
+from adapttoken_jax.video.decode import FrameReader
+from adapttoken_jax.video.patches import patch_rows, read_images, read_patches
+from adapttoken_jax.video.probe import Frames, VideoInfo, probe
+from adapttoken_jax.video.resize import resize_bicubic, resize_pillow
+from adapttoken_jax.video.sampling import PRESETS, Clip, Preset, frame_count, plan_clip, smart_resize
+
+__all__ = [
+    "PRESETS",
+    "Clip",
+    "FrameReader",
+    "Frames",
+    "Preset",
+    "VideoInfo",
+    "frame_count",
+    "patch_rows",
+    "plan_clip",
+    "probe",
+    "read_images",
+    "read_patches",
+    "resize_bicubic",
+    "resize_pillow",
+    "smart_resize",
+]

@@ -1,0 +1,145 @@
+"""Decodes chosen frames of a video, once through, converting only those to RGB.
+
+The wanted frames are known before decoding starts. Between two of them the decoder either runs on or, when the next
+one lies beyond the current group of pictures, jumps to the key frame before it. Frames are recognised by their
+timestamps, so a jump that lands elsewhere is noticed and undone.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
+
+import av
+import numpy as np
+
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.video.probe import Orientation, VideoInfo, open_video
+
+# A jump empties the decoder's pipeline, which costs about as much as decoding this many frames.
+SEEK_FRAMES = 24
+# A frame that a decoder swallows is replaced by the next one, unless that is further away than this.
+_LARGEST_GAP_S = 1.0
+
+
+class FrameReader:
+    """Reads frames of one video; use it as a context manager.
+
+    Args:
+      info: what `probe` found.
+      wanted: indices of all frames that will be asked for, in any order. The others need not be decoded at all where
+        no other frame depends on them.
+    """
+
+    def __init__(self, info: VideoInfo, wanted: Iterable[int]):
+        self._info = info
+        self._keys = np.arange(info.total) if info.pts is None else info.pts
+        self._wanted = {int(self._keys[index]) for index in wanted}
+        self._file = contextlib.ExitStack()
+        self._container = None
+        self._seekable = info.seekable
+        self._asked = self._position = -1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
+
+    def read(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (index, uint8 [H, W, 3]) for `indices`, which are ascending and among `wanted`.
+
+        A call whose first index lies before the last one of the call before goes back in the file.
+
+        Raises:
+          UserError: the file ends early or is damaged at a wanted frame.
+        """
+        for index in map(int, indices):
+            if self._info.frames is not None:
+                yield index, self._info.frames.images[index]
+            else:
+                yield index, orient(self._frame(index).to_ndarray(format="rgb24"), self._info.orientation)
+
+    def _frame(self, index: int) -> av.VideoFrame:
+        self._approach(index)
+        self._asked = index
+        key = self._keys[index]
+        while self._position < 0 or self._current[0] < key:
+            self._current = next(self._frames, None)
+            if self._current is None:
+                raise UserError(f"{self._info.name}: {self._lost(index)}; copy or download the file again")
+            self._position = int(np.searchsorted(self._keys, self._current[0]))
+        if self._time(self._position) - self._info.times[index] > _LARGEST_GAP_S:
+            raise UserError(f"{self._info.name}: {self._lost(index)}; copy or download the file again")
+        return self._current[1]
+
+    def _time(self, index: int) -> float:
+        return self._info.times[min(index, self._info.total - 1)]
+
+    def _lost(self, index: int) -> str:
+        return f"the frame at {self._info.times[index]:.2f} s cannot be decoded"
+
+    def _approach(self, index: int) -> None:
+        """Moves to the start of the file or to a key frame if running on would not reach `index` or cost more."""
+        keyframes = self._info.keyframes
+        before = int(np.searchsorted(keyframes, index, side="right")) - 1
+        start = int(keyframes[before]) if before >= 0 else 0
+        back = self._container is None or index < self._asked
+        if not back and start - self._position <= SEEK_FRAMES:
+            return
+        if self._seekable and start > SEEK_FRAMES:
+            self._seek(start)
+        elif back:
+            self._open()
+
+    def _seek(self, start: int) -> None:
+        if self._container is None:
+            self._open()
+        target = int(self._keys[start])
+        try:
+            self._container.seek(target, stream=self._stream)
+            packets = self._container.demux(self._stream)
+            first = next(packets)
+        except av.FFmpegError:
+            first = None
+        if first is None or not first.is_keyframe or first.pts is None or first.pts > target:
+            self._seekable = False  # the index of this file misleads: read on without it
+            return self._open()
+        self._frames, self._position = self._decode(itertools.chain([first], packets)), -1
+
+    def _open(self) -> None:
+        self._file.close()
+        self._container, self._stream = self._file.enter_context(open_video(self._info.path))
+        self._stream.thread_type = "AUTO"
+        self._frames, self._position = self._decode(self._container.demux(self._stream)), -1
+
+    def _decode(self, packets) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yields (key, frame) in display order, where the key is the pts or, without usable pts, a running count."""
+        counted, count = self._info.pts is None, 0
+        context = self._stream.codec_context
+        # H.264 marks the pictures that no other one refers to; unwanted ones of these need not be decoded. The
+        # packet's pts says which are wanted. HEVC's mark means less than that, so other codecs decode everything.
+        skips = context.name == "h264" and not counted
+        started = not len(self._info.keyframes)
+        try:
+            for packet in packets:
+                started = started or packet.is_keyframe
+                if not started:
+                    continue
+                if skips:
+                    context.skip_frame = "DEFAULT" if packet.pts in self._wanted else "NONREF"
+                for frame in packet.decode():
+                    yield (count if counted else frame.pts), frame
+                    count += 1
+        except av.FFmpegError as error:
+            reason = (error.strerror or type(error).__name__).lower()
+            where = f"after {self._time(max(self._position, 0)):.2f} s"
+            message = f"{self._info.name}: cannot be decoded {where} ({reason}); copy or download the file again"
+            raise UserError(message) from None
+
+
+def orient(image: np.ndarray, orientation: Orientation) -> np.ndarray:
+    """Turns a decoded image [H, W, 3] the way it is displayed; a view, not a copy."""
+    transpose, flip_rows, flip_cols = orientation
+    if transpose:
+        image = image.swapaxes(0, 1)
+    return image[:: -1 if flip_rows else 1, :: -1 if flip_cols else 1]

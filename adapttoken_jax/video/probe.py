@@ -1,0 +1,259 @@
+"""What a video is, found by reading its packets once: frame times, key frames, size, orientation. No pass of decoding.
+
+Headers are not trusted: a frame count may be 0 or count frames that an edit list hides, and a frame rate may be an
+average. The timestamps (pts) of the packets are what a player shows, so everything is derived from them.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
+
+from adapttoken_jax.errors import UserError
+
+# AVI stores no presentation times and its key-frame flags are wrong for some codecs.
+_FORMATS_WITHOUT_PTS = {"avi"}
+# Containers whose index leads to a real key frame; anything else is decoded straight through.
+_SEEKABLE_FORMATS = {"mov", "matroska"}
+# FFmpeg plays text files as a terminal recording.
+_NOT_VIDEO_FORMATS = {"tty"}
+
+# Tags in another encoding than UTF-8 are none of our business; from version 19 on PyAV never fails on them.
+_OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+Orientation = tuple[bool, bool, bool]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Frames:
+    """A video in memory, accepted wherever a path is.
+
+    Attributes:
+      images: uint8 [N, H, W, 3], RGB, in display order.
+      fps: frames per second at which `images` were taken.
+
+    Raises:
+      UserError: on construction, for another shape or type, no image, or a rate that is not positive.
+    """
+
+    images: np.ndarray = dataclasses.field(repr=False)
+    fps: float
+
+    def __post_init__(self):
+        images = self.images
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+            raise UserError("Frames.images: give a NumPy array of uint8")
+        if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+            raise UserError(
+                f"Frames.images: shape {images.shape}; give [frames, height, width, 3] with a frame or more"
+            )
+        if not (np.isfinite(self.fps) and self.fps > 0):
+            raise UserError(f"Frames.fps={self.fps}: give a positive number of frames per second")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VideoInfo:
+    """Timing and shape of a video.
+
+    Attributes:
+      path: the file, or None for `Frames`.
+      duration_s: seconds from the first frame's start to the last frame's end.
+      source_fps: frames per second, an average if the rate varies.
+      times: float64 [total] seconds of each frame in display order; the first is 0.
+      keyframes: int64 [k], ascending indices of the frames at which decoding can start.
+      width, height: pixels after the display orientation has been applied. Pixel aspect ratios are not applied, as in
+        the published preprocessing codes.
+      pts: int64 [total] timestamps in the container's units, or None when they cannot be relied on: frames are then
+        counted and never sought.
+      orientation: (transpose, flip rows, flip columns), applied in this order to every decoded frame.
+      seekable: whether decoding may start at a key frame other than the first.
+      frames: the video itself if it is in memory.
+    """
+
+    path: str | None
+    duration_s: float
+    source_fps: float
+    times: np.ndarray = dataclasses.field(repr=False)
+    keyframes: np.ndarray = dataclasses.field(repr=False)
+    width: int
+    height: int
+    pts: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    orientation: Orientation = (False, False, False)
+    seekable: bool = False
+    frames: Frames | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def total(self) -> int:
+        """Frames that a player shows."""
+        return len(self.times)
+
+    @property
+    def name(self) -> str:
+        """What error messages call this video."""
+        return self.path or "the given frames"
+
+
+def probe(source: "str | os.PathLike | Frames") -> VideoInfo:
+    """Reads the timing and shape of a video.
+
+    Packets are read once and not decoded, except the first frame (for its orientation). Only where a container has no
+    usable timestamps (AVI, raw streams) are the frames counted by decoding them.
+
+    Raises:
+      UserError: no such file, not a video, audio only, no frames, or a file that ends before its last frame.
+    """
+    if isinstance(source, Frames):
+        return _probe_frames(source)
+    path = os.fspath(source)
+    with open_video(path) as (container, stream):
+        packets = _scan(path, container, stream)
+        pts, keyframes = _displayed(packets)
+        if not packets.pts or (pts is not None and not len(pts)):
+            raise UserError(f"{path}: has a video track without frames; give another file")
+        _check_complete(path, container, stream, packets)
+        frame = packets.first_frame
+        if frame is None:
+            raise UserError(f"{path}: no frame can be decoded; the file is damaged, copy or download it again")
+        timing = _timing(path, stream, pts, packets)
+        orientation = _orientation(frame)
+        seekable = pts is not None and bool(_formats(container) & _SEEKABLE_FORMATS)
+    height, width = (frame.width, frame.height) if orientation[0] else (frame.height, frame.width)
+    return VideoInfo(
+        path, *timing, keyframes, width, height, pts=pts, orientation=orientation, seekable=seekable
+    )  # fmt: skip
+
+
+def _probe_frames(frames: Frames) -> VideoInfo:
+    total, height, width = frames.images.shape[:3]
+    times = np.arange(total) / frames.fps
+    return VideoInfo(None, total / frames.fps, float(frames.fps), times, np.arange(total), width, height, frames=frames)
+
+
+@contextlib.contextmanager
+def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """Opens a file and its first real video track (a cover picture is not one).
+
+    Raises:
+      UserError: no such file, not a video, or audio only; inside the block, any error of the demuxer or decoder.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    try:
+        with av.open(path, **_OPEN_OPTIONS) as container:
+            yield container, _video_stream(path, container)
+    except av.FFmpegError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise UserError(f"{path}: cannot be read as a video ({reason}); check the file or give another") from None
+
+
+def _video_stream(path: str, container) -> av.VideoStream:
+    pictures = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    if not streams and container.streams.audio:
+        raise UserError(f"{path}: has audio only; give a file with a video track")
+    if not streams or _formats(container) & _NOT_VIDEO_FORMATS:
+        raise UserError(f"{path}: not a video; give a video file")
+    return streams[0]
+
+
+def _formats(container) -> set[str]:
+    return set(container.format.name.split(","))
+
+
+@dataclasses.dataclass
+class _Packets:
+    """What the pass over the packets collects; lists run in file order over the packets of the video track."""
+
+    pts: list = dataclasses.field(default_factory=list)
+    key: list = dataclasses.field(default_factory=list)
+    discard: list = dataclasses.field(default_factory=list)
+    last_duration: int = 0
+    end_s: float = 0.0
+    timed: bool = True
+    first_frame: av.VideoFrame | None = None
+
+
+def _scan(path: str, container, stream) -> _Packets:
+    found = _Packets(timed=not _formats(container) & _FORMATS_WITHOUT_PTS)
+    # Matroska says how long the longest track is, so the others are needed to see whether the file is complete.
+    tracks = container.demux() if "matroska" in _formats(container) else container.demux(stream)
+    for packet in tracks:
+        if packet.stream_index == stream.index:
+            _collect(packet, found)
+        if packet.pts is not None:
+            found.end_s = max(found.end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    return found
+
+
+def _collect(packet, found: _Packets) -> None:
+    if found.first_frame is None and (packet.is_keyframe or any(found.key) or packet.size == 0):
+        found.first_frame = next(iter(packet.decode()), None)
+    if packet.size == 0 and packet.pts is None:  # the demuxer's end mark
+        return
+    found.pts.append(packet.pts)
+    found.key.append(packet.is_keyframe)
+    found.discard.append(packet.is_discard)
+    found.last_duration = packet.duration or found.last_duration
+
+
+def _displayed(packets: _Packets) -> tuple[np.ndarray | None, np.ndarray]:
+    """(pts of the shown frames in display order or None, indices of key frames among them)."""
+    first_key = packets.key.index(True) if True in packets.key else 0
+    pts, key, discard = (values[first_key:] for values in (packets.pts, packets.key, packets.discard))
+    if not packets.timed or None in pts or len(set(pts)) != len(pts):
+        return None, np.zeros(0, np.int64)
+    order = np.argsort(pts, kind="stable")
+    pts, key = np.asarray(pts, np.int64)[order], np.asarray(key, bool)[order]
+    shown = ~np.asarray(discard, bool)[order]
+    if key.any():
+        # A recording that starts inside an open GOP has pictures before its first key frame that cannot be decoded.
+        shown &= np.arange(len(pts)) >= np.argmax(key)
+    return pts[shown], np.flatnonzero(key[shown])
+
+
+def _check_complete(path: str, container, stream, packets: _Packets) -> None:
+    if "mov" in _formats(container):
+        expected, got = len(stream.index_entries), len(packets.pts)
+        if got < expected:
+            raise UserError(f"{path}: ends after {got} of {expected} frames; copy or download the file again")
+    elif "matroska" in _formats(container) and container.duration:
+        expected_s, got_s = container.duration / av.time_base, packets.end_s
+        if got_s < expected_s - max(1.0, 0.01 * expected_s):
+            raise UserError(
+                f"{path}: ends after {got_s:.1f} of {expected_s:.1f} seconds; copy or download the file again"
+            )
+
+
+def _timing(path: str, stream, pts: np.ndarray | None, packets: _Packets) -> tuple[float, float, np.ndarray]:
+    """(duration in s, frames per second, times in s)."""
+    nominal = float(stream.average_rate or stream.base_rate or 0)
+    if pts is None:
+        total, rate = _count_frames(path), nominal or 25.0
+        return total / rate, rate, np.arange(total) / rate
+    times = (pts - pts[0]) * float(stream.time_base)
+    gap = packets.last_duration * float(stream.time_base) or (float(np.median(np.diff(times))) if len(pts) > 1 else 0)
+    duration = float(times[-1]) + (gap or 1 / (nominal or 25.0))
+    rate = len(pts) / duration
+    # Timestamps may be rounded to milliseconds; where the header agrees with them its rate is the exact one.
+    return duration, nominal if abs(nominal / rate - 1) < 0.01 else rate, times
+
+
+def _count_frames(path: str) -> int:
+    with open_video(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        return sum(1 for _ in container.decode(stream))
+
+
+def _orientation(frame: av.VideoFrame) -> Orientation:
+    """Reads the display matrix, which maps a pixel (x, y) to (a x + c y, b x + d y)."""
+    side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if side_data is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(side_data, np.int32)[:5].tolist()
+    if abs(b) > abs(a):
+        return True, b < 0, c < 0
+    return False, d < 0, a < 0

@@ -1,0 +1,197 @@
+"""`FrameReader`: the right frame, from every container, however sparse or unordered the request."""
+
+import av
+import numpy as np
+import pytest
+
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.video import FrameReader, probe
+from adapttoken_jax.video.decode import SEEK_FRAMES, orient
+from tests import media
+
+
+def decode_everything(path):
+    """The oracle: every frame in display order, converted like the reference readers do."""
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def read(path, indices):
+    with FrameReader(probe(path), indices) as reader:
+        return list(reader.read(indices))
+
+
+class CountingReader(FrameReader):
+    """Counts the frames that leave the decoder."""
+
+    decoded = 0
+
+    def _decode(self, packets):
+        for item in super()._decode(packets):
+            self.decoded += 1
+            yield item
+
+
+CONTAINERS = [
+    ("a.mp4", {}),
+    ("a.mkv", {}),
+    ("a.ts", {}),
+    ("fragments.mp4", {"container_options": {"movflags": "frag_keyframe+empty_moov"}}),
+    ("a.avi", {"codec": "mpeg4", "bf": "2"}),
+    ("b.avi", {"bf": "2"}),
+    ("a.h264", {}),
+    ("a.webm", {"codec": "libvpx", "auto-alt-ref": "1", "lag-in-frames": "16"}),
+    ("hevc.mp4", {"codec": "libx265", "x265-params": "log-level=none:keyint=12"}),
+    ("intra.mkv", {"codec": "ffv1", "pix_fmt": "bgr0"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CONTAINERS, ids=[name for name, _ in CONTAINERS])
+def test_every_container_gives_the_right_frames(tmp_path, name, options):
+    path = media.write(tmp_path / name, 60, **options)
+    expected = decode_everything(path)
+    for indices in (range(60), [0, 7, 8, 30, 59], [41]):
+        got = read(path, indices)
+        assert [index for index, _ in got] == list(indices)
+        for index, image in got:
+            assert media.read_stamp(image) == index
+            np.testing.assert_array_equal(image, expected[index])
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_open_gop_each_frame_alone(tmp_path, name):
+    """After a jump, pictures shown before the key frame cannot be decoded: they need the key frame before it."""
+    path = media.open_gop(tmp_path / name, 72)
+    expected = decode_everything(path)
+    info = probe(path)
+    assert len(info.keyframes) == 6
+    with FrameReader(info, range(72)) as reader:
+        for index in np.random.default_rng(0).permutation(72):
+            [(_, image)] = reader.read([index])
+            np.testing.assert_array_equal(image, expected[index])
+
+
+def test_unneeded_pictures_are_not_decoded_and_nothing_else_changes(tmp_path):
+    path = media.write(tmp_path / "a.mp4", 60, gop=60, bf="3", **{"b-pyramid": "normal", "sc_threshold": "0"})
+    expected, wanted = decode_everything(path), [0, 3, 11, 22, 23, 40, 59]
+    with CountingReader(probe(path), wanted) as reader:
+        for index, image in reader.read(wanted):
+            np.testing.assert_array_equal(image, expected[index])
+    assert reader.decoded < 45
+
+
+def test_a_later_call_gets_frames_near_the_end_of_the_call_before(tmp_path):
+    """The decoder reads ahead; pictures that a later call wants must not be left out then."""
+    path = media.write(tmp_path / "a.mp4", 60, gop=60, bf="3")
+    expected = decode_everything(path)
+    with FrameReader(probe(path), range(60)) as reader:
+        for start in range(0, 60, 5):
+            for index, image in reader.read(range(start, start + 5)):
+                np.testing.assert_array_equal(image, expected[index])
+
+
+@pytest.fixture(scope="module")
+def long_clip(tmp_path_factory):
+    return media.long_clip(tmp_path_factory.mktemp("long") / "long.mp4")
+
+
+def test_sparse_frames_of_a_long_clip_are_sought(long_clip):
+    info = probe(long_clip)
+    assert (info.total, info.duration_s) == (6000, pytest.approx(1200.0))
+    wanted = [5, 1001, 3000, 5999]
+    with CountingReader(info, wanted) as reader:
+        assert [media.read_stamp(image) for _, image in reader.read(wanted)] == wanted
+    assert reader.decoded < 4 * 50  # a group of pictures is 50 frames
+
+
+def test_dense_frames_are_read_straight_through(long_clip, monkeypatch):
+    info = probe(long_clip)
+    wanted = range(0, 1000, SEEK_FRAMES)
+    with FrameReader(info, wanted) as reader:
+        monkeypatch.setattr(reader, "_seek", lambda start: pytest.fail("sought although the next frame is near"))
+        assert [media.read_stamp(image) for _, image in reader.read(wanted)] == list(wanted)
+
+
+def test_without_seeking_sparse_frames_are_the_same(tmp_path):
+    path = media.write(tmp_path / "a.avi", 120, codec="mpeg4", gop=10)
+    with FrameReader(probe(path), [0, 100, 50, 110]) as reader:
+        for index in (100, 50, 110, 0):  # 50 and 0 lie behind: the file is opened again
+            [(_, image)] = reader.read([index])
+            assert media.read_stamp(image) == index
+
+
+def test_edit_list(tmp_path):
+    path = media.trimmed(media.write(tmp_path / "a.mp4", 60, bf="2"), tmp_path / "b.mp4", first=15, count=30)
+    assert [media.read_stamp(image) for _, image in read(path, range(30))] == list(range(15, 45))
+    assert [media.read_stamp(image) for _, image in read(path, [29])] == [44]
+
+
+def test_recording_that_starts_inside_a_group_of_pictures(tmp_path):
+    content = media.write(tmp_path / "a.ts", 50, gop=10, sc_threshold="0").read_bytes()
+    path = tmp_path / "b.ts"
+    path.write_bytes(content[188 * 6 :])
+    assert [media.read_stamp(image) for _, image in read(path, range(40))] == list(range(10, 50))
+
+
+@pytest.mark.parametrize("quarters", [0, 1, 2, 3])
+def test_rotation_is_applied(tmp_path, quarters):
+    degrees = [0, 90, 180, -90][quarters]  # counter-clockwise, as np.rot90 turns
+    path = media.write(tmp_path / "a.mp4", 6, rotation=degrees)
+    plain = decode_everything(path)
+    for index, image in read(path, range(6)):
+        np.testing.assert_array_equal(image, np.rot90(plain[index], quarters))
+        assert media.read_stamp(np.rot90(image, -quarters)) == index
+
+
+def test_a_phone_held_upright(tmp_path):
+    """The matrix that phones write turns the picture clockwise by a quarter: the left column becomes the top row."""
+    path = media.turned(media.write(tmp_path / "a.mp4", 2), tmp_path / "b.mp4", (0, 1, -1, 0))
+    [(_, image)] = read(path, [1])
+    assert image.shape == (96, 64, 3)
+    np.testing.assert_array_equal(image[0], decode_everything(path)[1][::-1, 0])
+
+
+def test_a_mirrored_picture(tmp_path):
+    path = media.turned(media.write(tmp_path / "a.mp4", 2), tmp_path / "b.mp4", (-1, 0, 0, 1))
+    [(_, image)] = read(path, [1])
+    np.testing.assert_array_equal(image, decode_everything(path)[1][:, ::-1])
+
+
+def test_orient_follows_the_display_matrix_pixel_by_pixel():
+    image = np.arange(6).reshape(2, 3, 1)
+    corners = {
+        (False, False, False): [[0, 1, 2], [3, 4, 5]],
+        (False, True, True): [[5, 4, 3], [2, 1, 0]],
+        (True, False, False): [[0, 3], [1, 4], [2, 5]],
+        (True, True, False): [[2, 5], [1, 4], [0, 3]],
+        (True, False, True): [[3, 0], [4, 1], [5, 2]],
+    }
+    for orientation, expected in corners.items():
+        np.testing.assert_array_equal(orient(image, orientation)[..., 0], expected)
+
+
+def test_variable_rate(tmp_path):
+    times = [0, 40, 80, 1000, 1040, 3000]
+    path = media.write(tmp_path / "a.mkv", 6, milliseconds=times)
+    assert [media.read_stamp(image) for _, image in read(path, [1, 3, 5])] == [1, 3, 5]
+
+
+def test_file_that_shrinks_after_the_probe(tmp_path):
+    path = media.write(tmp_path / "a.mp4", 200, container_options={"movflags": "faststart"})
+    info = probe(path)
+    media.truncated(path, path)
+    with FrameReader(info, [0, 199]) as reader, pytest.raises(UserError, match="cannot be decoded") as caught:
+        list(reader.read([0, 199]))
+    assert str(caught.value).startswith(str(path))
+
+
+def test_damaged_pictures_are_reported_with_the_time(tmp_path):
+    path = media.write(tmp_path / "a.mp4", 200, (64, 96), gop=200, sc_threshold="0", bf="0")
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat")
+    middle = start + (content.index(b"moov") - start) // 3
+    content[middle : content.index(b"moov") - 8] = bytes(content.index(b"moov") - 8 - middle)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be decoded.*s") as caught:
+        read(path, [0, 199])
+    assert str(caught.value).startswith(str(path))

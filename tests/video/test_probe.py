@@ -1,0 +1,146 @@
+"""`probe`: what it finds must be what a player would show, or one clear error."""
+
+import av
+import numpy as np
+import pytest
+
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.video import Frames, probe
+from tests import media
+
+
+def test_constant_rate_with_b_frames(tmp_path):
+    info = probe(media.write(tmp_path / "a.mp4", 50, gop=10, sc_threshold="0"))
+    assert info.total == 50
+    assert info.source_fps == 25
+    assert info.duration_s == pytest.approx(2.0)
+    assert (info.height, info.width) == (64, 96)
+    np.testing.assert_allclose(info.times, np.arange(50) / 25)
+    np.testing.assert_array_equal(info.keyframes, [0, 10, 20, 30, 40])
+
+
+def test_no_frame_count_in_the_header(tmp_path):
+    path = media.write(tmp_path / "a.mkv", 51)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 0
+    info = probe(path)
+    assert info.total == 51
+    assert info.source_fps == 25  # although Matroska rounds the times to milliseconds
+    np.testing.assert_allclose(info.times, np.arange(51) / 25)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_variable_rate_times_come_from_pts(tmp_path, name):
+    milliseconds = [0, 40, 80, 1000, 1040, 3000]
+    info = probe(media.write(tmp_path / name, 6, milliseconds=milliseconds))
+    np.testing.assert_allclose(info.times, np.asarray(milliseconds) / 1000)
+    assert info.duration_s >= 3.0
+    assert info.source_fps == pytest.approx(6 / info.duration_s)
+
+
+def test_times_start_at_zero_where_the_container_does_not(tmp_path):
+    info = probe(media.write(tmp_path / "a.ts", 30))
+    assert info.pts[0] > 0
+    np.testing.assert_allclose(info.times, np.arange(30) / 25, atol=1e-9)
+
+
+def test_edit_list_hides_frames(tmp_path):
+    path = media.trimmed(media.write(tmp_path / "a.mp4", 50, bf="2"), tmp_path / "b.mp4", first=15, count=20)
+    with av.open(str(path)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 20
+        assert container.streams.video[0].frames == 50
+    info = probe(path)
+    assert info.total == 20
+    np.testing.assert_allclose(info.times, np.arange(20) / 25)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.avi", "mpeg4"), ("b.avi", "libx264"), ("c.h264", "libx264")])
+def test_without_timestamps_frames_are_counted(tmp_path, name, codec):
+    info = probe(media.write(tmp_path / name, 40, codec=codec, bf="2"))
+    assert info.pts is None
+    assert not info.seekable
+    assert info.total == 40
+    np.testing.assert_allclose(info.times, np.arange(40) / 25)
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, -90])
+def test_size_is_after_rotation(tmp_path, rotation):
+    info = probe(media.write(tmp_path / "a.mp4", 3, (64, 96), rotation=rotation))
+    assert (info.height, info.width) == ((96, 64) if rotation % 180 else (64, 96))
+
+
+def test_recording_that_starts_inside_a_group_of_pictures(tmp_path):
+    content = media.write(tmp_path / "a.ts", 50, gop=10, sc_threshold="0").read_bytes()
+    path = tmp_path / "b.ts"
+    path.write_bytes(content[188 * 6 :])  # the first key frame lies in the packets left out
+    info = probe(path)
+    assert info.total == 40
+    assert info.keyframes[0] == 0
+
+
+def test_sound_of_another_length_changes_nothing(tmp_path):
+    for name, seconds in (("a.mkv", 2.0), ("b.mkv", 6.0), ("c.mp4", 6.0)):
+        info = probe(media.with_audio(tmp_path / name, 50, seconds))
+        assert info.total == 50
+        assert info.duration_s == pytest.approx(2.0)
+
+
+def test_frames_in_memory():
+    images = np.zeros((5, 30, 40, 3), np.uint8)
+    info = probe(Frames(images, fps=2.5))
+    assert (info.path, info.total, info.source_fps, info.duration_s) == (None, 5, 2.5, 2.0)
+    assert (info.height, info.width) == (30, 40)
+    np.testing.assert_allclose(info.times, [0, 0.4, 0.8, 1.2, 1.6])
+
+
+@pytest.mark.parametrize(
+    ("images", "fps"),
+    [
+        (np.zeros((5, 30, 40, 3), np.float32), 1.0),
+        (np.zeros((30, 40, 3), np.uint8), 1.0),
+        (np.zeros((0, 30, 40, 3), np.uint8), 1.0),
+        (np.zeros((5, 3, 30, 40), np.uint8), 1.0),
+        (np.zeros((5, 30, 40, 3), np.uint8), 0.0),
+        (np.zeros((5, 30, 40, 3), np.uint8), float("nan")),
+        ([[1]], 1.0),
+    ],
+)
+def test_bad_frames_in_memory(images, fps):
+    with pytest.raises(UserError, match="Frames"):
+        Frames(images, fps)
+
+
+def _not_videos(tmp_path):
+    good = media.write(tmp_path / "good.mp4", 100, container_options={"movflags": "faststart"})
+    plain = media.write(tmp_path / "plain.mp4", 20)
+    long_mkv = media.write(tmp_path / "long.mkv", 200)
+    text, empty, binary = tmp_path / "notes.txt", tmp_path / "empty.mp4", tmp_path / "noise.mp4"
+    text.write_text("some words that make no picture\n" * 4000)
+    empty.write_bytes(b"")
+    binary.write_bytes(np.random.default_rng(0).bytes(5000))
+    return [
+        (tmp_path / "missing.mp4", "no such file"),
+        (tmp_path, "no such file"),
+        (text, "not a video"),
+        (empty, "cannot be read as a video"),
+        (binary, "cannot be read as a video"),
+        (media.audio_only(tmp_path / "sound.wav"), "audio only"),
+        (media.audio_only(tmp_path / "sound.mp4"), "audio only"),
+        (media.without_frames(tmp_path / "hollow.mp4"), "without frames"),
+        (media.truncated(good, tmp_path / "cut.mp4"), "ends after .* of 100 frames"),
+        (media.truncated(plain, tmp_path / "headless.mp4"), "cannot be read as a video"),
+        (media.truncated(long_mkv, tmp_path / "cut.mkv"), "ends after .* of 8.0 seconds"),
+    ]
+
+
+def test_mistakes_are_one_line_that_names_the_file(tmp_path):
+    for path, pattern in _not_videos(tmp_path):
+        with pytest.raises(UserError, match=pattern) as caught:
+            probe(path)
+        message = str(caught.value)
+        assert message.startswith(str(path)) and "\n" not in message, message
+
+
+def test_cover_picture_is_not_a_video(tmp_path):
+    with pytest.raises(UserError, match="audio only"):
+        probe(media.song_with_cover(tmp_path / "song.mp4"))
