@@ -10,7 +10,6 @@ M merged tokens; L layers, A answer tokens; g groups.
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING
 
 from adapttoken_jax.config import AdaptTokenConfig

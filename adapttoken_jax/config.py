@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import pathlib
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from adapttoken_jax.errors import UserError
 

@@ -116,7 +116,7 @@ def _merger_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def _axes(pattern: str) -> list[tuple[str, ...]]:
-    """"(N H) D" -> [("N", "H"), ("D",)]."""
+    """ "(N H) D" -> [("N", "H"), ("D",)]."""
     return [tuple(token.strip("()").split()) for token in re.findall(r"\([^)]*\)|\S+", pattern)]
 
 
@@ -126,7 +126,7 @@ def _parameter(path: str, pattern: str, key: str, config: ModelConfig) -> Parame
     stored, ours = (_axes(side) for side in pattern.split("->"))
     split = [axis for group in stored for axis in group]
     order = [split.index(axis) for group in ours for axis in group]
-    product = lambda groups: tuple(math.prod(sizes[a] for a in group) for group in groups)  # noqa: E731
+    product = lambda groups: tuple(math.prod(sizes[a] for a in group) for group in groups)
     layers = {"text": config.text.layers, "vision": config.vision.layers}[names[0]] if "layers" in names else None
     stack = () if layers is None else (layers,)
     return Parameter(
@@ -184,8 +184,8 @@ def count(config: ModelConfig) -> int:
 
 def initialise(config: ModelConfig, key: jax.Array, dtype=jnp.float32) -> dict:
     """Random parameters: ones for norms, zeros for biases, 0.02 for the embedding, 1/sqrt(fan-in) for kernels."""
-    keys = dict(zip((p.path for p in parameters(config)), jax.random.split(key, len(parameters(config)))))
-    return tree(config, lambda p: _initial(p, keys[p.path], dtype))
+    keys = iter(jax.random.split(key, len(parameters(config))))
+    return tree(config, lambda p: _initial(p, next(keys), dtype))
 
 
 def _initial(parameter: Parameter, key: jax.Array, dtype) -> jax.Array:

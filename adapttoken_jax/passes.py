@@ -68,7 +68,7 @@ class PassSpec:
     keep_layer: int | None
     answer_tokens: int
     end_ids: tuple[int, ...]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
 
 
 def _exact(function):

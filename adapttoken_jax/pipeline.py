@@ -17,7 +17,16 @@ from adapttoken_jax.encoding import Progress, VisualTokens, encode_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.loading import Model
 from adapttoken_jax.prompt import Prompt, build_prompt, check_question
-from adapttoken_jax.scan import ContextTokens, Reply, Scan, final_reply, full_position_ids, read_answer, visit_groups
+from adapttoken_jax.scan import (
+    ContextTokens,
+    Reply,
+    Scan,
+    final_reply,
+    full_position_ids,
+    group_position_ids,
+    read_answer,
+    visit_groups,
+)
 from adapttoken_jax.selection import (
     allocate_budget,
     candidate_count,
@@ -80,7 +89,9 @@ def plan_run(model: ModelConfig, video, config: AdaptTokenConfig, method: str) -
     per_slot = clip.grid[1] * clip.grid[2] // model.vision.merge**2
     if method == "uniform" and clip.grid[0] * per_slot > config.budget:
         if config.budget < per_slot:
-            raise UserError(f"--budget={config.budget}: one slot of this video has {per_slot} tokens; allow at least that")
+            raise UserError(
+                f"--budget={config.budget}: one slot of this video has {per_slot} tokens; allow at least that"
+            )
         clip = sample(config.budget // per_slot * frames, config.max_frames)
         per_slot = clip.grid[1] * clip.grid[2] // model.vision.merge**2
     groups = group_slots(clip.grid[0], config.slots_per_group)
@@ -240,8 +251,17 @@ def _result(run: Run, selected: Selected, final: Reply, trace) -> result.Result:
         config=dataclasses.asdict(run.config),
         model=_model_summary(run.model),
         versions=result.library_versions(),
+        relevance=_relevance(run) if run.scan else None,
         trace=trace,
     )
+
+
+def _relevance(run: Run) -> np.ndarray:
+    """Relevance of every group's tokens, float32[G, K M]; NaN at padding and where not visited."""
+    relevance = np.full((len(run.plan.groups), run.config.slots_per_group * run.video.per_slot), np.nan, np.float32)
+    for visit in run.scan.visits if run.scan else ():
+        relevance[visit.index, : len(visit.relevance)] = visit.relevance
+    return relevance
 
 
 def _video_summary(plan: Plan) -> result.VideoSummary:
@@ -303,7 +323,7 @@ def _cost(run: Run, selected: Selected, final: Reply) -> result.Cost:
 def _trace(run: Run, selected: Selected, context: ContextTokens, final: Reply) -> dict[str, np.ndarray]:
     """The arrays of `result.TRACE_ARRAYS`; what was not visited or is padding is NaN, or -1 for integers."""
     clip, video, groups = run.plan.clip, run.video, run.plan.groups
-    G, K = len(groups), max((len(slots) for slots in groups), default=0)
+    G, K = len(groups), run.config.slots_per_group
     P, T, V = len(run.prompt.prefix_ids), len(run.prompt.suffix_ids), run.model.config.text.vocab
     tokens = K * video.per_slot
     out = {
@@ -320,22 +340,22 @@ def _trace(run: Run, selected: Selected, context: ContextTokens, final: Reply) -
         "group_first_logits": np.full((G, V), np.nan, np.float32),
         "group_entropy": np.full(G, np.nan, np.float32),
         "group_certainty": np.full(G, np.nan, np.float32),
-        "group_relevance": np.full((G, tokens), np.nan, np.float32),
+        "group_relevance": _relevance(run),
         "budget": np.zeros(G, int),
         "candidates": selected.candidates,
         "selected": selected.tokens,
-        "final_position_ids": full_position_ids(run.prompt, context, run.config, video),
+        "final_position_ids": full_position_ids(context.position_ids, run.prompt, run.config, video),
         "final_first_logits": final.first_logits.astype(np.float32),
         "answer_ids": final.answer_ids,
     }  # fmt: skip
     for place, visit in enumerate(run.scan.visits if run.scan else ()):
-        g, n = visit.index, len(visit.relevance)
-        out["group_position_ids"][g, :, : P + n] = visit.position_ids[:, : P + n]
-        out["group_position_ids"][g, :, P + tokens :] = visit.position_ids[:, P + n :]
+        g = visit.index
+        visual = group_position_ids(video, visit.slots, run.prompt, run.config)
+        ids = full_position_ids(visual, run.prompt, run.config, video)
+        out["group_position_ids"][g, :, : ids.shape[1]] = ids
         out["group_first_logits"][g] = visit.reply.first_logits
         out["group_entropy"][g] = visit.reply.entropy
         out["group_certainty"][g] = visit.reply.certainty
-        out["group_relevance"][g, :n] = visit.relevance
         out["budget"][g] = selected.budgets[place]
     return out
 

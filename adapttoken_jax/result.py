@@ -137,6 +137,8 @@ class Result(_Record):
       method: one of `config.METHODS`.
       config: every field of the `AdaptTokenConfig` that ran.
       versions: package -> version.
+      relevance: float32[groups, slots per group x tokens per slot], NaN at padding and where not visited; None where the
+        answer was direct. Not part of `result.json`.
       trace: the arrays of `write_trace` if they were asked for; not part of `result.json`.
     """
 
@@ -153,6 +155,7 @@ class Result(_Record):
     config: Mapping[str, Any]
     model: ModelSummary
     versions: Mapping[str, str]
+    relevance: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False, metadata={"saved": False})
     trace: Mapping[str, np.ndarray] | None = dataclasses.field(
         default=None, repr=False, compare=False, metadata={"saved": False}
     )

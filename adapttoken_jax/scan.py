@@ -1,7 +1,7 @@
 """The scan: visits the groups of a video, wave by wave, and keeps what each one says.
 
-A wave holds as many groups as the mesh's `data` axis is long. Every question runs against a group's visual prefix as one
-batch. What a group says does not depend on the wave it ran in: early stopping is decided group by group, in visiting
+A wave holds as many groups as the mesh's `data` axis is long. Every question runs against a group's visual prefix as
+one batch. What a group says does not depend on the wave it ran in: early stopping is decided group by group, in visiting
 order, and groups of the wave beyond the stop count as not visited.
 """
 
@@ -52,7 +52,6 @@ class Visit:
       reply: the answer from this group alone.
       relevance: float32[k M] of its tokens.
       hidden: [k M, D] at the reference layer, if similarity needs it.
-      position_ids: int32[3, P + k M + T], the prompt's M-RoPE ids.
     """
 
     index: int
@@ -60,7 +59,6 @@ class Visit:
     reply: Reply
     relevance: np.ndarray
     hidden: np.ndarray | None
-    position_ids: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +127,10 @@ def read_answer(model: Model, prompt: Prompt, reply: Reply) -> tuple[str, str | 
 
 def _ask_wave(model, video, groups, prompts, config) -> list[list[Visit]]:
     """One compiled pass over a wave of groups: a list of visits per group, one per question."""
-    renumber = config.group_positions == "compact"
-    start = len(prompts[0].prefix_ids)
-    coordinates = [video.coordinates(slots) for slots in groups]
-    contexts = [ContextTokens(video.gather(c), video.position_ids(c, start, renumber)) for c in coordinates]
+    contexts = [
+        ContextTokens(video.gather(video.coordinates(slots)), group_position_ids(video, slots, prompts[0], config))
+        for slots in groups
+    ]
     # A short wave repeats its last group, so that every wave has the same shape.
     contexts += [contexts[-1]] * (model.wave - len(contexts))
     size = config.slots_per_group * video.per_slot
@@ -146,7 +144,7 @@ def _ask_wave(model, video, groups, prompts, config) -> list[list[Visit]]:
     )
     out = jax.device_get(run_prompts(model.module, batch, spec))
     return [
-        [_visit(out, b, q, slots, contexts[b], prompt, config, video) for q, prompt in enumerate(prompts)]
+        [_visit(out, b, q, slots, len(contexts[b].features), config) for q in range(len(prompts))]
         for b, slots in enumerate(groups)
     ]
 
@@ -156,15 +154,13 @@ def _group_limit(prompt: Prompt, config: AdaptTokenConfig) -> int:
     return 1 if prompt.letters else config.max_answer_tokens
 
 
-def _visit(out, b, q, slots, context, prompt, config, video) -> Visit:
-    n = len(context.features)
+def _visit(out, b, q, slots, n, config) -> Visit:
     return Visit(
         index=-1,
         slots=slots,
         reply=reply(out, b, q, config),
         relevance=out["relevance"][b, q, :n],
         hidden=out["kept"][b, :n] if "kept" in out else None,
-        position_ids=full_position_ids(prompt, context, config, video),
     )
 
 
@@ -179,18 +175,24 @@ def reply(out: dict[str, np.ndarray], b: int, q: int, config: AdaptTokenConfig) 
     )
 
 
-def suffix_start(context: ContextTokens, prompt: Prompt, config: AdaptTokenConfig, video: VisualTokens) -> int:
+def group_position_ids(video: VisualTokens, slots, prompt: Prompt, config: AdaptTokenConfig) -> np.ndarray:
+    """M-RoPE ids int32[3, k M] of a group's visual tokens, as if it were a short video or at its true times."""
+    renumber = config.group_positions == "compact"
+    return video.position_ids(video.coordinates(slots), len(prompt.prefix_ids), renumber)
+
+
+def suffix_start(visual_ids: np.ndarray, prompt: Prompt, config: AdaptTokenConfig, video: VisualTokens) -> int:
     """M-RoPE id of the first token after the visual tokens, by the rule `config.mrope`."""
     _, height, width = video.clip.grid
-    return text_start(config.mrope, len(prompt.prefix_ids), context.position_ids, height, width, video.merge)
+    return text_start(config.mrope, len(prompt.prefix_ids), visual_ids, height, width, video.merge)
 
 
-def full_position_ids(prompt, context, config, video) -> np.ndarray:
+def full_position_ids(visual_ids, prompt, config, video) -> np.ndarray:
     """M-RoPE ids int32[3, P + n + T] of a whole unpadded prompt."""
     prefix = np.arange(len(prompt.prefix_ids), dtype=np.int32)
-    suffix = suffix_start(context, prompt, config, video) + np.arange(len(prompt.suffix_ids), dtype=np.int32)
-    text = lambda ids: np.broadcast_to(ids, (3, len(ids)))  # noqa: E731
-    return np.concatenate([text(prefix), context.position_ids, text(suffix)], 1)
+    suffix = suffix_start(visual_ids, prompt, config, video) + np.arange(len(prompt.suffix_ids), dtype=np.int32)
+    text = lambda ids: np.broadcast_to(ids, (3, len(ids)))
+    return np.concatenate([text(prefix), visual_ids, text(suffix)], 1)
 
 
 def prompt_batch(model, video, contexts, prompts, config, size=None, limit=None) -> PromptBatch:
@@ -202,7 +204,7 @@ def prompt_batch(model, video, contexts, prompts, config, size=None, limit=None)
     prefix = np.asarray(prompts[0].prefix_ids, np.int32)
     size = size or round_up(max(len(c.features) for c in contexts), _CONTEXT_STEP)
     T = round_up(max(len(p.suffix_ids) for p in prompts), _SUFFIX_STEP)
-    starts = [suffix_start(c, prompts[0], config, video) for c in contexts]
+    starts = [suffix_start(c.position_ids, prompts[0], config, video) for c in contexts]
     answers = [[max(c.position_ids.max(initial=0), s + len(p.suffix_ids) - 1) + 1 for p in prompts]
                for c, s in zip(contexts, starts, strict=True)]  # fmt: skip
     split = {

@@ -67,7 +67,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
 def parameter_spec(parameter: parameters.Parameter, mesh: Mesh) -> PartitionSpec:
     """How one parameter lies on the mesh: its first axis that the rules split and `model` divides."""
     model, spec = mesh.shape["model"], [None] * len(parameter.shape)
-    for position, (axis, size) in enumerate(zip(parameter.axes, parameter.shape)):
+    for position, (axis, size) in enumerate(zip(parameter.axes, parameter.shape, strict=True)):
         if axis in _SPLIT and size % model == 0:
             spec[position] = "model"
             break

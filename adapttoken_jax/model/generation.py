@@ -96,7 +96,7 @@ def generate(
         token = sampling(logits, now)
         is_end = jnp.isin(token, ends)
         counts = ~state.ended & (~is_end | (state.step == 0))
-        put = lambda buffer, value: buffer.at[:, :, state.step].set(value)  # noqa: E731
+        put = lambda buffer, value: buffer.at[:, :, state.step].set(value)
         return dataclasses.replace(
             state,
             tokens=put(state.tokens, token),
@@ -125,5 +125,5 @@ def generate(
         step=jnp.int32(0),
         key=jax.random.key(0) if key is None else key,
     )
-    going = lambda state: (state.step < tokens) & ~jnp.all(state.ended)  # noqa: E731
+    going = lambda state: (state.step < tokens) & ~jnp.all(state.ended)
     return jax.lax.while_loop(going, advance, record(blank, logits))

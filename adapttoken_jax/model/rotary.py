@@ -11,7 +11,7 @@ def frequencies(head_dim: int, theta: float) -> np.ndarray:
 
 
 def vision_angles(rows: np.ndarray, cols: np.ndarray, head_dim: int, theta: float) -> np.ndarray:
-    """Angles float32[P, head_dim / 2] of patches: the first half of the frequencies turns by row, the second by column."""
+    """Angles float32[P, head_dim / 2] of patches: half of the frequencies turn by row, the other half by column."""
     inverse = frequencies(head_dim // 2, theta)
     return np.concatenate([np.outer(rows, inverse), np.outer(cols, inverse)], axis=1).astype(np.float32)
 

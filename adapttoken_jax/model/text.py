@@ -7,7 +7,7 @@ with a tail of keys and values of its own. The answer is the same as of one long
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ class TextLayer(Block):
 class TextDecoder(Block):
     """Embedding, scanned layers, final norm and head (tied to the embedding where the checkpoint says so)."""
 
-    parts = {"layers": TextLayer}
+    parts: ClassVar = {"layers": TextLayer}
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Token ids [...] -> embeddings [..., D]."""
@@ -170,7 +170,7 @@ class TextDecoder(Block):
             (index, layer), (ck, cv, tk, tv) = indexed
             x, (tk, tv), q, lse = layer.extend(x, angles, (ck, cv, context.valid), (tk, tv), mask, start)
             if probe is not None:
-                look = lambda: probe.observe(probabilities_from_lse(q, ck, context.valid, lse))  # noqa: E731
+                look = lambda: probe.observe(probabilities_from_lse(q, ck, context.valid, lse))
                 observed = jax.lax.cond(index == probe.layer, look, lambda: observed)
             return (x, observed), (tk, tv, x if return_layers else None)
 

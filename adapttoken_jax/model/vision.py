@@ -5,6 +5,8 @@ attend within [slots W, U'] and full layers within [slots, W U'], both with the 
 per window.
 """
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ class VisionLayer(Block):
 
     @staticmethod
     def within_windows(q, k, v, mask):
-        split = lambda x: x.reshape(-1, mask.shape[1], *x.shape[2:])  # noqa: E731
+        split = lambda x: x.reshape(-1, mask.shape[1], *x.shape[2:])
         windows = jnp.tile(mask, (q.shape[0], 1))[:, None]
         return attention(split(q), split(k), split(v), windows).reshape(q.shape)
 
@@ -48,7 +50,7 @@ class VisionLayer(Block):
 class VisionTower(Block):
     """Patches of whole slots -> merged visual tokens."""
 
-    parts = {"layers": VisionLayer}
+    parts: ClassVar = {"layers": VisionLayer}
 
     def __call__(self, patches: jax.Array, layout: WindowLayout, return_layers: bool = False) -> dict[str, jax.Array]:
         """Encodes slots.

@@ -21,7 +21,9 @@ TOLERANCE = 1e-4
 # Slots, rows and columns of patches: windows that divide the grid and that do not, more than one slot, not square.
 GRIDS = {"one_window": (2, 4, 4), "ragged": (3, 10, 14), "wide": (2, 6, 22), "tall": (4, 18, 4), "exact": (2, 16, 8)}
 CASES = [
-    (shape, list(GRIDS)[(i + j) % len(GRIDS)]) for i, shape in enumerate(tiny.SHAPES) for j in ((0, 1) if i < 3 else (0,))
+    (shape, list(GRIDS)[(i + j) % len(GRIDS)])
+    for i, shape in enumerate(tiny.SHAPES)
+    for j in ((0, 1) if i < 3 else (0,))
 ]
 
 
@@ -71,7 +73,9 @@ def test_vision_tower_and_decoder_match_transformers(load, shape, grid):
     visual = geometry.grid_position_ids(4, geometry.time_ids(range(grid[0]), 1.5, 2), *grid[1:], 2)
     start = geometry.text_start("legacy", 4, visual, *grid[1:], 2)
     ids = np.concatenate([geometry.suffix_position_ids(0, 4), visual, geometry.suffix_position_ids(start, 6)], 1)
-    embeddings = oracle.prompt_embeddings(torch_model, prefix, theirs["features"].reshape(-1, config.text.width), suffix)
+    embeddings = oracle.prompt_embeddings(
+        torch_model, prefix, theirs["features"].reshape(-1, config.text.width), suffix
+    )
     stages = oracle.hidden_states(torch_model, embeddings, ids)
     S, layer = ids.shape[1] - 6, config.text.layers - 1
 
