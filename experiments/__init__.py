@@ -1,0 +1,1 @@
+"""Launchers with absl flags: `python -m experiments.NAME --flags`."""

@@ -1,0 +1,128 @@
+"""Measures the host memory that loading a checkpoint takes, on a generated checkpoint of a believable shape.
+
+    python -m experiments.load_memory --text_layers=8
+
+Writes random bfloat16 weights in the shapes of Qwen2.5-VL-3B with fewer text layers (8 make 3.1 GB), loads them in a
+fresh process per format, and prints what that process held at its peak, at its end, and the bound: beyond the arrays
+themselves, which lie in host memory on a CPU, less than twice the largest parameter plus 1 GiB. Exit status 1 when a
+format is over it. Linux only (`/proc/self/status`). The generated files are removed at the end.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+
+from adapttoken_jax import parameters
+from adapttoken_jax.config import SIZES, ModelConfig, read_model_config
+from checkpoints_convert import convert, huggingface, load
+
+_TEXT_LAYERS = flags.DEFINE_integer("text_layers", 8, "Text layers of the generated checkpoint.", lower_bound=1)
+_SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 10**9, "Most bytes per generated safetensors file.", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the generated files go for a while; default: the system's.")
+_ORBAX = flags.DEFINE_bool("orbax", True, "Measure the checkpoint converted to Orbax too.")
+_LOAD = flags.DEFINE_string("load", None, "Only load this directory and print the figures as JSON (the child process).")
+
+
+def generated_config(text_layers: int) -> ModelConfig:
+    """Qwen2.5-VL-3B with another number of text layers."""
+    config = SIZES["qwen2.5-vl-3b"]
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, layers=text_layers))
+
+
+def config_json(config: ModelConfig) -> dict:
+    """The content of a flat `config.json` from which `config` can be read back."""
+    text, vision = config.text, config.vision
+    return {
+        "model_type": config.model_type,
+        "hidden_size": text.width,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "num_key_value_heads": text.kv_heads,
+        "intermediate_size": text.ff,
+        "vocab_size": text.vocab,
+        "tie_word_embeddings": text.tied,
+        "rms_norm_eps": text.eps,
+        "rope_theta": text.rope_theta,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_sections)},
+        "vision_config": {
+            "depth": vision.layers,
+            "hidden_size": vision.width,
+            "num_heads": vision.heads,
+            "intermediate_size": vision.ff,
+            "out_hidden_size": vision.out_width,
+            "fullatt_block_indexes": list(vision.full_attention_layers),
+            "tokens_per_second": vision.tokens_per_second,
+        },
+    }
+
+
+def generate(workdir: pathlib.Path, text_layers: int, shard_bytes: int) -> pathlib.Path:
+    """Writes the random checkpoint and returns its directory."""
+    config = generated_config(text_layers)
+    companions, directory = workdir / "companions", workdir / "huggingface"
+    companions.mkdir()
+    (companions / "config.json").write_text(json.dumps(config_json(config)), encoding="utf-8")
+    params = jax.jit(parameters.initialise, static_argnums=(0, 2))(config, jax.random.key(0), jnp.bfloat16)
+    huggingface.write(directory, config, params, companions=companions, max_shard_bytes=shard_bytes)
+    return directory
+
+
+def _status(field: str) -> int:
+    """A size in bytes from the kernel's record of this process. `ru_maxrss` would include the parent's peak."""
+    text = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024
+
+
+def load_and_measure(directory: str) -> dict[str, int]:
+    """Loads a checkpoint in this process; bytes before, at the peak, at the end, of all arrays, of the largest."""
+    config = read_model_config(directory)
+    jnp.zeros(()).block_until_ready()  # the backend's own memory is not the loader's
+    before = _status("VmRSS")
+    params = jax.block_until_ready(load.load_parameters(directory, config))
+    sizes = [array.nbytes for array in jax.tree.leaves(params)]
+    end = {"before": before, "peak": _status("VmHWM"), "final": _status("VmRSS")}
+    return end | {"arrays": sum(sizes), "largest": max(sizes)}
+
+
+def measure(directory: pathlib.Path) -> dict[str, int]:
+    """`load_and_measure` in a fresh process."""
+    command = [sys.executable, "-m", "experiments.load_memory", f"--load={directory}"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def report(name: str, figures: dict[str, int]) -> bool:
+    """Prints one format's figures; True when the peak is within the bound."""
+    above, bound = figures["peak"] - figures["arrays"], 2 * figures["largest"] + 2**30
+    gb = {key: f"{value / 1e9:.2f} GB" for key, value in (figures | {"above": above, "bound": bound}).items()}
+    print(f"{name}: arrays {gb['arrays']}, largest parameter {gb['largest']}")
+    print(f"  resident: before {gb['before']}, peak {gb['peak']}, final {gb['final']}")
+    print(f"  peak beyond the arrays {gb['above']}, bound {gb['bound']}: {'within' if above < bound else 'OVER'}")
+    return above < bound
+
+
+def main(argv):
+    del argv
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every step it takes
+    if _LOAD.value:
+        print(json.dumps(load_and_measure(_LOAD.value)))
+        return 0
+    with tempfile.TemporaryDirectory(dir=_WORKDIR.value, prefix="load_memory.") as workdir:
+        source = generate(pathlib.Path(workdir), _TEXT_LAYERS.value, _SHARD_BYTES.value)
+        good = report("safetensors", measure(source))
+        if _ORBAX.value:
+            converted = pathlib.Path(workdir) / "converted"
+            convert.convert(source, converted)
+            good &= report("orbax", measure(converted))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    app.run(main)
