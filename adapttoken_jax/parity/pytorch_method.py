@@ -9,8 +9,8 @@ model's float32 outputs.
 Decisions where the steps leave room:
   * "Hidden state at the reference layer" is that decoder layer's output, before any further normalisation.
   * Group answers and the final answer count the tokens before the end-of-sequence token; if it comes first, it counts.
-  * When the video is answered directly (step 12, `full`, `uniform`), every token is a candidate and is selected, the
-    ids are the original ones, and no group has an entropy, a weight or a budget.
+  * When the video is answered directly (step 12, `full`, `uniform`), there are no groups (G is 0 in every array), every
+    token is a candidate and is selected, and the ids are the original ones.
   * Generated tokens follow the largest id of the prompt, which is what transformers' `rope_deltas` means. Under `hf5`
     its `generate()` (5.23.0) instead goes on from the last prompt token's id; under `legacy` the two are the same.
   * Pairs of equal redundancy are ordered by the candidates' video order (slot, row, column).
@@ -127,16 +127,17 @@ def prompt_embeddings(model, prefix_ids, features: np.ndarray, suffix_ids) -> to
     return torch.cat([embed(model, prefix_ids), torch.as_tensor(features), embed(model, suffix_ids)])
 
 
-def hidden_states(model, embeddings: torch.Tensor, position_ids: np.ndarray) -> dict[str, np.ndarray]:
+def hidden_states(model, embeddings: torch.Tensor, position_ids: np.ndarray, attention_layers=None) -> dict:
     """Every stage of the text model for one unpadded sequence, float32.
 
     Args:
       model: with eager attention, because the attention matrices are returned.
       embeddings: [S, D].
       position_ids: int [3, S].
+      attention_layers: 0-based layers whose attention is kept; None for all. It is by far the largest part.
 
     Returns:
-      `embeddings` [S, D], `layers` [layers, S, D] (output of each layer), `attentions` [layers, N, S, S],
+      `embeddings` [S, D], `layers` [layers, S, D] (output of each layer), `attentions` [attention layers, N, S, S],
       `norm` [S, D], `logits` [S, V].
 
     Raises:
@@ -145,7 +146,8 @@ def hidden_states(model, embeddings: torch.Tensor, position_ids: np.ndarray) -> 
     decoder = model.model.language_model
     if decoder.config._attn_implementation != "eager":
         raise ValueError("the model must be loaded with attn_implementation='eager'")
-    attentions = [layer.self_attn for layer in decoder.layers]
+    kept = range(len(decoder.layers)) if attention_layers is None else attention_layers
+    attentions = [decoder.layers[layer].self_attn for layer in kept]
     with torch.no_grad(), _recorded(decoder.layers) as layers, _recorded(attentions) as weights:
         ids = torch.as_tensor(np.asarray(position_ids), dtype=torch.long)[:, None]
         norm = decoder(inputs_embeds=embeddings[None], position_ids=ids, use_cache=False).last_hidden_state
@@ -153,7 +155,7 @@ def hidden_states(model, embeddings: torch.Tensor, position_ids: np.ndarray) -> 
     return {
         "embeddings": embeddings.numpy(),
         "layers": torch.cat(layers).numpy(),
-        "attentions": torch.cat([weight for _, weight in weights]).numpy(),
+        "attentions": np.array([weight[0].numpy() for _, weight in weights]),
         "norm": norm[0].numpy(),
         "logits": logits[0].float().numpy(),
     }
@@ -168,14 +170,17 @@ class Answer:
     prompt: dict[str, np.ndarray]  # `hidden_states` of the prompt alone
 
 
-def answer_greedily(model, embeddings: torch.Tensor, position_ids: np.ndarray, max_tokens: int, eos_ids) -> Answer:
+def answer_greedily(
+    model, embeddings: torch.Tensor, position_ids: np.ndarray, max_tokens: int, eos_ids, attention_layers=()
+) -> Answer:
     """Greedy decoding; each new token follows the largest id of the prompt, under both M-RoPE rules.
 
     A tie goes to the lowest token id. Tokens from the end-of-sequence token on do not count, unless it is the first.
+    The attention of `attention_layers` is kept in the answer's `prompt`.
     """
     ids, logits, prompt, first_new = [], [], None, int(np.max(position_ids)) + 1
     while len(ids) < max_tokens and not (ids and ids[-1] in eos_ids):
-        states = hidden_states(model, embeddings, position_ids)
+        states = hidden_states(model, embeddings, position_ids, () if prompt else attention_layers)
         prompt = prompt or states
         logits.append(states["logits"][-1])
         ids.append(int(np.argmax(logits[-1])))
@@ -353,13 +358,14 @@ def pass_group(model, inputs: MethodInputs, features: np.ndarray, slots, config:
     embeddings = prompt_embeddings(model, inputs.prefix_ids, visual, inputs.suffix_ids)
     ids = group_position_ids(model, inputs, slots, config)
     steps = 1 if inputs.letter_ids is not None else config.max_answer_tokens
-    answer = answer_greedily(model, embeddings, ids, steps, inputs.eos_ids)
+    answer = answer_greedily(model, embeddings, ids, steps, inputs.eos_ids, [config.reference_layer])
     columns = slice(len(inputs.prefix_ids), len(inputs.prefix_ids) + len(tokens))
     rows = query_rows(config.relevance_queries, len(embeddings), len(inputs.suffix_ids), inputs.question_span)
-    attention = answer.prompt["attentions"][config.reference_layer]
     return GroupPass(
         tokens=tokens,
-        relevance=relevance(attention, rows, columns, config.relevance_heads, config.relevance_text),
+        relevance=relevance(
+            answer.prompt["attentions"][0], rows, columns, config.relevance_heads, config.relevance_text
+        ),
         hidden=answer.prompt["layers"][config.reference_layer, columns],
         first_logits=answer.logits[0],
         entropy=answer_entropy(answer.logits, config.bottom_fraction),
@@ -553,13 +559,14 @@ def run(model, inputs: MethodInputs, config: AdaptTokenConfig, method: str = "ad
 
     Returns:
       The keys, shapes and conventions of a trace file: `frame_indices`, `frame_times`, `grid`, `patches`,
-      `visual_features`, `groups` (K is `config.slots_per_group`), `prefix_ids`, `suffix_ids`, `group_position_ids`
-      (each group's unpadded ids, then -1), `group_first_logits`, `group_entropy`, `group_certainty`,
-      `group_relevance` (float values of groups not visited are NaN), `budget` (0 if not visited), `candidates`,
-      `selected`, `final_position_ids`, `final_first_logits`, `answer_ids`. Beside them `weights` float32 [G] (NaN if
-      not visited), `visited` int [groups visited] in visiting order, `stop_reason` (`direct`, `all_groups`,
-      `agreement`, `certain`), `stop_early`, `direct`, `group_answer_ids` {group: ids}, `group_answers` {group: answer},
-      `final_entropy` nats, `option` (index or None) and `option_probabilities` float32 [options] or None.
+      `visual_features`, `groups` (K is `config.slots_per_group`; G is 0 in a direct answer), `prefix_ids`,
+      `suffix_ids`, `group_position_ids` (each visited group's unpadded ids, then -1), `group_first_logits`,
+      `group_entropy`, `group_certainty`, `group_relevance` (float values of groups not visited are NaN), `budget` (0 if
+      not visited), `candidates`, `selected`, `final_position_ids`, `final_first_logits`, `answer_ids`. Beside them
+      `weights` float32 [G] (NaN if not visited), `visited` int [groups visited] in visiting order, `stop_reason`
+      (`direct`, `all_groups`, `agreement`, `certain`), `stop_early`, `direct`, `group_answer_ids` {group: ids},
+      `group_answers` {group: answer}, `final_entropy` nats, `option` (index or None) and `option_probabilities`
+      float32 [options] or None.
 
     Raises:
       UserError: an unknown method, sampling asked for, or a budget below the groups' minimum.
@@ -571,7 +578,7 @@ def run(model, inputs: MethodInputs, config: AdaptTokenConfig, method: str = "ad
     everything = tokens_of(range(inputs.grid[0]), *(side // _merge(model) for side in inputs.grid[1:]))
     direct = method in ("uniform", "full") or len(groups) == 1 or len(everything) <= config.budget
     if direct:
-        visits, reason, positions = {}, "direct", "original"
+        groups, visits, reason, positions = [], {}, "direct", "original"
         selection = Selection(np.empty(0), np.empty(0, np.int64), everything, everything)
     else:
         visits, reason = scan_groups(model, inputs, features, groups, config, lite=method == "lite")
@@ -616,8 +623,8 @@ def _group_part(model, inputs, config, groups, visits: dict[int, GroupPass], sel
     tokens = inputs.grid[1] * inputs.grid[2] // _merge(model) ** 2
     length = len(inputs.prefix_ids) + config.slots_per_group * tokens + len(inputs.suffix_ids)
     ids = np.full((len(groups), 3, length), -1, np.int64)
-    for group, slots in enumerate(groups):
-        own = group_position_ids(model, inputs, slots, config)
+    for group in visits:
+        own = group_position_ids(model, inputs, groups[group], config)
         ids[group, :, : own.shape[1]] = own
 
     def by_group(values, width=(), fill=np.nan, dtype=np.float32):
