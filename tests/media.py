@@ -141,6 +141,17 @@ def truncated(source, path, share: float = 0.6) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def without_packets(source, path, dropped: range) -> pathlib.Path:
+    """Copies a video without some of its packets, as a recorder that was switched on late or stumbled does."""
+    with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for number, packet in enumerate(reader.demux(video=0)):
+            if packet.dts is not None and number not in dropped:
+                packet.stream = stream
+                writer.mux(packet)
+    return pathlib.Path(path)
+
+
 def trimmed(source, path, first: int, count: int, fps: int = 25) -> pathlib.Path:
     """Rewrites the edit list of an mp4 so that players show only `count` frames from frame `first` on."""
     content = bytearray(pathlib.Path(source).read_bytes())

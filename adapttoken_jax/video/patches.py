@@ -85,14 +85,10 @@ def _checked(clip: Clip, slots: Sequence[int] | None) -> np.ndarray:
 
 def _images(clip: Clip, frames: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
     """Yields resized uint8 [n, t, H, W, 3] for `frames` int64 [N, t], `chunk` rows at a time."""
-    images: dict[int, Future] = {}
     with FrameReader(clip.info, np.unique(frames)) as reader, ThreadPoolExecutor(_RESIZE_THREADS) as pool:
         for start in range(0, len(frames), chunk):
             rows = frames[start : start + chunk]
-            needed = set(rows.flat)
-            # A frame may end one chunk and begin the next, where the frame rate varies or slots are asked for twice.
-            images = {index: image for index, image in images.items() if index in needed}
-            images |= _resized(clip, reader.read(sorted(needed - images.keys())), pool)
+            images = _resized(clip, reader.read(np.unique(rows)), pool)
             yield np.stack([[images[index].result() for index in row] for row in rows])
 
 

@@ -110,21 +110,15 @@ def probe(source: "str | os.PathLike | Frames") -> VideoInfo:
         return _probe_frames(source)
     path = os.fspath(source)
     with open_video(path) as (container, stream):
-        packets = _scan(path, container, stream)
+        packets = _scan(container, stream)
+        _check(path, container, stream, packets)
         pts, keyframes = _displayed(packets)
-        if not packets.pts or (pts is not None and not len(pts)):
-            raise UserError(f"{path}: has a video track without frames; give another file")
-        _check_complete(path, container, stream, packets)
-        frame = packets.first_frame
-        if frame is None:
-            raise UserError(f"{path}: no frame can be decoded; the file is damaged, copy or download it again")
+        orientation = _orientation(packets.first_frame)
         timing = _timing(path, stream, pts, packets)
-        orientation = _orientation(frame)
         seekable = pts is not None and bool(_formats(container) & _SEEKABLE_FORMATS)
-    height, width = (frame.width, frame.height) if orientation[0] else (frame.height, frame.width)
-    return VideoInfo(
-        path, *timing, keyframes, width, height, pts=pts, orientation=orientation, seekable=seekable
-    )  # fmt: skip
+    sides = packets.first_frame.height, packets.first_frame.width
+    height, width = reversed(sides) if orientation[0] else sides
+    return VideoInfo(path, *timing, keyframes, width, height, pts, orientation, seekable)
 
 
 def _probe_frames(frames: Frames) -> VideoInfo:
@@ -174,10 +168,11 @@ class _Packets:
     last_duration: int = 0
     end_s: float = 0.0
     timed: bool = True
+    started: bool = False
     first_frame: av.VideoFrame | None = None
 
 
-def _scan(path: str, container, stream) -> _Packets:
+def _scan(container, stream) -> _Packets:
     found = _Packets(timed=not _formats(container) & _FORMATS_WITHOUT_PTS)
     # Matroska says how long the longest track is, so the others are needed to see whether the file is complete.
     tracks = container.demux() if "matroska" in _formats(container) else container.demux(stream)
@@ -190,42 +185,43 @@ def _scan(path: str, container, stream) -> _Packets:
 
 
 def _collect(packet, found: _Packets) -> None:
-    if found.first_frame is None and (packet.is_keyframe or any(found.key) or packet.size == 0):
+    end_mark = packet.size == 0 and packet.pts is None
+    if not end_mark:
+        found.pts.append(packet.pts)
+        found.key.append(packet.is_keyframe)
+        found.discard.append(packet.is_discard)
+        found.last_duration = packet.duration or found.last_duration
+        found.started |= packet.is_keyframe
+    if found.started and found.first_frame is None:
         found.first_frame = next(iter(packet.decode()), None)
-    if packet.size == 0 and packet.pts is None:  # the demuxer's end mark
-        return
-    found.pts.append(packet.pts)
-    found.key.append(packet.is_keyframe)
-    found.discard.append(packet.is_discard)
-    found.last_duration = packet.duration or found.last_duration
 
 
 def _displayed(packets: _Packets) -> tuple[np.ndarray | None, np.ndarray]:
     """(pts of the shown frames in display order or None, indices of key frames among them)."""
-    first_key = packets.key.index(True) if True in packets.key else 0
-    pts, key, discard = (values[first_key:] for values in (packets.pts, packets.key, packets.discard))
-    if not packets.timed or None in pts or len(set(pts)) != len(pts):
+    if not packets.timed or None in packets.pts or len(set(packets.pts)) != len(packets.pts):
         return None, np.zeros(0, np.int64)
-    order = np.argsort(pts, kind="stable")
-    pts, key = np.asarray(pts, np.int64)[order], np.asarray(key, bool)[order]
-    shown = ~np.asarray(discard, bool)[order]
-    if key.any():
-        # A recording that starts inside an open GOP has pictures before its first key frame that cannot be decoded.
-        shown &= np.arange(len(pts)) >= np.argmax(key)
+    order = np.argsort(packets.pts)
+    pts, key = np.asarray(packets.pts, np.int64)[order], np.asarray(packets.key, bool)[order]
+    shown = ~np.asarray(packets.discard, bool)[order]
+    # A recording may start between two key frames; what is shown before the first one cannot be decoded.
+    shown &= np.arange(len(pts)) >= np.argmax(key)
     return pts[shown], np.flatnonzero(key[shown])
 
 
-def _check_complete(path: str, container, stream, packets: _Packets) -> None:
+def _check(path: str, container, stream, packets: _Packets) -> None:
+    """Refuses a file without frames, one that ends before its header says, and one that cannot be decoded at all."""
+    got, expected, slack, unit = len(packets.pts), 0, 0, "frames"
     if "mov" in _formats(container):
-        expected, got = len(stream.index_entries), len(packets.pts)
-        if got < expected:
-            raise UserError(f"{path}: ends after {got} of {expected} frames; copy or download the file again")
+        expected = len(stream.index_entries)
     elif "matroska" in _formats(container) and container.duration:
-        expected_s, got_s = container.duration / av.time_base, packets.end_s
-        if got_s < expected_s - max(1.0, 0.01 * expected_s):
-            raise UserError(
-                f"{path}: ends after {got_s:.1f} of {expected_s:.1f} seconds; copy or download the file again"
-            )
+        got, expected, unit = packets.end_s, container.duration / av.time_base, "seconds"
+        slack = max(1, 0.01 * expected)  # such headers are not exact
+    if got + slack < expected:
+        raise UserError(f"{path}: ends after {got:.0f} of {expected:.0f} {unit}; copy or download the file again")
+    if all(packets.discard):
+        raise UserError(f"{path}: has a video track without frames; give another file")
+    if packets.first_frame is None:
+        raise UserError(f"{path}: no frame can be decoded; the file is damaged, copy or download it again")
 
 
 def _timing(path: str, stream, pts: np.ndarray | None, packets: _Packets) -> tuple[float, float, np.ndarray]:

@@ -135,7 +135,7 @@ def plan_clip(
         height=height,
         width=width,
         grid=(-(-len(frames) // factor), height // vision_config.patch, width // vision_config.patch),
-        seconds_per_slot=rules.seconds_per_slot or factor * info.total / (len(frames) * info.source_fps),
+        seconds_per_slot=rules.seconds_per_slot or factor / (len(frames) / info.total * info.source_fps),
         preset=preset,
         vision=vision_config,
     )

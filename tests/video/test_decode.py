@@ -126,11 +126,53 @@ def test_edit_list(tmp_path):
     assert [media.read_stamp(image) for _, image in read(path, [29])] == [44]
 
 
-def test_recording_that_starts_inside_a_group_of_pictures(tmp_path):
-    content = media.write(tmp_path / "a.ts", 50, gop=10, sc_threshold="0").read_bytes()
-    path = tmp_path / "b.ts"
-    path.write_bytes(content[188 * 6 :])
-    assert [media.read_stamp(image) for _, image in read(path, range(40))] == list(range(10, 50))
+@pytest.mark.parametrize("suffix", ["mkv", "ts"])
+def test_recording_that_starts_inside_a_group_of_pictures(tmp_path, suffix):
+    path = media.open_gop(tmp_path / f"a.{suffix}", 60)
+    path = media.without_packets(path, tmp_path / f"b.{suffix}", range(5))
+    assert [media.read_stamp(image) for _, image in read(path, range(48))] == list(range(12, 60))
+
+
+def test_packets_before_the_first_key_frame_are_left_out(tmp_path):
+    """A decoder of VP8 refuses them."""
+    path = media.write(tmp_path / "a.webm", 60, codec="libvpx", gop=12)
+    path = media.without_packets(path, tmp_path / "b.webm", range(5))
+    assert [media.read_stamp(image) for _, image in read(path, range(48))] == list(range(12, 60))
+
+
+def test_a_frame_that_the_decoder_loses_is_replaced_by_the_next(tmp_path):
+    path = media.write(tmp_path / "a.mkv", 60, codec="ffv1", pix_fmt="bgr0", gop=1)
+    info = probe(path)
+    media.without_packets(path, tmp_path / "b.mkv", range(20, 23))
+    (tmp_path / "b.mkv").replace(path)
+    with FrameReader(info, range(60)) as reader:
+        assert [media.read_stamp(image) for _, image in reader.read(range(18, 25))] == [18, 19, 23, 23, 23, 23, 24]
+
+
+def test_a_hole_in_the_video_is_reported(tmp_path):
+    path = media.write(tmp_path / "a.mkv", 60, codec="ffv1", pix_fmt="bgr0", gop=1)
+    info = probe(path)
+    media.without_packets(path, tmp_path / "b.mkv", range(20, 50))
+    (tmp_path / "b.mkv").replace(path)
+    with FrameReader(info, range(60)) as reader:
+        with pytest.raises(UserError, match=r"a\.mkv: the frame at 0\.80 s cannot be decoded"):
+            list(reader.read([19, 20]))
+
+
+def test_an_index_that_leads_too_far_is_not_believed(long_clip):
+    class Misled:
+        """A container whose index is a minute off."""
+
+        def __init__(self, container):
+            self.container, self.demux = container, container.demux
+
+        def seek(self, offset, stream):
+            self.container.seek(offset + int(60 / stream.time_base), stream=stream)
+
+    with FrameReader(probe(long_clip), [0, 1000, 2000]) as reader:
+        list(reader.read([0]))
+        reader._container = Misled(reader._container)
+        assert [media.read_stamp(image) for _, image in reader.read([1000, 2000])] == [1000, 2000]
 
 
 @pytest.mark.parametrize("quarters", [0, 1, 2, 3])

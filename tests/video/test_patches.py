@@ -1,12 +1,23 @@
 """`read_patches`: the layout by literal loops, and the same numbers whatever subset, order or chunk is asked for."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
 
 from adapttoken_jax.config import SIZES, VisionConfig
-from adapttoken_jax.video import Frames, patch_rows, plan_clip, probe, read_images, read_patches
+from adapttoken_jax.video import (
+    FrameReader,
+    Frames,
+    patch_rows,
+    plan_clip,
+    probe,
+    read_images,
+    read_patches,
+    resize_bicubic,
+)
+from adapttoken_jax.video import patches as patches_module
 from tests import media
 
 VISION = SIZES["qwen2.5-vl-7b"].vision
@@ -103,6 +114,47 @@ def test_chunks_do_not_matter(clip, chunk):
     assert [len(slots) for slots, _ in parts[:-1]] == [chunk] * (len(parts) - 1)
     np.testing.assert_array_equal(np.concatenate([slots for slots, _ in parts]), np.arange(20))
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in parts]), all_patches(clip))
+
+
+def test_decoding_waits_for_the_consumer(clip, monkeypatch):
+    """Only one chunk is read at a time, so a video of any length needs the memory of a chunk."""
+    decoded = []
+
+    class CountingReader(FrameReader):
+        def read(self, indices):
+            for index, image in super().read(indices):
+                decoded.append(index)
+                yield index, image
+
+    monkeypatch.setattr(patches_module, "FrameReader", CountingReader)
+    chunks = read_patches(clip, chunk_slots=3)
+    assert decoded == []
+    next(chunks)
+    assert decoded == clip.frame_indices[:6].tolist()
+    next(chunks)
+    assert decoded == clip.frame_indices[:12].tolist()
+
+
+def test_few_decoded_frames_wait_for_the_resizer(clip, monkeypatch):
+    """Decoded frames are large; a slow resizer must hold the decoder back, not fill the memory."""
+    threads, events = patches_module._RESIZE_THREADS, []
+
+    class CountingReader(FrameReader):
+        def read(self, indices):
+            for item in super().read(indices):
+                events.append(1)
+                yield item
+
+    def slow(image, height, width):
+        time.sleep(0.01)
+        events.append(-1)
+        return resize_bicubic(image, height, width)
+
+    monkeypatch.setattr(patches_module, "FrameReader", CountingReader)
+    monkeypatch.setitem(patches_module.RESIZERS, "float32", slow)
+    list(read_patches(clip, chunk_slots=20))
+    assert len(events) == 80
+    assert 1 < np.cumsum(events).max() <= 2 * threads + 1
 
 
 @pytest.mark.parametrize("slots", [[0, 5, 10, 15], [19, 3, 11, 0], [4, 4, 5, 4], [17], [], list(range(19, -1, -1))])

@@ -132,6 +132,10 @@ def test_at_a_varying_rate_frames_are_the_nearest_in_time():
         assert frames_at(indices, times).tolist() == expected
 
 
+def test_half_way_between_two_frames_the_earlier_is_taken():
+    assert frames_at(np.arange(4), np.asarray([0.0, 1, 2, 6])).tolist() == [0, 2, 2, 3]
+
+
 def test_a_frame_that_stays_on_screen_is_taken_again(tmp_path):
     info = probe(media.write(tmp_path / "a.mkv", 6, milliseconds=[0, 40, 80, 120, 160, 3000]))
     clip = plan_clip(info, VISION, fps=4.0)
