@@ -30,15 +30,16 @@ def random_case(seed):
     return (features, positions, score, keep), {"kernel": kernel, "scale": scale}
 
 
-@pytest.mark.parametrize("seed", range(600))
-def test_fast_twin_equals_reference(seed):
-    args, kwargs = random_case(seed)
-    got = remove_redundant(*args, **kwargs)
-    assert got.sum() == min(args[3], len(args[2]))
-    np.testing.assert_array_equal(got, remove_redundant_reference(*args, **kwargs))
+@pytest.mark.parametrize("first", range(0, 600, 60))
+def test_fast_twin_equals_reference(first):
+    for seed in range(first, first + 60):
+        args, kwargs = random_case(seed)
+        got = remove_redundant(*args, **kwargs)
+        assert got.sum() == min(args[3], len(args[2])), seed
+        np.testing.assert_array_equal(got, remove_redundant_reference(*args, **kwargs), err_msg=f"seed {seed}")
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_blocks_do_not_matter(seed, monkeypatch):
     args, kwargs = random_case(seed)
     expected = remove_redundant(*args, **kwargs)
