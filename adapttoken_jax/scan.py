@@ -135,18 +135,23 @@ def _ask_wave(model, video, groups, prompts, config) -> list[list[Visit]]:
     contexts += [contexts[-1]] * (model.wave - len(contexts))
     size = config.slots_per_group * video.per_slot
     batch = prompt_batch(model, video, contexts, prompts, config, size)
-    spec = PassSpec(
+    spec = group_spec(model, prompts, config)
+    out = jax.device_get(run_prompts(model.module, batch, spec))
+    return [
+        [_visit(out, b, q, slots, len(contexts[b].features), config) for q in range(len(prompts))]
+        for b, slots in enumerate(groups)
+    ]
+
+
+def group_spec(model: Model, prompts: list[Prompt], config: AdaptTokenConfig) -> PassSpec:
+    """What is compiled into a group pass."""
+    return PassSpec(
         relevance=(config.reference_layer, config.relevance_heads, config.relevance_text),
         certainty=config.certainty,
         keep_layer=config.reference_layer if config.similarity == "reference_layer" else None,
         answer_tokens=max(_group_limit(p, config) for p in prompts),
         end_ids=model.tokenizer.eos,
     )
-    out = jax.device_get(run_prompts(model.module, batch, spec))
-    return [
-        [_visit(out, b, q, slots, len(contexts[b].features), config) for q in range(len(prompts))]
-        for b, slots in enumerate(groups)
-    ]
 
 
 def _group_limit(prompt: Prompt, config: AdaptTokenConfig) -> int:

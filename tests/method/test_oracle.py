@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import adapttoken_jax as at
+from adapttoken_jax import pipeline
 from adapttoken_jax.parity import pytorch_method as oracle
-from adapttoken_jax.prompt import build_prompt
+from adapttoken_jax.parity.compare import method_inputs
 from tests import tiny
 
 OPTIONS = ["a red kite", "the old dog", "two cars"]
@@ -48,14 +49,8 @@ def settings(model, **given):
 def ask_both(pair, video, question, options, config, method):
     model, torch_model = pair
     result = at.answer(model, video, question, options, config, method, trace=True)
-    prompt = build_prompt(model.tokenizer, question, options)
-    trace = result.trace
-    inputs = oracle.MethodInputs(
-        patches=trace["patches"], grid=tuple(trace["grid"]), frame_times=trace["frame_times"].astype(np.float64),
-        seconds_per_slot=2 * result.video.duration_s / result.video.sampled_frames,
-        prefix_ids=prompt.prefix_ids, suffix_ids=prompt.suffix_ids, question_span=prompt.question_span,
-        letter_ids=list(prompt.letter_ids) or None, eos_ids=model.tokenizer.eos,
-    )  # fmt: skip
+    clip = pipeline.plan_run(model.config, video, config, method).clip
+    inputs = method_inputs(model, clip, result.trace, question, options)
     return result, oracle.run(torch_model, inputs, config, method)
 
 

@@ -1,0 +1,130 @@
+"""What a group says depends neither on padding, nor on the groups beside it, nor on the mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adapttoken_jax as at
+from adapttoken_jax import parameters, scan, sharding
+from adapttoken_jax.config import SIZES
+from adapttoken_jax.encoding import encode_video
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.model import Qwen25VL
+from adapttoken_jax.passes import run_prompts
+from adapttoken_jax.pipeline import plan_run
+from adapttoken_jax.prompt import build_prompt
+from adapttoken_jax.selection import group_slots
+from tests import tiny
+from tests.method.test_oracle import OPTIONS, random_video, settings
+
+QUESTION = "What is in the video?"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("needle"), tiny.SHAPES["needle"])
+
+
+@pytest.fixture(scope="module")
+def single(directory):
+    model = at.load(directory)
+    return model, at.answer(model, random_video(), QUESTION, OPTIONS, settings(model), trace=True)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "data=8,model=1"])
+def test_every_mesh_agrees_with_one_device(directory, single, mesh):
+    model = at.load(directory, mesh=mesh)
+    split = [p for p in jax.tree.leaves(model.module) if not p.sharding.is_fully_replicated]
+    assert bool(split) == (mesh != "data=8,model=1")
+    ours, alone = at.answer(model, random_video(), QUESTION, OPTIONS, settings(model), trace=True), single[1]
+    assert ours.model.mesh == {axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))}
+    for key in ("budget", "candidates", "selected", "answer_ids"):
+        np.testing.assert_array_equal(ours.trace[key], alone.trace[key], err_msg=key)
+    # Sharded sums add in another order; scores of some tens then move the exponentials by 1e-5 at most.
+    np.testing.assert_allclose(ours.trace["group_entropy"], alone.trace["group_entropy"], atol=1e-5)
+    np.testing.assert_allclose(ours.trace["group_relevance"], alone.trace["group_relevance"], atol=1e-5)
+
+
+def test_lite_visits_the_same_groups_on_a_mesh(directory, single):
+    model, full = single
+    entropies = [g.entropy for g in full.groups]
+    config = settings(model, stop_groups=2, stop_agreement=False, stop_entropy=sorted(entropies)[3] + 1e-4)
+    alone = at.answer(model, random_video(), QUESTION, OPTIONS, config, "lite")
+    waves = at.answer(at.load(directory, mesh="data=4"), random_video(), QUESTION, OPTIONS, config, "lite")
+    assert alone.stop.early and alone.stop == waves.stop and alone.selected == waves.selected
+
+
+@pytest.fixture(scope="module")
+def passes(single):
+    """Runs groups through one pass: (groups, padded size, padded suffix) -> outputs."""
+    model, _ = single
+    config = settings(model)
+    video = encode_video(model, plan_run(model.config, random_video(), config, "adapttoken").clip)
+    prompt = build_prompt(model.tokenizer, QUESTION, OPTIONS)
+    groups = group_slots(video.clip.grid[0], config.slots_per_group)
+
+    def run(indices, size):
+        contexts = [
+            scan.ContextTokens(
+                video.gather(video.coordinates(groups[g])), scan.group_position_ids(video, groups[g], prompt, config)
+            )
+            for g in indices
+        ]
+        batch = scan.prompt_batch(model, video, contexts, [prompt], config, size)
+        return jax.device_get(run_prompts(model.module, batch, scan.group_spec(model, [prompt], config)))
+
+    return run, video.per_slot, [len(g) for g in groups]
+
+
+def test_padding_changes_nothing(passes):
+    run, per_slot, lengths = passes
+    group = lengths.index(min(lengths))  # a group that is a slot shorter than the others
+    real = lengths[group] * per_slot
+    tight, padded = run([group], real), run([group], real + 37)
+    np.testing.assert_allclose(padded["relevance"][..., :real], tight["relevance"], atol=1e-7)
+    assert not padded["relevance"][..., real:].any()
+    np.testing.assert_allclose(padded["entropy"], tight["entropy"], atol=1e-5)
+
+
+def test_groups_side_by_side_equal_groups_one_by_one(passes):
+    run, per_slot, lengths = passes
+    size = max(lengths) * per_slot
+    together = run(range(len(lengths)), size)
+    for g in range(len(lengths)):
+        alone = run([g], size)
+        np.testing.assert_allclose(together["relevance"][g], alone["relevance"][0], atol=1e-7)
+        np.testing.assert_allclose(together["entropy"][g], alone["entropy"][0], atol=1e-5)
+        np.testing.assert_array_equal(together["tokens"][g], alone["tokens"][0])
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_real_sizes_have_shapes_and_shardings(name, shape):
+    config, mesh = SIZES[name], sharding.make_mesh(sharding.MeshShape(*shape))
+    if config.text.heads % shape[1]:
+        with pytest.raises(UserError, match=f"model={shape[1]} does not divide the {config.text.heads} text"):
+            sharding.parameter_shardings(config, mesh)
+        return
+    placed = sharding.parameter_shardings(config, mesh)
+    for parameter, place in parameters.leaves(config, placed):
+        local = place.shard_shape(parameter.shape)  # raises where the mesh does not divide
+        if parameter.path[-1] in ("q_kernel", "qkv_kernel", "down_kernel") and parameter.path[0] == "text":
+            assert np.prod(local) * shape[1] == np.prod(parameter.shape)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_real_sizes_evaluate_abstractly(name):
+    config = SIZES[name]
+    model = Qwen25VL(config, parameters.abstract(config, jnp.bfloat16))
+
+    def run(model, embeddings, positions):
+        context, _ = model.text.prefill(embeddings, positions, jnp.ones((1, 256), bool))
+        return context, model.text.logits(embeddings)
+
+    context, logits = jax.eval_shape(
+        run, model, jax.ShapeDtypeStruct((1, 256, config.text.width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, 3, 256), jnp.int32),
+    )  # fmt: skip
+    assert context.k.shape == (config.text.layers, 1, 256, config.text.kv_heads, config.text.head_dim)
+    assert logits.shape == (1, 256, config.text.vocab) and logits.dtype == jnp.float32
