@@ -12,7 +12,7 @@ from PIL import Image
 
 # Output rows (columns) per matrix product. A weight matrix is a narrow band, so a product over few outputs touches few
 # inputs; smaller blocks than this cost more in calls than they save in arithmetic.
-_BLOCK = 8
+_BLOCK = 4
 # OpenBLAS runs products of at most this many multiplications on one thread; waking more costs more than it gives.
 _SINGLE_THREAD_PRODUCT = 2**18
 
@@ -26,11 +26,11 @@ def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
     middle = np.empty((height, cols * channels), np.float32)
     for out, taken, weights in _bands(rows, height, 1):
         for part in _parts(cols * channels, weights.size):
-            np.matmul(weights, source[taken, part], out=middle[out, part])
+            np.matmul(weights.T, source[taken, part], out=middle[out, part])
     result = np.empty((height, width * channels), np.float32)
     for out, taken, weights in _bands(cols, width, channels):
         for part in _parts(height, weights.size):
-            np.matmul(middle[part, taken], weights.T, out=result[part, out])
+            np.matmul(middle[part, taken], weights, out=result[part, out])
     np.clip(np.rint(result, out=result), 0, 255, out=result)
     return result.astype(np.uint8).reshape(height, width, channels)
 
@@ -45,8 +45,8 @@ def resize_pillow(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def bicubic_weights(size: int, new_size: int) -> np.ndarray:
     """Weights float32 [new_size, size] of the antialiased bicubic kernel; each row sums to 1.
 
-    Positions and kernel are evaluated in float32, as the torch kernel does: float64 weights move one pixel in a
-    thousand across a rounding boundary.
+    Positions and kernel are evaluated in float32, as the torch kernel does: float64 weights move one value in
+    two thousand across a rounding boundary.
     """
     scale = np.float32(size) / np.float32(new_size)
     stretch = np.maximum(scale, np.float32(1))
@@ -70,14 +70,14 @@ def _kernel(x: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _bands(size: int, new_size: int, channels: int) -> list[tuple[slice, slice, np.ndarray]]:
-    """The weight matrix as blocks (output slice, input slice, weights), repeated along interleaved channels."""
+    """The weight matrix as blocks (output slice, input slice, weights [input, output]) for interleaved channels."""
     dense = bicubic_weights(size, new_size)
     bands = []
     for start in range(0, new_size, _BLOCK):
         block = dense[start : start + _BLOCK]
         used = np.flatnonzero(block.any(axis=0))
         low, high = used[0], used[-1] + 1
-        weights = np.kron(block[:, low:high], np.eye(channels, dtype=np.float32))
+        weights = np.kron(block[:, low:high].T, np.eye(channels, dtype=np.float32))
         out = slice(start * channels, (start + len(block)) * channels)
         bands.append((out, slice(low * channels, high * channels), weights))
     return bands
