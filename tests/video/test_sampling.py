@@ -80,9 +80,7 @@ def test_frame_count():
                     assert frame_count(total, source_fps, fps, most) == reference_count(total, source_fps, fps, most)
 
 
-@pytest.mark.parametrize(
-    ("total", "count"), [(1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (100, 16)]
-)  # fmt: skip
+@pytest.mark.parametrize(("total", "count"), [(1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (100, 16)])
 def test_short_videos(total, count):
     assert frame_count(total, 25.0, 4.0, 4096) == count
 
