@@ -173,12 +173,12 @@ class Answer:
 def answer_greedily(
     model, embeddings: torch.Tensor, position_ids: np.ndarray, max_tokens: int, eos_ids, attention_layers=()
 ) -> Answer:
-    """Greedy decoding; each new token follows the largest id of the prompt, under both M-RoPE rules.
+    """Greedy decoding; ids of new tokens count up from the last prompt token, as in transformers' `generate`.
 
     A tie goes to the lowest token id. Tokens from the end-of-sequence token on do not count, unless it is the first.
     The attention of `attention_layers` is kept in the answer's `prompt`.
     """
-    ids, logits, prompt, first_new = [], [], None, int(np.max(position_ids)) + 1
+    ids, logits, prompt, first_new = [], [], None, int(position_ids[0, -1]) + 1
     while len(ids) < max_tokens and not (ids and ids[-1] in eos_ids):
         states = hidden_states(model, embeddings, position_ids, () if prompt else attention_layers)
         prompt = prompt or states
@@ -470,7 +470,8 @@ def redundancy(features: np.ndarray, positions: np.ndarray, kernel: str, scale: 
         proximity = np.exp(-apart[..., 0] / scale - np.hypot(apart[..., 1], apart[..., 2]))
     else:
         proximity = (apart <= [scale, 1, 1]).all(axis=-1)
-    return np.maximum(unit @ unit.T, 0) * proximity
+    # Rounded, so that equal features tie whatever the order of their sums.
+    return np.round(np.maximum(unit @ unit.T, 0), 12) * proximity
 
 
 def remove_redundant(pairs: np.ndarray, scores: np.ndarray, keep: int) -> np.ndarray:

@@ -291,19 +291,6 @@ def _video_arguments(inputs, seconds) -> dict:
     }
 
 
-def _decode_with_rope_deltas(model, inputs, seconds, steps):
-    """Greedy tokens and logits from transformers' cached forward with its own position ids from pixels on."""
-    with torch.no_grad():
-        model.model.rope_deltas = None
-        output = model(**_video_arguments(inputs, seconds), use_cache=True)
-        tokens, logits = [], []
-        for _ in range(steps):
-            logits.append(output.logits[0, -1].numpy())
-            tokens.append(int(np.argmax(logits[-1])))
-            output = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values)
-    return tokens, np.stack(logits)
-
-
 def _answer_whole_video(model, inputs, config, steps) -> oracle.Answer:
     features = oracle.vision_features(model, inputs.patches, inputs.grid).reshape(-1, 64)
     embeddings = oracle.prompt_embeddings(model, inputs.prefix_ids, features, inputs.suffix_ids)
@@ -311,10 +298,20 @@ def _answer_whole_video(model, inputs, config, steps) -> oracle.Answer:
     return oracle.answer_greedily(model, embeddings, ids, steps, inputs.eos_ids)
 
 
+def _generate(model, inputs, arguments):
+    """Greedy tokens and logits of transformers' `generate`, from pixels on."""
+    settings = transformers.GenerationConfig(
+        max_new_tokens=8, eos_token_id=list(inputs.eos_ids), pad_token_id=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    output = model.generate(**arguments, generation_config=settings)
+    return output.sequences[0, arguments["input_ids"].shape[1] :].tolist(), torch.cat(output.logits).numpy()
+
+
 @pytest.mark.parametrize("seconds", [1.0, 0.5])
-def test_hf5_answers_are_those_of_transformers_forward_with_a_cache(model, seconds):
+def test_hf5_answers_are_those_of_generate_with_its_own_ids(model, seconds):
     inputs = make_inputs(seconds=seconds)
-    tokens, logits = _decode_with_rope_deltas(model, inputs, seconds, 8)
+    tokens, logits = _generate(model, inputs, _video_arguments(inputs, seconds))
     answer = _answer_whole_video(model, inputs, make_config(mrope="hf5"), 8)
     assert list(answer.ids) == tokens and len(set(tokens)) > 3
     np.testing.assert_allclose(answer.logits, logits, atol=2e-4)
@@ -328,15 +325,11 @@ def test_legacy_answers_are_those_of_generate_with_the_ids_given(model, seconds)
     vision = 4 + np.stack([np.floor(slots * 2 * seconds), rows, columns])
     text = vision.max() + 1 + np.arange(6)
     ids = np.concatenate([np.tile(np.arange(4), (3, 1)), vision, np.tile(text, (3, 1))], axis=1).astype(int)
-    settings = transformers.GenerationConfig(
-        max_new_tokens=8, eos_token_id=list(inputs.eos_ids), pad_token_id=0, output_logits=True,
-        return_dict_in_generate=True,
-    )  # fmt: skip
-    arguments = _video_arguments(inputs, seconds)
-    output = model.generate(**arguments, position_ids=torch.tensor(ids)[:, None], generation_config=settings)
+    arguments = {**_video_arguments(inputs, seconds), "position_ids": torch.tensor(ids)[:, None]}
+    tokens, logits = _generate(model, inputs, arguments)
     answer = _answer_whole_video(model, inputs, make_config(), 8)
-    assert list(answer.ids) == output.sequences[0, arguments["input_ids"].shape[1] :].tolist()
-    np.testing.assert_allclose(answer.logits, torch.cat(output.logits).numpy(), atol=2e-4)
+    assert list(answer.ids) == tokens
+    np.testing.assert_allclose(answer.logits, logits, atol=2e-4)
     trace = oracle.run(model, inputs, make_config(max_answer_tokens=8), "full")
     assert tuple(trace["answer_ids"]) == answer.ids
 
