@@ -123,17 +123,26 @@ class Flag:
 _SECTIONS = {
     "Sampling the video": ("preset", "fps", "max_frames", "max_pixels", "mrope"),
     "Groups": ("slots_per_group", "group_order", "group_positions"),
-    "Relevance of a token": ("reference_layer", "relevance_heads", "relevance_text", "relevance_queries"),
+    "Relevance of a token": ("reference_layer", "relevance_heads", "relevance_text", "relevance_queries", "debias"),
     "Certainty of a group and its budget": (
         "certainty",
         "bottom_fraction",
         "temperature",
+        "temperature_target",
         "min_tokens_per_group",
         "budget",
         "over_selection",
+        "coverage",
     ),
     "Redundancy": ("similarity", "proximity", "proximity_scale"),
-    "Stopping early (lite)": ("stop_groups", "stop_entropy", "stop_agreement"),
+    "Stopping early (lite)": (
+        "stop_rule",
+        "stop_groups",
+        "stop_entropy",
+        "stop_agreement",
+        "stop_gain",
+        "give_up_groups",
+    ),
     "Final answer": ("final_positions", "max_answer_tokens", "sampling_temperature", "top_p", "seed"),
     "Other settings": (),
 }

@@ -204,6 +204,10 @@ def _number(default, *, help: str, low=None, high=None) -> Any:
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": help})
 
 
+def _switch(default: bool, *, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 @dataclasses.dataclass(frozen=True)
 class AdaptTokenConfig:
     """Every open choice of the method. A field's name is its command-line flag and its key in `result.json`.
@@ -223,24 +227,34 @@ class AdaptTokenConfig:
     relevance_heads: str = _choice("max", "mean", help="reduction of attention over heads")
     relevance_text: str = _choice("max", "mean", help="reduction of attention over text tokens")
     relevance_queries: str = _choice("after_vision", "question", "last", help="text tokens whose attention counts")
+    debias: bool = _switch(False, help="divide relevance by its trend over the group and drop attention sinks")
     certainty: str = _choice(
         "neg_entropy", "option_entropy", "max_probability", "deepconf", help="certainty of one generated token"
     )
     bottom_fraction: float = _number(0.10, low=0.0, high=1.0, help="least certain share of tokens that is averaged")
     temperature: float = _number(2.0, low=1e-6, help="softmax temperature of the budget over groups")
+    temperature_target: float = _number(
+        0.0, low=0.0, help="groups that share the budget where one stands out; sets the temperature; 0: off"
+    )
     min_tokens_per_group: int = _number(0, low=0, help="fewest tokens that a visited group keeps")
     budget: int = _number(7040, low=1, help="visual tokens in the final prompt")
     over_selection: float = _number(1.1, low=1.0, help="candidates before redundancy removal, as a multiple of budget")
+    coverage: float = _number(
+        0.0, low=0.0, high=0.5, help="share of the budget that goes to one token per stretch of time; 0: off"
+    )
     similarity: str = _choice("projector", "reference_layer", help="features whose similarity makes tokens redundant")
     proximity: str = _choice("exponential", "window", help="kernel of the spatio-temporal proximity")
     proximity_scale: float = _number(2.0, low=1e-6, help="scale of the proximity kernel in seconds")
     group_positions: str = _choice("compact", "real_time", help="time ids inside a group pass")
     final_positions: str = _choice("original", "compact", help="time ids of the surviving tokens")
-    stop_groups: int = _number(3, low=1, help="lite: certain groups needed to stop")
-    stop_entropy: float = _number(0.25, low=0.0, help="lite: a group is certain at or below this entropy, nats")
-    stop_agreement: bool = dataclasses.field(
-        default=True, metadata={"help": "lite: the certain groups must agree on the answer"}
+    stop_rule: str = _choice("groups", "rerun", help="lite: what must be certain: groups, or an answer over all so far")
+    stop_groups: int = _number(3, low=1, help="lite: certain groups needed to stop; rule rerun: groups between checks")
+    stop_entropy: float = _number(0.25, low=0.0, help="lite: an answer is certain at or below this entropy, nats")
+    stop_agreement: bool = _switch(True, help="lite: the certain groups must agree on the answer")
+    stop_gain: float = _number(
+        0.0, low=0.0, help="lite: nats that certainty must gain over the question without the video; 0: off"
     )
+    give_up_groups: int = _number(0, low=0, help="lite: stop after this many groups without a more certain one; 0: off")
     max_answer_tokens: int = _number(16, low=1, help="most tokens of an answer")
     sampling_temperature: float = _number(0.0, low=0.0, help="temperature of the final answer; 0 is greedy")
     top_p: float = _number(1.0, low=1e-6, high=1.0, help="sample from the likeliest tokens that hold this probability")
@@ -255,6 +269,8 @@ class AdaptTokenConfig:
                 raise UserError(f"--{field.name}={value}: must be at least {meta['low']}")
             if meta.get("high") is not None and not value <= meta["high"]:
                 raise UserError(f"--{field.name}={value}: must be at most {meta['high']}")
+        if 0 < self.temperature_target < 1:
+            raise UserError(f"--temperature_target={self.temperature_target}: must be 0 (off) or at least 1")
 
     @classmethod
     def for_model(cls, model: ModelConfig, **given) -> "AdaptTokenConfig":

@@ -21,6 +21,9 @@ from adapttoken_jax.errors import UserError
 
 RESULT_VERSION = 1
 
+# The answer of a run that is not certain enough of its own (`--abstain_above`).
+NOT_FOUND = "not found in the video"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Result
@@ -137,8 +140,10 @@ class Result(_Record):
       method: one of `config.METHODS`.
       config: every field of the `AdaptTokenConfig` that ran.
       versions: package -> version.
-      relevance: float32[groups, slots per group x tokens per slot], NaN at padding and where not visited; None where the
-        answer was direct. Not part of `result.json`.
+      relevance: float32[groups, slots per group x tokens per slot], NaN at padding and where not visited; None where
+        the answer was direct. Not part of `result.json`.
+      consensus: letter -> probability from the groups' answers taken together, a second answer to hold against the
+        first; None where the answer was direct or the question open. Not part of `result.json`.
       trace: the arrays of `write_trace` if they were asked for; not part of `result.json`.
     """
 
@@ -156,6 +161,7 @@ class Result(_Record):
     model: ModelSummary
     versions: Mapping[str, str]
     relevance: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False, metadata={"saved": False})
+    consensus: Mapping[str, float] | None = dataclasses.field(default=None, compare=False, metadata={"saved": False})
     trace: Mapping[str, np.ndarray] | None = dataclasses.field(
         default=None, repr=False, compare=False, metadata={"saved": False}
     )
@@ -188,6 +194,13 @@ class Result(_Record):
         if version != RESULT_VERSION:
             raise UserError(f"{source}: version {version!r} of the result format; this release reads {RESULT_VERSION}")
         return _restored(cls, content, source)
+
+
+def abstain(result: Result, above: float) -> Result:
+    """The result; if its entropy is above `above` nats, with `NOT_FOUND` for its answer and None for its option."""
+    if result.entropy is not None and result.entropy <= above:
+        return result
+    return dataclasses.replace(result, answer=NOT_FOUND, option=None)
 
 
 def _plain(value):

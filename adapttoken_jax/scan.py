@@ -1,12 +1,13 @@
 """The scan: visits the groups of a video, wave by wave, and keeps what each one says.
 
 A wave holds as many groups as the mesh's `data` axis is long. Every question runs against a group's visual prefix as
-one batch. What a group says does not depend on the wave it ran in: early stopping is decided group by group, in visiting
-order, and groups of the wave beyond the stop count as not visited.
+one batch. What a group says does not depend on the wave it ran in: early stopping is decided group by group, in
+visiting order, and groups of the wave beyond the stop count as not visited.
 """
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -19,10 +20,12 @@ from adapttoken_jax.loading import Model
 from adapttoken_jax.model.generation import Sampling
 from adapttoken_jax.passes import PassSpec, PromptBatch, run_prompts
 from adapttoken_jax.prompt import Prompt, parse_option
-from adapttoken_jax.selection import group_certainty, group_slots, least_certain_mean, should_stop, visiting_order
+from adapttoken_jax.selection import group_certainty, group_slots, least_certain_mean, visiting_order
 
 _SUFFIX_STEP = 32  # suffixes are padded to a multiple of this, so that questions of similar length share a program
 _CONTEXT_STEP = 64  # the same for contexts
+
+DEADLINE = "deadline reached"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +85,15 @@ def visit_groups(
     video: VisualTokens,
     prompts: list[Prompt],
     config: AdaptTokenConfig,
-    may_stop: bool,
+    stop: Callable[[int, list[Visit]], str] | None = None,
+    time_is_up: Callable[[], bool] = lambda: False,
     on_progress: Progress | None = None,
 ) -> list[Scan]:
-    """Steps 3 to 7: every question on every group, until all have stopped if `may_stop`.
+    """Steps 3 to 7: every question on every group, until all have stopped or the time is up.
+
+    Args:
+      stop: why question q, after these visits, needs no more of them; "" to go on. None: never.
+      time_is_up: asked after each wave, so that at least one is run.
 
     Returns:
       One `Scan` per question.
@@ -100,20 +108,14 @@ def visit_groups(
             for q, visit in enumerate(per_question):
                 if not reasons[q]:
                     visits[q].append(dataclasses.replace(visit, index=int(g)))
-                    reasons[q] = _stop_reason(model, prompts[q], visits[q], config) if may_stop else ""
+                    reasons[q] = stop(q, visits[q]) if stop else ""
         if on_progress:
             on_progress("groups", max(len(v) for v in visits), len(groups))
+        if time_is_up():
+            reasons = [reason or DEADLINE for reason in reasons]
         if all(reasons):
             break
     return [Scan(v, reason if len(v) < len(groups) else "") for v, reason in zip(visits, reasons, strict=True)]
-
-
-def _stop_reason(model: Model, prompt: Prompt, visits: list[Visit], config: AdaptTokenConfig) -> str:
-    read = [read_answer(model, prompt, v.reply) for v in visits]
-    return should_stop(
-        [v.reply.entropy for v in visits], [option or text.casefold() or None for text, option in read],
-        groups=config.stop_groups, entropy=config.stop_entropy, agreement=config.stop_agreement,
-    )  # fmt: skip
 
 
 def read_answer(model: Model, prompt: Prompt, reply: Reply) -> tuple[str, str | None]:
@@ -123,6 +125,12 @@ def read_answer(model: Model, prompt: Prompt, reply: Reply) -> tuple[str, str | 
         return text, None
     option = parse_option(text, prompt.letters, prompt.options)
     return text, option or prompt.letters[int(np.argmax(reply.first_logits[list(prompt.letter_ids)]))]
+
+
+def agreed_answer(model: Model, prompt: Prompt, reply: Reply) -> str | None:
+    """What two replies must share to agree: the option, or the text but for capitals; None where there is neither."""
+    text, option = read_answer(model, prompt, reply)
+    return option or text.casefold() or None
 
 
 def _ask_wave(model, video, groups, prompts, config) -> list[list[Visit]]:
@@ -187,7 +195,9 @@ def group_position_ids(video: VisualTokens, slots, prompt: Prompt, config: Adapt
 
 
 def suffix_start(visual_ids: np.ndarray, prompt: Prompt, config: AdaptTokenConfig, video: VisualTokens) -> int:
-    """M-RoPE id of the first token after the visual tokens, by the rule `config.mrope`."""
+    """M-RoPE id of the first token after the visual tokens, by the rule `config.mrope`; without any, of text alone."""
+    if visual_ids.shape[1] == 0:
+        return len(prompt.prefix_ids)
     _, height, width = video.clip.grid
     return text_start(config.mrope, len(prompt.prefix_ids), visual_ids, height, width, video.merge)
 
@@ -210,8 +220,7 @@ def prompt_batch(model, video, contexts, prompts, config, size=None, limit=None)
     size = size or round_up(max(len(c.features) for c in contexts), _CONTEXT_STEP)
     T = round_up(max(len(p.suffix_ids) for p in prompts), _SUFFIX_STEP)
     starts = [suffix_start(c.position_ids, prompts[0], config, video) for c in contexts]
-    answers = [[max(c.position_ids.max(initial=0), s + len(p.suffix_ids) - 1) + 1 for p in prompts]
-               for c, s in zip(contexts, starts, strict=True)]  # fmt: skip
+    answers = [[start + len(p.suffix_ids) for p in prompts] for start in starts]
     split = {
         "visual": np.stack([_padded(c.features, size, 0) for c in contexts]),
         "visual_valid": np.stack([np.arange(size) < len(c.features) for c in contexts]),
@@ -257,6 +266,21 @@ def _query_rows(prompt: Prompt, T: int, queries: str) -> np.ndarray:
 def _option_ids(prompts: list[Prompt]) -> np.ndarray:
     widest = max(1, max(len(p.letter_ids) for p in prompts))
     return np.stack([_padded(np.asarray(p.letter_ids, np.int32), widest, 0, -1) for p in prompts])
+
+
+def blind_replies(model, video, prompts, config) -> list[Reply]:
+    """What the model answers to each question, as in a group pass, from a prompt without visual tokens."""
+    nothing = ContextTokens(np.zeros((0, video.features.shape[-1]), video.features.dtype), np.zeros((3, 0), np.int32))
+    batch = prompt_batch(model, video, [nothing], prompts, config)
+    spec = PassSpec(
+        relevance=None,
+        certainty=config.certainty,
+        keep_layer=None,
+        answer_tokens=max(_group_limit(p, config) for p in prompts),
+        end_ids=model.tokenizer.eos,
+    )
+    out = jax.device_get(run_prompts(model.module, batch, spec))
+    return [reply(out, 0, q, config) for q in range(len(prompts))]
 
 
 def final_reply(model, video, context, prompt, config) -> Reply:
