@@ -1,0 +1,82 @@
+"""Every fast path of attention against a softmax written out, and rotary angles against their formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapttoken_jax.model import attention, rotary
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed + len(shape)).normal(size=shape), jnp.float32)
+
+
+def plain(q, k, v, mask):
+    """One head and batch entry at a time, in float64."""
+    out, lse = np.zeros(q.shape), np.zeros(q.shape[:1] + (q.shape[2], q.shape[1]))
+    for b, h in np.ndindex(q.shape[0], q.shape[2]):
+        group = h * k.shape[2] // q.shape[2]
+        scores = np.float64(q[b, :, h]) @ np.float64(k[b, :, group]).T / np.sqrt(q.shape[-1])
+        scores = np.where(mask[b], scores, -np.inf)
+        lse[b, h] = np.log(np.exp(scores).sum(-1))
+        out[b, :, h] = np.exp(scores - lse[b, h][:, None]) @ np.float64(v[b, :, group])
+    return out, lse
+
+
+@pytest.mark.parametrize("implementation", list(attention.CAUSAL))
+@pytest.mark.parametrize("T", [7, 512, 700])
+def test_causal_attention(implementation, T):
+    q, k, v = random(2, T, 6, 8), random(2, T, 2, 8, seed=1), random(2, T, 2, 8, seed=2)
+    valid = np.random.default_rng(0).random((2, T)) < 0.8
+    valid[:, 0] = True  # every row sees something
+    ours = jax.jit(lambda *a: attention.causal_attention(*a, implementation))(q, k, v, valid)
+    theirs, _ = plain(q, k, v, np.tril(np.ones((T, T), bool)) & valid[:, None])
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_large_contexts_take_the_bounded_path(monkeypatch):
+    taken = []
+    for name, function in list(attention.CAUSAL.items()):
+        monkeypatch.setitem(attention.CAUSAL, name, lambda *a, n=name, f=function: taken.append(n) or f(*a))
+    for T in (8, 1100):
+        attention.causal_attention(*(random(1, T, 1, 2) for _ in range(3)), jnp.ones((1, T), bool))
+    assert taken == ["reference", "blocked"]
+
+
+def test_two_parts_are_one_softmax():
+    B, Q, T, N, S, R, K, H = 2, 3, 4, 6, 9, 5, 2, 8
+    q, ck, cv = random(B, Q, T, N, H), random(B, S, K, H), random(B, S, K, H, seed=3)
+    tk, tv = random(B, Q, R, K, H, seed=4), random(B, Q, R, K, H, seed=5)
+    rng = np.random.default_rng(1)
+    cmask, tmask = rng.random((B, S)) < 0.7, rng.random((B, Q, T, R)) < 0.5
+    tmask[..., 0] = True
+    ours, lse = jax.jit(attention.two_part_attention)(q, (ck, cv, cmask), (tk, tv, tmask))
+    observed = attention.probabilities_from_lse(q, ck, cmask, lse)
+    for j in range(Q):
+        keys, values = jnp.concatenate([ck, tk[:, j]], 1), jnp.concatenate([cv, tv[:, j]], 1)
+        mask = np.concatenate([np.broadcast_to(cmask[:, None], (B, T, S)), tmask[:, j]], -1)
+        theirs, their_lse = plain(q[:, j], keys, values, mask)
+        np.testing.assert_allclose(ours[:, j], theirs, atol=2e-6)
+        np.testing.assert_allclose(lse[:, j], their_lse, atol=2e-6)
+        scores = np.asarray(attention.scores(q[:, j], ck), np.float64)
+        expected = np.where(cmask[:, None, None], np.exp(scores - their_lse[..., None]), 0)
+        np.testing.assert_allclose(observed[:, j], expected, atol=2e-6)
+
+
+def test_text_angles_follow_their_sections():
+    ids = jnp.array([[5, 300], [7, 1], [11, 65537]])
+    angles = np.asarray(rotary.text_angles(ids, 16, 1e4, (2, 3, 3)))
+    for t in range(2):
+        for i, axis in enumerate([0, 0, 1, 1, 1, 2, 2, 2]):
+            assert angles[t, i] == pytest.approx(int(ids[axis, t]) * 1e4 ** (-2 * i / 16), rel=1e-6)
+
+
+def test_rotation_keeps_what_depends_on_distance_alone():
+    q, k = random(1, 1, 16), random(1, 1, 16, seed=1)
+    angle = lambda p: rotary.text_angles(jnp.full((3, 1), p), 16, 1e4, (2, 3, 3))
+    products = [float((rotary.rotate(q, angle(p)) * rotary.rotate(k, angle(p + 9))).sum()) for p in (0, 3, 100)]
+    np.testing.assert_allclose(products, products[0], atol=1e-5)
+    half = rotary.rotate(q.astype(jnp.bfloat16), angle(257))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), rotary.rotate(q, angle(257)), atol=0.02)  # bfloat16's rounding

@@ -1,0 +1,87 @@
+"""The answer loop: its end, its limits, what it counts, and sampling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapttoken_jax import parameters
+from adapttoken_jax.config import model_config
+from adapttoken_jax.model import Qwen25VL
+from adapttoken_jax.model.generation import Sampling, generate, keep_top_p
+from tests import tiny
+
+PROMPT, NEW = (3, 1, 4, 1, 5), 8
+
+
+@pytest.fixture(scope="module")
+def text():
+    config = model_config(tiny._flat_config(tiny.SHAPES["base"], "float32"))
+    values = parameters.initialise(config, jax.random.key(1))
+    values["text"]["embedding"] = values["text"]["embedding"] * 50  # far apart, so that answers vary
+    return Qwen25VL(config, values).text
+
+
+GREEDY, PLAIN = Sampling(), Sampling(temperature=1.0)
+
+
+def run(text, end_ids=(), limit=(NEW, NEW), sampling=GREEDY, seed=0):
+    """Two questions that differ in their last token."""
+
+    @jax.jit
+    def answer(text):
+        positions = jnp.broadcast_to(jnp.arange(5), (1, 3, 5))
+        context, _ = text.prefill(text.embed(jnp.array([PROMPT[:4]])), positions[..., :4], jnp.ones((1, 4), bool))
+        ids = jnp.array([[[PROMPT[4]], [9]]])
+        tail = text.empty_tail(1, 2, 1 + NEW, jnp.float32)
+        where = jnp.full((1, 2, 3, 1), 4)
+        hidden, tail, _ = text.extend(text.embed(ids), where, jnp.ones((1, 2, 1), bool), context, tail, 0)
+        return generate(
+            text, text.logits(hidden[:, :, -1]), jnp.full((1, 2), 5), context, tail, 1, tokens=NEW,
+            limit=jnp.array(limit), end_ids=end_ids, measure=lambda x: x.max(-1, keepdims=True), sampling=sampling,
+            key=jax.random.key(seed),
+        )  # fmt: skip
+
+    return answer(text)
+
+
+def test_an_answer_ends_before_the_end_token(text):
+    free = np.asarray(run(text).tokens[0])
+    end = next(int(t) for i, t in enumerate(free[0]) if i and t not in free[0][:i])
+    stopped = run(text, end_ids=(end,))
+    for q in range(2):
+        expected = list(free[q]).index(end) if end in free[q] else NEW
+        assert int(stopped.counted[0, q].sum()) == max(expected, 1)
+        assert stopped.tokens[0, q][: max(expected, 1)].tolist() == free[q][: max(expected, 1)].tolist()
+
+
+def test_an_end_token_that_comes_first_counts_alone(text):
+    first = int(run(text).tokens[0, 0, 0])
+    state = run(text, end_ids=(first,), limit=(NEW, 1))
+    assert state.counted[0, 0].tolist() == [True] + [False] * (NEW - 1)
+
+
+def test_each_question_has_its_own_limit_and_the_loop_ends_with_the_longest(text):
+    state = run(text, limit=(1, 3))
+    assert state.counted[0].sum(-1).tolist() == [1, 3] and int(state.step) == 3
+
+
+def test_sampling_follows_its_seed(text):
+    hot = Sampling(temperature=3.0)
+    first, same, other = (run(text, sampling=hot, seed=s).tokens.tolist() for s in (1, 1, 2))
+    assert first == same != other
+
+
+def test_sampled_tokens_have_the_model_s_distribution():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    draw = jax.jit(jax.vmap(lambda key: PLAIN(logits, key)))
+    share = np.bincount(draw(jax.random.split(jax.random.key(0), 20_000)), minlength=4) / 20_000
+    np.testing.assert_allclose(share, [0.5, 0.3, 0.15, 0.05], atol=0.015)  # over four standard errors
+    nucleus = jax.vmap(lambda key: Sampling(1.0, top_p=0.7)(logits, key))(jax.random.split(jax.random.key(0), 2000))
+    assert set(np.unique(nucleus)) == {0, 1}
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(1.0, 4), (0.96, 4), (0.9, 3), (0.5, 1), (0.51, 2), (1e-6, 1)])
+def test_top_p_keeps_the_smallest_sufficient_set(top_p, kept):
+    logits = jnp.log(jnp.array([0.05, 0.5, 0.15, 0.3]))
+    assert int(jnp.isfinite(keep_top_p(logits, top_p)).sum()) == kept

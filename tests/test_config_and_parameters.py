@@ -1,0 +1,170 @@
+"""Configurations of both layouts, the table of parameters, and the counts that follow from them."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adapttoken_jax import costs, parameters
+from adapttoken_jax.config import SIZES, AdaptTokenConfig, model_config, read_model_config
+from adapttoken_jax.errors import UserError
+from tests import tiny
+
+
+@pytest.mark.parametrize("shape", tiny.SHAPES)
+def test_both_layouts_of_a_config_read_the_same(tmp_path, shape):
+    read = [
+        read_model_config(tiny.write_checkpoint(tmp_path / layout, tiny.SHAPES[shape], layout))
+        for layout in tiny.CONFIG_LAYOUTS
+    ]
+    wanted = tiny.SHAPES[shape]
+    assert read[0] == read[1]
+    assert read[0].text.mrope_sections == wanted.sections and read[0].text.tied == wanted.tied
+    assert read[0].vision.full_attention_layers == wanted.full_attention_layers
+    assert read[0].vision.tokens_per_second == wanted.tokens_per_second
+
+
+def flat(**changes):
+    return {**tiny._flat_config(tiny.SHAPES["base"], "float32"), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "qwen2_vl"}, "model_type is 'qwen2_vl'"),
+        ({"rope_scaling": {"type": "yarn", "mrope_section": [2, 3, 3]}}, "rope type 'yarn'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}, "mrope_section [1, 1, 1]"),
+    ],
+)
+def test_a_config_that_is_not_supported_says_why(changes, words):
+    with pytest.raises(UserError) as error:
+        model_config(flat(**changes))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_field_is_named():
+    raw = flat()
+    del raw["num_key_value_heads"]
+    with pytest.raises(UserError, match="num_key_value_heads"):
+        model_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("qwen2.5-vl-3b", 3.754623), ("qwen2.5-vl-7b", 8.292167), ("qwen2.5-vl-32b", 33.452718),
+     ("qwen2.5-vl-72b", 73.410777)],
+)  # fmt: skip
+def test_real_sizes_have_the_published_number_of_parameters(name, billions):
+    assert parameters.count(SIZES[name]) / 1e9 == pytest.approx(billions, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_keys_and_shapes_are_those_of_transformers(name):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.Qwen2_5_VLForConditionalGeneration(hf_config(SIZES[name]))
+    theirs = {parameters.canonical_key(key): tuple(value.shape) for key, value in model.state_dict().items()}
+    if SIZES[name].text.tied:
+        del theirs["lm_head.weight"]
+    ours = {key: p.stored_shape for p in parameters.parameters(SIZES[name]) for key in p.keys}
+    assert ours == theirs
+
+
+def hf_config(size):
+    import transformers
+
+    text, vision = size.text, size.vision
+    return transformers.Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": text.width, "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
+            "num_key_value_heads": text.kv_heads, "intermediate_size": text.ff, "vocab_size": text.vocab,
+        },
+        vision_config={
+            "depth": vision.layers, "hidden_size": vision.width, "num_heads": vision.heads,
+            "intermediate_size": vision.ff, "out_hidden_size": vision.out_width,
+        },
+        tie_word_embeddings=text.tied,
+    )  # fmt: skip
+
+
+def test_stored_tensors_come_back_from_our_layout():
+    for parameter in parameters.parameters(small()):
+        tensor = np.arange(np.prod(parameter.stored_shape)).reshape(parameter.stored_shape)
+        ours = parameter.from_stored(tensor)
+        assert ours.shape == parameter.layer_shape
+        np.testing.assert_array_equal(parameter.to_stored(ours), tensor)
+
+
+def small():
+    return model_config(flat())
+
+
+def test_the_query_kernel_literally():
+    query = next(p for p in parameters.parameters(small()) if p.path[-1] == "q_kernel")
+    config = small().text
+    stored = np.random.default_rng(0).normal(size=query.stored_shape)
+    ours = query.from_stored(stored)
+    for head in range(config.heads):
+        for unit in range(config.head_dim):
+            np.testing.assert_array_equal(ours[:, head, unit], stored[head * config.head_dim + unit])
+
+
+def test_initialisation_follows_the_table():
+    config = small()
+    values = parameters.initialise(config, jax.random.key(0))
+    for parameter, value in parameters.leaves(config, values):
+        assert value.shape == parameter.shape and value.dtype == jnp.float32
+    assert bool((values["text"]["norm"] == 1).all()) and not values["text"]["layers"]["q_bias"].any()
+    assert float(values["text"]["layers"]["down_kernel"].std()) == pytest.approx(config.text.ff**-0.5, rel=0.05)
+    again = parameters.initialise(config, jax.random.key(0))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), values, again)))
+
+
+@pytest.mark.parametrize(("name", "gflop"), [("3b", 5.55), ("7b", 13.05), ("32b", 62.4), ("72b", 140.4)])
+def test_prefill_costs_the_published_flops_per_token(name, gflop):
+    config = SIZES[f"qwen2.5-vl-{name}"]
+    attention = 4 * config.text.layers * config.text.heads * config.text.head_dim
+    assert (costs.text_flops(config, 1) - attention) / 1e9 == pytest.approx(gflop, rel=2e-3)
+    split = costs.text_flops(config, 100) + costs.text_flops(config, 23, 100)
+    assert split == pytest.approx(costs.text_flops(config, 123))
+
+
+def test_vision_costs_the_published_flops_per_merged_token():
+    # 22 x 40 patches: 220 merged tokens per slot.
+    per_token = costs.vision_flops(SIZES["qwen2.5-vl-7b"], 10, 22, 40) / 10 / 220
+    assert per_token / 1e9 == pytest.approx(5.1, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"preset": "other"}, "--preset=other"), ({"fps": 0.0}, "--fps=0.0"), ({"budget": 0}, "--budget=0"),
+        ({"bottom_fraction": 1.5}, "--bottom_fraction=1.5"), ({"temperature": float("nan")}, "--temperature=nan"),
+        ({"reference_layer": 4}, "--reference_layer=4"), ({"colour": 1}, "colour"),
+    ],
+)  # fmt: skip
+def test_a_setting_out_of_bounds_names_its_flag(given, words):
+    with pytest.raises(UserError, match=words):
+        AdaptTokenConfig.for_model(small(), **given)
+
+
+def test_the_defaults_are_the_documented_ones():
+    config = AdaptTokenConfig()
+    assert (config.fps, config.max_frames, config.max_pixels, config.slots_per_group) == (4.0, 4096, 308 * 560, 64)
+    assert (config.budget, config.over_selection, config.temperature, config.bottom_fraction) == (7040, 1.1, 2.0, 0.1)
+    assert (config.stop_groups, config.stop_entropy, config.stop_agreement) == (3, 0.25, True)
+    assert json.loads(json.dumps(dataclasses.asdict(config))) == dataclasses.asdict(config)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("3b", 26), ("7b", 20), ("32b", 46), ("72b", 57)])
+def test_the_reference_layer_has_the_same_relative_depth(name, layer):
+    model = SIZES[f"qwen2.5-vl-{name}"]
+    assert AdaptTokenConfig.for_model(model).reference_layer == layer
+    assert AdaptTokenConfig.for_model(model, reference_layer=3).reference_layer == 3

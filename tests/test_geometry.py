@@ -1,0 +1,83 @@
+"""Windows and M-RoPE ids against transformers' own functions, independent formulas and literals."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from adapttoken_jax import geometry
+from adapttoken_jax.config import SIZES
+
+VISION = SIZES["qwen2.5-vl-7b"].vision
+
+
+@pytest.mark.parametrize("window", [28, 56, 84, 112])
+@pytest.mark.parametrize("grid", [(4, 4), (8, 8), (10, 14), (2, 30), (22, 40), (18, 6)])
+def test_windows_are_those_of_transformers(grid, window):
+    torch = pytest.importorskip("torch")
+    from transformers.vision_utils import get_vision_window_index
+
+    layout = geometry.window_layout(dataclasses.replace(VISION, window=window), *grid)
+    order, bounds = get_vision_window_index(torch.tensor([[1, *grid]]), 2, window, 14)
+    theirs = [set(part.tolist()) for part in np.split(order.numpy(), np.unique(bounds.numpy())[1:-1] // 4)]
+    ours = [set(token[valid].tolist()) for token, valid in zip(layout.token, layout.valid, strict=True)]
+    assert [w for w in ours if w] == theirs
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (10, 14), (2, 30), (22, 40)])
+def test_every_token_has_one_place_and_its_patches_their_coordinates(grid):
+    layout = geometry.window_layout(VISION, *grid)
+    tokens = grid[0] * grid[1] // 4
+    assert layout.token.reshape(-1)[layout.place].tolist() == list(range(tokens))
+    assert layout.valid.reshape(-1)[layout.place].all() and layout.valid.sum() == tokens
+    rows, cols = (x.reshape(-1, 4)[layout.place] for x in (layout.rows, layout.cols))
+    for token in range(tokens):
+        row, col = divmod(token, grid[1] // 2)
+        assert rows[token].tolist() == [2 * row, 2 * row, 2 * row + 1, 2 * row + 1]
+        assert cols[token].tolist() == [2 * col, 2 * col + 1, 2 * col, 2 * col + 1]
+
+
+def test_a_frame_smaller_than_a_window_is_not_padded():
+    assert geometry.window_layout(VISION, 4, 6).token.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert geometry.window_layout(VISION, 4, 20).valid.sum(1).tolist() == [8, 8, 4]
+
+
+def test_time_ids_are_float32_products():
+    assert geometry.time_ids(np.arange(6), 0.26, 2).tolist() == [0, 0, 1, 1, 2, 2]
+    assert geometry.time_ids([100], 0.29, 1).tolist() == [29]  # 28.999999999999996 in float64
+
+
+def test_position_ids_of_a_small_prompt_literally():
+    ids = geometry.grid_position_ids(2, np.array([0, 2]), 2, 4, 2)
+    assert ids.tolist() == [[2, 2, 4, 4], [2, 2, 2, 2], [2, 3, 2, 3]]
+    assert geometry.text_start("legacy", 2, ids, 2, 4, 2) == 5
+    assert geometry.text_start("hf5", 2, ids, 2, 4, 2) == 4
+    assert geometry.text_start("legacy", 2, ids[:, :0], 2, 4, 2) == 2
+
+
+def test_the_rules_on_32_slots_as_published():
+    ids = geometry.grid_position_ids(4, geometry.time_ids(range(32), 1.0, 2), 4, 6, 2)
+    starts = [geometry.text_start(rule, 4, ids, 4, 6, 2) for rule in ("legacy", "hf5")]
+    assert starts == [67, 7]
+
+
+@pytest.mark.parametrize("grid", [(3, 4, 6), (5, 10, 4), (1, 2, 18)])
+def test_hf5_ids_are_those_of_transformers(grid):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.Qwen2_5_VLModel(transformers.Qwen2_5_VLConfig(vision_config={"tokens_per_second": 2}))
+    visual = int(np.prod(grid)) // 4
+    kinds = torch.tensor([[0] * 4 + [2] * visual + [0] * 5])
+    theirs, _ = model.get_rope_index(
+        torch.zeros_like(kinds), kinds, video_grid_thw=torch.tensor([grid]), second_per_grid_ts=torch.tensor([1.5])
+    )
+    ids = geometry.grid_position_ids(4, geometry.time_ids(range(grid[0]), 1.5, 2), *grid[1:], 2)
+    start = geometry.text_start("hf5", 4, ids, *grid[1:], 2)
+    ours = np.concatenate([geometry.suffix_position_ids(0, 4), ids, geometry.suffix_position_ids(start, 5)], 1)
+    np.testing.assert_array_equal(ours, theirs[:, 0].numpy())
+
+
+def test_round_up():
+    assert [geometry.round_up(n, 32) for n in (1, 32, 33, 0)] == [32, 32, 64, 0]
