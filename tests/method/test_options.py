@@ -1,0 +1,235 @@
+"""The options beyond the paper in the whole method: what they change, what they leave alone, what they cost."""
+
+import dataclasses
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+
+import adapttoken_jax as at
+from adapttoken_jax import scan
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.parity import pytorch_method as oracle
+from adapttoken_jax.prompt import build_prompt
+from adapttoken_jax.result import NOT_FOUND
+from adapttoken_jax.selection import debias_relevance, effective_groups, target_groups
+from tests import tiny
+from tests.method.test_oracle import OPTIONS, random_video, settings
+
+QUESTION = "What is in the video?"
+VIDEO = random_video()  # 23 slots of 6 tokens; 6 groups of up to 4 slots
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("base"), tiny.SHAPES["base"])
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return at.load(directory)
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return at.answer(model, VIDEO, QUESTION, OPTIONS, settings(model))
+
+
+def ask(model, method="adapttoken", question=QUESTION, options=OPTIONS, limits=None, **given):
+    return at.answer(model, VIDEO, question, options, settings(model, **given), method, **(limits or {}))
+
+
+def tokens_of(result):
+    chosen = result.selected
+    return list(zip(chosen.slots, chosen.rows, chosen.cols, strict=True))
+
+
+# The second answer
+
+
+def test_the_consensus_is_the_mean_of_what_the_groups_say(model, plain):
+    traced = at.answer(model, VIDEO, QUESTION, OPTIONS, settings(model), trace=True)
+    ids = list(build_prompt(model.tokenizer, QUESTION, OPTIONS).letter_ids)
+    logits = traced.trace["group_first_logits"][:, ids].astype(np.float64)
+    said = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    weights = np.exp([g.certainty / 2 for g in traced.groups])
+    expected = (weights / weights.sum()) @ said
+    np.testing.assert_allclose([traced.consensus[letter] for letter in "ABC"], expected, rtol=1e-6)
+    assert plain.consensus == traced.consensus and "consensus" not in plain.to_dict()
+
+
+def test_no_consensus_without_options_or_groups(model):
+    assert ask(model, options=None).consensus is None
+    assert ask(model, method="full").consensus is None
+
+
+# Budget and selection
+
+
+def test_the_temperature_follows_the_target(model, plain):
+    result = ask(model, temperature_target=2.0)
+    certainties, weights = ([getattr(g, name) for g in result.groups] for name in ("certainty", "weight"))
+    assert effective_groups(weights) == pytest.approx(target_groups(certainties, 2.0), rel=1e-5)
+    assert [g.entropy for g in result.groups] == [g.entropy for g in plain.groups]
+    assert sum(g.budget for g in result.groups) == result.selected.candidates == 33
+
+
+def test_the_coverage_floor_puts_a_token_into_every_stretch(model, plain):
+    result = ask(model, coverage=0.3)  # 9 of 30 tokens
+    stretches = lambda r: {slot * 9 // 23 for slot, _, _ in tokens_of(r)}
+    assert stretches(result) == set(range(9))
+    assert result.selected.count == 30 and result.selected.candidates == 9 + round(1.1 * 21)
+    assert sum(g.budget for g in result.groups) == result.selected.candidates
+    assert sum(g.selected for g in result.groups) == 30 and tokens_of(result) == sorted(set(tokens_of(result)))
+    best = best_of_stretches(plain, 9)
+    assert best <= set(tokens_of(result)) and not best <= set(tokens_of(plain))
+
+
+def best_of_stretches(plain, count):
+    """The most relevant token of each stretch, weighted, from the relevance and weights of a plain result."""
+    best = {}
+    for group, row in zip(plain.groups, plain.relevance, strict=True):
+        for place, value in enumerate(row[~np.isnan(row)]):
+            slot, cell = group.slots[place // 6], place % 6
+            token, key = (group.weight * float(value), (slot, *divmod(cell, 3))), slot * count // 23
+            best[key] = max(best.get(key, token), token)
+    return {token for _, token in best.values()}
+
+
+def test_debias_selects_by_what_is_left_of_the_relevance(model, plain):
+    result = ask(model, debias=True, over_selection=1.0)
+    assert [g.budget for g in result.groups] == [g.budget for g in ask(model, over_selection=1.0).groups]
+    expected = set()
+    for group, row in zip(result.groups, result.relevance, strict=True):
+        cleaned = debias_relevance(row[~np.isnan(row)].reshape(-1, 6)).reshape(-1)
+        for place in np.argsort(-cleaned, kind="stable")[: group.budget]:
+            expected.add((group.slots[place // 6], *divmod(int(place) % 6, 3)))
+    assert set(tokens_of(result)) == expected
+    np.testing.assert_array_equal(result.relevance, plain.relevance)  # what is reported is attention itself
+
+
+def test_a_minimum_that_does_not_fit_beside_the_floor_is_refused_at_once(model):
+    with pytest.raises(UserError, match=r"--budget=30: .* beside --coverage=0.4; raise the budget to 40$"):
+        ask(model, coverage=0.4, min_tokens_per_group=4)
+    assert ask(model, coverage=0.4, min_tokens_per_group=4, budget=40).selected.count == 40
+
+
+def test_flexselect_is_left_alone(model):
+    changed = ask(model, "flexselect", debias=True, coverage=0.3, temperature_target=1.0)
+    assert changed.selected == ask(model, "flexselect").selected
+
+
+def test_ties_in_the_budget_go_to_the_lower_group_in_any_order_of_visits(model):
+    budgets = [
+        ask(model, "flexselect", budget=33, group_order=order).groups for order in ("sequential", "bit_reversed")
+    ]
+    assert [g.budget for g in budgets[0]] == [g.budget for g in budgets[1]] == [6, 6, 6, 5, 5, 5]
+
+
+# Stopping
+
+
+def test_the_blind_pass_is_the_prompt_without_the_video(model, directory):
+    for options in (OPTIONS, None):
+        prompt = build_prompt(model.tokenizer, QUESTION, options)
+        config = settings(model).resolve(model.config)
+        features = np.zeros((1, 6, model.config.vision.out_width), np.float32)
+        video = dataclasses.make_dataclass("Video", ["features"])(features)
+        [reply] = scan.blind_replies(model, video, [prompt], config)
+        torch_model = tiny.load_torch(directory)
+        embeddings = oracle.embed(torch_model, [*prompt.prefix_ids, *prompt.suffix_ids])
+        ids = np.tile(np.arange(len(embeddings)), (3, 1))
+        theirs = oracle.answer_greedily(torch_model, embeddings, ids, 1 if options else 5, model.tokenizer.eos)
+        assert tuple(reply.answer_ids) == theirs.ids
+        assert reply.entropy == pytest.approx(oracle.answer_entropy(theirs.logits, 0.1), abs=1e-4)
+
+
+def test_a_certain_group_must_also_gain_over_the_question_alone(model, plain):
+    certain = {"stop_groups": 1, "stop_entropy": 9.0, "stop_agreement": False}
+    assert ask(model, "lite", **certain).stop.groups_visited == 1
+    stops = [ask(model, "lite", **certain, stop_gain=gain).stop for gain in (1e-6, 20.0)]
+    assert [stop.groups_visited for stop in stops][1] == 6 and not stops[1].early
+    extra = ask(model, "lite", **certain, stop_gain=20.0).cost
+    assert extra.visual_tokens_prefilled == plain.cost.visual_tokens_prefilled and extra.flops > plain.cost.flops
+
+
+def test_asking_again_ends_the_scan_with_the_answer_it_got(model, plain):
+    result = ask(model, "lite", stop_rule="rerun", stop_groups=2, stop_entropy=9.0)
+    assert (result.stop.groups_visited, result.stop.reason) == (2, "certain over the groups so far")
+    same = ask(model, "lite", stop_groups=2, stop_entropy=9.0, stop_agreement=False)
+    assert result.answer == same.answer and result.entropy == same.entropy and result.selected == same.selected
+    assert result.cost.visual_tokens_prefilled == same.cost.visual_tokens_prefilled  # asked once, not twice
+    never = ask(model, "lite", stop_rule="rerun", stop_groups=2, stop_entropy=0.0)
+    assert never.answer == plain.answer and never.selected == plain.selected and not never.stop.early
+    # Asked after 2 and 4 groups in vain; the third time, after all 6, is the final answer.
+    assert never.cost.visual_tokens_prefilled == plain.cost.visual_tokens_prefilled + 2 * 30
+
+
+def test_giving_up_ends_the_scan(model, plain):
+    entropies = [g.entropy for g in plain.groups]
+    result = ask(model, "lite", stop_entropy=0.0, give_up_groups=1)
+    falls = [later < earlier for earlier, later in itertools.pairwise(entropies)]
+    assert result.stop.groups_visited == falls.index(False) + 2
+    assert result.stop.early and result.stop.reason == "no group more certain for long"
+    assert not ask(model, "lite", stop_entropy=0.0, give_up_groups=6).stop.early
+
+
+# Deadlines and abstaining
+
+
+class Clock:
+    """Stands still until the method reports progress on its groups; each report takes a second."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def __call__(self, stage, done, total):
+        self.now += stage == "groups"
+
+
+@pytest.mark.parametrize("method", ["adapttoken", "lite", "flexselect"])
+@pytest.mark.parametrize(("deadline", "visited"), [(0, 1), (1, 1), (2.5, 3), (5, 5), (6, 6), (99, 6), (None, 6)])
+def test_a_deadline_ends_the_scan_between_groups(model, monkeypatch, method, deadline, visited):
+    clock = Clock(monkeypatch)
+    limits = {"deadline": deadline, "on_progress": clock}
+    result = ask(model, method, limits=limits, stop_entropy=0.0)
+    assert result.stop.groups_visited == visited and result.stop.early == (visited < 6)
+    assert result.stop.reason == ("deadline reached" if visited < 6 else "all groups visited")
+    assert result.selected.count == min(30, visited * 24) and result.answer
+
+
+def test_all_questions_share_the_deadline(model, monkeypatch):
+    clock = Clock(monkeypatch)
+    both = ask(
+        model, question=[QUESTION, "Why?"], options=[OPTIONS, None], limits={"deadline": 2, "on_progress": clock}
+    )
+    assert [r.stop.groups_visited for r in both] == [2, 2]
+
+
+def test_a_mesh_visits_at_least_one_wave(directory):
+    wide = at.load(directory, mesh="data=2,model=1")
+    result = ask(wide, limits={"deadline": 0})
+    assert result.stop.groups_visited == 2
+
+
+def test_an_uncertain_answer_is_withheld(model, plain):
+    below, above = (ask(model, limits={"abstain_above": plain.entropy + step}) for step in (-1e-3, 1e-3))
+    assert (below.answer, below.option) == (NOT_FOUND, None)
+    assert (above.answer, above.option) == (plain.answer, plain.option)
+    assert below.option_probabilities == plain.option_probabilities and below.entropy == plain.entropy
+    assert '"answer": "not found in the video"' in below.to_json()
+    assert ask(model, limits={"abstain_above": math.inf}).answer == plain.answer
+
+
+@pytest.mark.parametrize("limits", [{"deadline": -1}, {"abstain_above": -0.1}, {"deadline": math.nan}])
+def test_limits_below_zero_are_refused(model, limits):
+    with pytest.raises(UserError, match=f"--{next(iter(limits))}=.*: must be at least 0"):
+        ask(model, limits=limits)
+
+
+def test_a_target_below_one_group_is_refused():
+    with pytest.raises(UserError, match=r"--temperature_target=0.5: must be 0 \(off\) or at least 1"):
+        at.AdaptTokenConfig(temperature_target=0.5)
