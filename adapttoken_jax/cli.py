@@ -173,11 +173,12 @@ def _shown(default) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-def _settings() -> tuple[Flag, ...]:
+def setting_flags() -> tuple[Flag, ...]:
+    """One flag per field of `AdaptTokenConfig`, not given by default."""
     return tuple(_setting_flag(field) for field in dataclasses.fields(configs.AdaptTokenConfig))
 
 
-def _given_settings(values: flags.FlagValues) -> dict[str, Any]:
+def given_settings(values: flags.FlagValues) -> dict[str, Any]:
     """The settings that the user wrote."""
     names = [field.name for field in dataclasses.fields(configs.AdaptTokenConfig)]
     return {name: values[name].value for name in names if values[name].value is not None}
@@ -208,8 +209,12 @@ _ANSWER_FLAGS = (
         shown_default=configs.METHODS[0],
     ),
     Flag("lite", bool, "the same as --method lite", "Method"),
+    Flag("stop_calibration", str, "lite: stop as this certificate of calibrate_stop says", "Method", "FILE"),
+    Flag("abstain_above", float, "above this entropy the answer is: not found in the video", "Method", "NATS", low=0.0),
+    Flag("deadline", float, "visit no more groups when so much time has passed", "Method", "SECONDS", low=0.0),
     Flag("dry_run", bool, "print frames, grid, tokens, groups and budget; answer nothing, load no weights", "Method"),
     Flag("json", str, "write result.json here; - writes it to stdout instead of the answer", "Output", "FILE"),
+    Flag("report", str, "write a page with the answer and the moments it rests on, as .html", "Output", "FILE"),
     Flag("trace", str, "write every array needed to recompute the run, as .npz", "Output", "FILE"),
     Flag("mesh", str, "devices that hold groups and layers, as data=4,model=2", "Devices", "SIZES"),
     Flag(
@@ -221,7 +226,7 @@ _ANSWER_FLAGS = (
         choices=("float32", "bfloat16", "float16"),
         shown_default="float32 on a CPU, elsewhere the checkpoint's own",
     ),
-    *_settings(),
+    *setting_flags(),
     _DEBUG,
 )
 
@@ -229,16 +234,17 @@ _ANSWER_FLAGS = (
 def _answer(values: flags.FlagValues) -> int:
     """`adapttoken answer`. What can be wrong is checked before weights are loaded."""
     method = _method(values)
-    _check_outputs(values, ("json", "trace"))
+    _check_outputs(values, ("json", "report", "trace"))
     if values.question is None and not values.dry_run:
         raise UserError("--question is required: what to ask about the video")
     from adapttoken_jax import pipeline
 
-    settings = _given_settings(values)
+    settings = given_settings(values)
+    certificate = _certificate(values, method, settings)
     plan = pipeline.dry_run(values.model, values.video, settings, method, values.question, values.option)
     if values.dry_run:
         return _show_plan(values, plan)
-    result = _run(values, method, settings)
+    result = _run(values, method, settings, certificate)
     _write_outputs(values, result)
     _print_answer(result, as_json=values.json == "-")
     return OK
@@ -247,9 +253,30 @@ def _answer(values: flags.FlagValues) -> int:
 def _method(values: flags.FlagValues) -> str:
     if values.lite and values.method not in (None, "lite"):
         raise UserError(f"--lite: contradicts --method={values.method}; give one of them")
-    if values.dry_run and values.trace:
-        raise UserError("--trace: a dry run has nothing to trace; drop one of --trace and --dry_run")
+    for name in ("report", "trace"):
+        if values.dry_run and values[name].value:
+            raise UserError(f"--{name}: a dry run has nothing to {name}; drop one of --{name} and --dry_run")
     return "lite" if values.lite else values.method or configs.METHODS[0]
+
+
+def _certificate(values: flags.FlagValues, method: str, settings: Mapping[str, Any]):
+    """The certificate of `--stop_calibration`, checked against everything but the model's weights; None without."""
+    path = values.stop_calibration
+    if path is None:
+        return None
+    from adapttoken_jax.calibration import RULE_FIELDS, read_certificate
+
+    if method != "lite":
+        raise UserError(f"--stop_calibration: says when Lite stops, but the method is {method}; add --lite")
+    for name in RULE_FIELDS:
+        if name in settings:
+            raise UserError(f"--{name}: --stop_calibration={path} decides it; drop one of them")
+    if values.deadline is not None:
+        raise UserError("--deadline: stops where --stop_calibration promises nothing; drop one of them")
+    certificate = read_certificate(path)
+    config = configs.AdaptTokenConfig.for_model(configs.read_model_config(values.model), **settings)
+    certificate.config_for(config, source=f"--stop_calibration={path}")
+    return certificate
 
 
 def _show_plan(values: flags.FlagValues, plan: Mapping[str, Any]) -> int:
@@ -263,22 +290,30 @@ def _show_plan(values: flags.FlagValues, plan: Mapping[str, Any]) -> int:
     return OK
 
 
-def _run(values: flags.FlagValues, method: str, settings: Mapping[str, Any]):
+def _run(values: flags.FlagValues, method: str, settings: Mapping[str, Any], certificate=None):
     import adapttoken_jax as at
     from adapttoken_jax.progress import Progress
 
     if sys.stderr.isatty():
         print(f"loading {values.model}", file=sys.stderr, flush=True)
     model = at.load(values.model, mesh=values.mesh, dtype=values.dtype)
+    config = at.AdaptTokenConfig.for_model(model.config, **settings)
+    if certificate is not None:
+        from adapttoken_jax.calibration import model_fingerprint
+
+        source = f"--stop_calibration={values.stop_calibration}"
+        config = certificate.config_for(config, model_fingerprint(model), source)
     with Progress() as progress:
         return at.answer(
             model,
             values.video,
             values.question,
             values.option,
-            config=at.AdaptTokenConfig.for_model(model.config, **settings),
+            config=config,
             method=method,
             trace=bool(values.trace),
+            abstain_above=values.abstain_above,
+            deadline=values.deadline,
             on_progress=progress,
         )
 
@@ -290,6 +325,15 @@ def _write_outputs(values: flags.FlagValues, result) -> None:
         write_trace(values.trace, result.trace)
     if values.json and values.json != "-":
         write_result(values.json, result)
+    if values.report:
+        _write_report(values, result)
+
+
+def _write_report(values: flags.FlagValues, result) -> None:
+    from adapttoken_jax import report
+
+    model = configs.read_model_config(values.model)
+    report.write(values.report, [report.entry(model, values.video, result, values.question, values.option)])
 
 
 def _print_answer(result, as_json: bool) -> None:
@@ -305,6 +349,9 @@ def summary_line(result) -> str:
     if result.option is not None:
         share = (result.option_probabilities or {}).get(result.option)
         parts.append(f"option {result.option}" + (f" ({share:.0%})" if share is not None else ""))
+        together = max(result.consensus, key=result.consensus.get) if result.consensus else result.option
+        if together != result.option:
+            parts.append(f"but the groups together say {together} ({result.consensus[together]:.0%})")
     if result.entropy is not None:
         parts.append(f"entropy {result.entropy:.2f} nats")
     if result.stop.groups_total:
@@ -340,7 +387,7 @@ _COMPARE_FLAGS = (
     _QUESTION,
     _OPTION,
     Flag("tolerance", float, "largest relative difference that passes", "Comparison", "X", 1e-4, low=0.0),
-    *_settings(),
+    *setting_flags(),
     _DEBUG,
 )
 
@@ -350,7 +397,7 @@ def _compare(values: flags.FlagValues) -> int:
         from adapttoken_jax.parity.compare import compare
 
         rows, passed = compare(
-            values.model, values.video, values.question, values.option, _given_settings(values), values.tolerance
+            values.model, values.video, values.question, values.option, given_settings(values), values.tolerance
         )
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):

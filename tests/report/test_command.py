@@ -1,0 +1,45 @@
+"""`adapttoken answer --report`, from files to a file."""
+
+import pytest
+
+from adapttoken_jax import cli
+from tests import media, tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("model"), tiny.SHAPES["base"])
+
+
+def answer(checkpoint, video, *more):
+    return cli.main(
+        ["answer", f"--model={checkpoint}", f"--video={video}", "--question=Is it <here>?", "--option=a cat",
+         "--option=a dog", "--max_pixels=4704", "--slots_per_group=4", "--budget=20", "--max_frames=40", "--fps=12",
+         *more]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["lite", "uniform"])
+def test_answer_writes_a_report(checkpoint, tmp_path, method, capsys):
+    video, path = media.write(tmp_path / "a&b.mp4", 50), tmp_path / "r.html"
+    assert answer(checkpoint, video, f"--report={path}", f"--method={method}") == 0
+    page = path.read_text(encoding="utf-8")
+    assert "Is it &lt;here&gt;?</h1>" in page and "a&amp;b.mp4" in page
+    assert page.count("data:image/png") >= 3 and ("Group passes" in page)
+    assert ("The groups as a table" in page) == (method == "lite")
+    assert capsys.readouterr().out.count("\n") == 1  # the answer alone
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--dry_run", "--report=r.html"], "--report: a dry run has nothing to report; drop one of --report and"),
+        (["--report=/no/such/r.html"], "--report=/no/such/r.html: the directory /no/such does not exist"),
+        (["--report=v.mp4"], "--report=v.mp4: the same file as --video; choose another"),
+        (["--report=r", "--json=r"], "--report=r: the same file as --json; choose another"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(tmp_path, monkeypatch, capsys, more, words):
+    monkeypatch.chdir(tmp_path)
+    assert answer("no-model", "v.mp4", *more) == 2
+    assert words in capsys.readouterr().err
