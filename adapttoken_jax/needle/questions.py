@@ -8,7 +8,7 @@ the needles that were seen.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -101,6 +101,18 @@ def describe_question(asked: str, key: str, value: str) -> Question:
     unknown = Part(value, 0, VALUES[asked])
     words = (unknown, Part(key)) if asked == "colour" else (Part(key), unknown)
     return Question(DESCRIBE[asked].format(key), asked, (key,), (Part("a"), *words))
+
+
+def examples(options: bool) -> Iterator[Question]:
+    """One question of every wording: all others differ from one of them in the words that are filled in."""
+    rng = np.random.default_rng(0)
+    make = choice_question if options else open_question
+    for (asked, needles), wordings in WORDINGS.items():
+        keys, values = VALUES[OTHER[asked]][:needles], VALUES[asked][:needles]
+        for wording in wordings:
+            yield dataclasses.replace(make(rng, asked, keys, values), text=wording.format(*keys))
+        if not options and needles == 1:
+            yield describe_question(asked, keys[0], values[0])
 
 
 def option_distribution(question: Question, visible: Sequence[bool]) -> np.ndarray:

@@ -60,11 +60,16 @@ def render(table: FrameTable, height: int, width: int, xp=np):
     Returns:
       uint8 [..., F, Y, X, 3] RGB.
     """
+    return xp.moveaxis(render_planes(table, height, width, xp), -3, -1)
+
+
+def render_planes(table: FrameTable, height: int, width: int, xp=np):
+    """What `render` returns, with the colour before the rows: uint8 [..., F, 3, Y, X]."""
     image = _background(table, height, width, xp)
     for n in range(table.shape.shape[-1]):
-        cover = _coverage(table, n, height, width, xp)[..., None]
-        image = image + cover * (table.rgb[..., n, None, None, :] - image)
-    levels = image * 255 + _noise(table, height, width, xp)[..., None]
+        cover = _coverage(table, n, height, width, xp)[..., None, :, :]
+        image = image + cover * (table.rgb[..., n, :, None, None] - image)
+    levels = image * 255 + _noise(table, height, width, xp)[..., None, :, :]
     return xp.clip(xp.round(levels), 0, 255).astype(xp.uint8)
 
 
@@ -78,7 +83,7 @@ def _background(table, height, width, xp):
     # sin(a + b) from one-dimensional tables: a sine per row and column instead of one per pixel.
     swing = xp.sin(down)[..., :, None] * xp.cos(across)[..., None, :]
     swing = swing + xp.cos(down)[..., :, None] * xp.sin(across)[..., None, :]
-    return table.base[..., None, None, :] + table.amplitude[..., None, None, :] * swing[..., None]
+    return table.base[..., None, None] + table.amplitude[..., None, None] * swing[..., None, :, :]
 
 
 def _coverage(table, n, height, width, xp):

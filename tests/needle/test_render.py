@@ -37,8 +37,8 @@ def test_jax_renders_what_numpy_renders(difficulty, size):
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
-# Share of the circumscribed circle's area, from plane geometry: a square of half-side 0.72 r, an equilateral triangle with
-# sides 0.46 r from the centre, the pentagram with lines at 0.27 r, two crossed bars, a ring with a hole of 0.55 r.
+# Share of the circumscribed circle, from plane geometry: a square of half-side 0.72 r, an equilateral triangle (sides
+# 0.46 r from the centre), the pentagram with lines at 0.27 r, two crossed bars, a ring with a hole of 0.55 r.
 _AREA = {
     "disc": 1.0,
     "square": (2 * 0.72) ** 2 / np.pi,
