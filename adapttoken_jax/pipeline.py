@@ -242,14 +242,6 @@ def scan_video(
     return [dataclasses.replace(run, scan=scan, seconds=dict(seconds)) for run, scan in zip(runs, scans, strict=True)]
 
 
-def stop_rule(config: AdaptTokenConfig) -> StopRule:
-    """Lite's rule as the configuration sets it."""
-    return StopRule(
-        rule=config.stop_rule, groups=config.stop_groups, entropy=config.stop_entropy,
-        agreement=config.stop_agreement, gain=config.stop_gain, give_up=config.give_up_groups,
-    )  # fmt: skip
-
-
 def _stop_reason(run: Run, visits: list[Visit]) -> str:
     """Step 7 after these visits. An answer asked for on the way is kept in `run.asked`."""
 
@@ -257,7 +249,7 @@ def _stop_reason(run: Run, visits: list[Visit]) -> str:
         run.asked[len(visits)] = conclude(run.after(visits))
         return run.asked[len(visits)].reply.entropy
 
-    return stop_rule(run.config).reason(
+    return StopRule.of(run.config).reason(
         [v.reply.entropy for v in visits], [agreed_answer(run.model, run.prompt, v.reply) for v in visits],
         blind=run.blind.entropy if run.blind else None, rerun=ask_again,
     )  # fmt: skip

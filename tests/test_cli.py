@@ -109,7 +109,7 @@ def test_an_unknown_command_is_one_line(capsys, word, words):
 
 def given(argv):
     values = cli.parse(ANSWER, argv)
-    return cli._given_settings(values)
+    return cli.given_settings(values)
 
 
 def test_every_setting_is_a_flag_that_is_not_given_by_default():

@@ -55,6 +55,14 @@ class StopRule:
     gain: float = 0.0
     give_up: int = 0
 
+    @classmethod
+    def of(cls, config) -> "StopRule":
+        """The rule that an `AdaptTokenConfig` sets."""
+        return cls(
+            rule=config.stop_rule, groups=config.stop_groups, entropy=config.stop_entropy,
+            agreement=config.stop_agreement, gain=config.stop_gain, give_up=config.give_up_groups,
+        )  # fmt: skip
+
     def reason(
         self,
         entropies: Sequence[float],

@@ -1,0 +1,201 @@
+"""Calibrates when AdaptToken-Lite may stop, on videos without labels, and writes the certificate.
+
+    python -m experiments.calibrate_stop --model=DIR --data=questions.jsonl --log=full.jsonl --certificate=stop.json
+    python -m experiments.calibrate_stop --needle --videos=500 --frames=256 --log=full.jsonl --certificate=stop.json
+    adapttoken answer --lite --stop_calibration=stop.json ...
+
+Runs the full method once on every video and logs it (an interrupted run goes on where it was), replays the stop rule at
+each of `--thresholds`, and certifies the boldest one before the first failure: with confidence 1 - delta, on at most
+a share alpha of videos like these does Lite answer a question otherwise than the full run. `--data` has one JSON object
+per line: "video" (a path, from the file's directory if relative), "question", and "options" if there are any; the lines
+of a video need not stand together. Every setting of the method is a flag, as in `adapttoken answer`.
+
+Cost: the scan, and a final pass for every number of groups after which a rule might stop. By default these are all, so
+that every rule replays on the log and `--signals` can compare; with `--stops_only`, only those that this rule reaches.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+import adapttoken_jax as at
+from adapttoken_jax import calibration, cli
+from adapttoken_jax.calibration.record import record_video
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.needle import DIFFICULTIES, SPLITS, TASKS, scene
+from adapttoken_jax.progress import Progress
+from adapttoken_jax.result import atomic_file, plain_json
+
+_MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or the bundled model's name.")
+_DATA = flags.DEFINE_string("data", None, "Videos and questions, JSON lines.")
+_NEEDLE = flags.DEFINE_bool("needle", False, "Needle videos instead of --data.")
+_VIDEOS = flags.DEFINE_integer("videos", 500, "Needle videos.", lower_bound=1)
+_FRAMES = flags.DEFINE_integer("frames", 256, "Frames of a needle video.", lower_bound=1)
+_TASK = flags.DEFINE_enum("task", "single", list(TASKS), "Task of the needle videos.")
+_DIFFICULTY = flags.DEFINE_enum("difficulty", "normal", list(DIFFICULTIES), "Difficulty of the needle videos.")
+_SPLIT = flags.DEFINE_enum("split", "validation", list(SPLITS), "Split of the needle videos' seeds.")
+_FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "First seed of the needle videos.", lower_bound=0)
+_LOG = flags.DEFINE_string("log", None, "Log of the full runs; continued if it exists.", required=True)
+_CERTIFICATE = flags.DEFINE_string("certificate", None, "Write the certificate here.")
+_ALPHA = flags.DEFINE_float("alpha", 0.05, "Share of videos in which Lite may differ from the full run.")
+_DELTA = flags.DEFINE_float("delta", 0.1, "Probability that the promise fails.")
+_THRESHOLDS = flags.DEFINE_list("thresholds", list(map(str, calibration.THRESHOLDS)), "Nats, from cautious to bold.")
+_STOPS_ONLY = flags.DEFINE_bool("stops_only", False, "Ask for final answers only where this rule may stop.")
+_SIGNALS = flags.DEFINE_bool("signals", False, "Print the AUROC of the stop signals.")
+_JSON = flags.DEFINE_string("json", None, "Write the tables here as JSON; - for stdout.")
+for _setting in cli.setting_flags():
+    _setting.define(flags.FLAGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One video with its questions; `load` gives what `at.answer` takes as a video."""
+
+    name: str
+    load: Callable[[], object]
+    questions: tuple[str, ...]
+    options: tuple[tuple[str, ...] | None, ...]
+
+
+def needle_items() -> list[Item]:
+    """The needle videos of the flags, one question each, rendered when their turn comes."""
+    return [_needle_item(_FIRST_SEED.value + i) for i in range(_VIDEOS.value)]
+
+
+def _needle_item(seed: int) -> Item:
+    made = scene(seed, _SPLIT.value, _FRAMES.value, _TASK.value, _DIFFICULTY.value)
+    name = f"{_SPLIT.value} {_TASK.value} {_DIFFICULTY.value} {_FRAMES.value} {seed}"
+    return Item(name, lambda: at.Frames(made.images(), 4.0), (made.question.text,), (made.question.options,))
+
+
+def read_items(path) -> list[Item]:
+    """The videos of a `--data` file, in the order of their first lines.
+
+    Raises:
+      UserError: no such file, or a line that is not as it must be.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"--data={path}: no such file")
+    asked: dict[str, list] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            video, *question = _read_line(line, f"--data={path}, line {number}")
+            asked.setdefault(video, []).append(question)
+    return [
+        Item(video, lambda video=video: str(path.parent / video), *map(tuple, zip(*questions, strict=True)))
+        for video, questions in asked.items()
+    ]
+
+
+def _read_line(line: str, where: str) -> tuple[str, str, tuple[str, ...] | None]:
+    try:
+        content = json.loads(line)
+        video, question, options = content["video"], content["question"], content.get("options")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{where}: must be a JSON object with "video" and "question" ({error})') from None
+    texts = [video, question, *(options or [])] if isinstance(options, list | None) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f'{where}: "video" and "question" must be texts, "options" a list of texts')
+    return video, question, tuple(options) if options else None
+
+
+def log_runs(model, items: Sequence[Item], config, thresholds) -> int:
+    """Logs the full run of every video that the log does not have yet; how many were too short to need groups."""
+    fingerprint = calibration.config_fingerprint(config, calibration.model_fingerprint(model))
+    writer = calibration.LogWriter(_LOG.value, fingerprint)
+    points = (lambda log: calibration.stop_points(log, config, thresholds)) if _STOPS_ONLY.value else None
+    short = 0
+    with Progress() as progress:
+        for done, item in enumerate(items, 1):
+            if item.name not in writer.done:
+                video = record_video(model, item.name, item.load(), item.questions, item.options, config, points)
+                if video is None:
+                    short += 1
+                else:
+                    writer.append(video)
+            progress("videos", done, len(items))
+    return short
+
+
+def tables(log, config, thresholds) -> dict[str, list]:
+    """What the replay shows: a row per threshold; with `--signals` a row per stop signal."""
+    runs = [(t, calibration.replay(log.videos, calibration.at_threshold(config, t))) for t in thresholds]
+    n = len(log.videos)
+    rows = [
+        {"threshold": t, "losses": run.losses, "videos": n, "share_visited": run.share,
+         "p_value": calibration.binomial_tail(run.losses, n, _ALPHA.value)} for t, run in runs
+    ]  # fmt: skip
+    return {"thresholds": rows} | ({"signals": calibration.compare_signals(log.videos)} if _SIGNALS.value else {})
+
+
+def calibrate() -> None:
+    """The whole run, from flags to files."""
+    if _NEEDLE.value == (_DATA.value is not None):
+        raise UserError("--data: give either it or --needle")
+    outputs = [("log", _LOG), ("certificate", _CERTIFICATE), ("json", _JSON)]
+    for name, flag in outputs:
+        if flag.value not in (None, "-"):
+            cli.check_output(name, flag.value)
+    thresholds = _read_thresholds()
+    items = needle_items() if _NEEDLE.value else read_items(_DATA.value)
+    if _CERTIFICATE.value:
+        calibration.check_enough(len(items), _ALPHA.value, _DELTA.value)
+    model = at.load(_MODEL.value)
+    config = at.AdaptTokenConfig.for_model(model.config, **cli.given_settings(flags.FLAGS))
+    short = log_runs(model, items, config, thresholds)
+    if short:
+        print(f"{short} videos are too short for groups; Lite does not run on them", file=sys.stderr)
+    log = calibration.read_log(_LOG.value).only({item.name for item in items})
+    if not log.videos:
+        raise UserError(f"--log={_LOG.value}: no video was long enough for groups; nothing to calibrate")
+    show(tables(log, config, thresholds))
+    if _CERTIFICATE.value:
+        certificate = calibration.certify(log, config, _ALPHA.value, _DELTA.value, thresholds)
+        calibration.write_certificate(_CERTIFICATE.value, certificate)
+        print(describe(certificate), file=sys.stderr)
+
+
+def _read_thresholds() -> list[float]:
+    try:
+        return [float(text) for text in _THRESHOLDS.value]
+    except ValueError as error:
+        raise UserError(f"--thresholds: {error}; give numbers, separated by commas") from None
+
+
+def show(content: dict[str, list]) -> None:
+    """Prints the tables, or writes them as JSON."""
+    text = json.dumps(plain_json(content), indent=2) + "\n"
+    if _JSON.value and _JSON.value != "-":
+        with atomic_file(_JSON.value) as file:
+            file.write(text.encode("utf-8"))
+    sys.stdout.write(text if _JSON.value == "-" else "\n".join(cli.table(rows) for rows in content.values()))
+
+
+def describe(certificate) -> str:
+    """The certificate in one line."""
+    stop = certificate.stop
+    return (
+        f"{_CERTIFICATE.value}: rule {stop['stop_rule']}, stop_entropy {stop['stop_entropy']:g}: with confidence "
+        f"{1 - certificate.delta:g} Lite differs from the full run in at most {certificate.alpha:.1%} of videos; "
+        f"{certificate.losses} of {certificate.videos} did, {certificate.mean_share_visited:.0%} of the groups visited"
+    )
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]}")
+    try:
+        calibrate()
+    except UserError as error:
+        print(f"calibrate_stop: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)
