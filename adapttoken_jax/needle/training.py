@@ -81,7 +81,8 @@ class TrainState(NamedTuple):
 
 def initial_state(config: ModelConfig, seed: int, schedule: Schedule) -> TrainState:
     """Random parameters of a seed."""
-    values = parameters.initialise(config, jax.random.key(seed))
+    # "rbg" keys compile in a second where the default ones take ten.
+    values = parameters.initialise(config, jax.random.key(seed, impl="rbg"))
     return TrainState(values, optimizer(schedule).init(values), jnp.int32(0))
 
 
@@ -168,7 +169,7 @@ def train_step(state: TrainState, planes: jax.Array, batch: Batch, *, config, pr
     objective = functools.partial(losses, config, prefix_ids)
     (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.values, planes, batch)
     updates, moments = optimizer(schedule).update(gradient, state.moments, state.values)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     new = TrainState(optax.apply_updates(state.values, updates), moments, state.step + 1)
     return new, metrics | {"loss": loss, "gradient_norm": norm, "learning_rate": schedule(state.step)}
 
