@@ -86,8 +86,7 @@ def _damage_reported(path: pathlib.Path) -> Iterator[None]:
     except jax.errors.JaxRuntimeError:  # the devices' failure, such as too little memory, not the checkpoint's
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{path}: incomplete or damaged, convert it again ({reason})") from error
+        raise UserError(f"{path}: incomplete or damaged; convert the source again") from error
 
 
 def _checkpointer(largest: int) -> ocp.Checkpointer:

@@ -40,7 +40,7 @@ class StoredTensor:
     def read(self, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> np.ndarray:
         """Copies the part `index` of the tensor, seen as `shape` (same elements in the same order), into memory."""
         mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
-        return np.array(mapped.reshape(shape)[index], order="C")
+        return np.array(mapped.reshape(shape)[index])
 
 
 def read_header(path: pathlib.Path) -> list[StoredTensor]:

@@ -150,6 +150,24 @@ def test_devices_hold_only_their_part(checkpoint):
     assert shapes(params["vision"]["layers"]["qkv_kernel"]) == {(2, 32, 3, 1, 16)}
 
 
+@pytest.mark.parametrize(
+    ("path", "spec"),
+    [
+        ("text.layers.q_kernel", ("model", None, None)),  # (N H) D, split over N
+        ("text.layers.down_kernel", (None, "model")),  # D F, over F
+        ("vision.layers.qkv_kernel", (None, "model", None, None)),  # (3 N H) D, over N
+        ("text.head", ("model", None)),  # V D, over V
+        ("vision.patch_kernel", (None,) * 5),
+    ],
+)
+def test_a_process_reads_only_the_part_of_its_devices(checkpoint, path, spec):
+    """The stored tensor, its merged axes apart, is split where the parameter is."""
+    config, mesh = read_model_config(checkpoint), sharding.make_mesh(sharding.MeshShape(data=4, model=2))
+    (p,) = (p for p in parameters.parameters(config) if ".".join(p.path) == path)
+    staged = huggingface._staging_sharding(p, jax.NamedSharding(mesh, sharding.parameter_spec(p, mesh)))
+    assert tuple(staged.spec) == spec
+
+
 def test_any_axis_may_be_split(checkpoint, loaded):
     """Also the stack's own axis and one that merges several stored axes, which the rules never split."""
     config, mesh = read_model_config(checkpoint), sharding.make_mesh(sharding.MeshShape(data=2, model=2))
@@ -209,10 +227,14 @@ def _duplicate_in_two_layouts(directory):
 
 
 def _duplicate_in_one_header(directory):
-    entry = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
-    text = f'{{"model.norm.weight":{entry},"model.norm.weight":{entry}}}'.encode()
-    (directory / "model-00004.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
     _drop_index(directory)
+    path = next(path for path in directory.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    entries = [f"{json.dumps(key)}:{json.dumps(entry)}" for key, entry in json.loads(raw[8 : 8 + size]).items()]
+    entries.append(next(entry for entry in entries if "model.norm.weight" in entry))
+    text = f"{{{','.join(entries)}}}".encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
 
 
 def _missing(directory):
@@ -314,7 +336,7 @@ def test_tied_checkpoint_may_repeat_the_embedding_but_not_contradict_it(tmp_path
     assert _same_tree(repeated, _read(random_bits.write(tmp_path / "without", SMALL_TIED, values)))
     other = head.copy()
     other.view(np.uint16)[-1, -1] ^= 1
-    for name, bad in (("bits", other), ("dtype", head.astype(np.float32)), ("shape", head[:-1].copy())):
+    for name, bad in (("bits", other), ("dtype", head.view(np.float16)), ("shape", head[:-1].copy())):
         directory = random_bits.write(tmp_path / name, SMALL_TIED, {**values, "lm_head.weight": bad})
         with pytest.raises(UserError, match=r"'lm_head\.weight' differs from the embedding"):
             _read(directory)

@@ -95,6 +95,12 @@ def test_damaged_header_is_named(tmp_path, header, data, message):
     assert "x.safetensors" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_key_that_the_header_repeats_is_listed_twice(tmp_path):
+    entry = json.dumps(_ENTRY)
+    path = _raw(tmp_path / "x.safetensors", f'{{"a":{entry},"a":{entry}}}'.encode(), b"\0" * 8)
+    assert [tensor.key for tensor in read_header(path)] == ["a", "a"]
+
+
 def test_git_lfs_pointer_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", encoding="utf-8")
