@@ -20,6 +20,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from absl import app, flags
 
 import adapttoken_jax as at
@@ -46,6 +47,8 @@ _DELTA = flags.DEFINE_float("delta", 0.1, "Probability that the promise fails.")
 _THRESHOLDS = flags.DEFINE_list("thresholds", list(map(str, calibration.THRESHOLDS)), "Nats, from cautious to bold.")
 _STOPS_ONLY = flags.DEFINE_bool("stops_only", False, "Ask for final answers only where this rule may stop.")
 _SIGNALS = flags.DEFINE_bool("signals", False, "Print the AUROC of the stop signals.")
+_RESAMPLES = flags.DEFINE_integer("resamples", 0, "Calibrate so often on resampled videos and count broken promises.")
+_RESAMPLE_SIZE = flags.DEFINE_integer("resample_size", 0, "Videos per resampled calibration; 0: half of the log.")
 _JSON = flags.DEFINE_string("json", None, "Write the tables here as JSON; - for stdout.")
 for _setting in cli.setting_flags():
     _setting.define(flags.FLAGS)
@@ -123,14 +126,31 @@ def log_runs(model, items: Sequence[Item], config, thresholds) -> int:
 
 
 def tables(log, config, thresholds) -> dict[str, list]:
-    """What the replay shows: a row per threshold; with `--signals` a row per stop signal."""
+    """What the replay shows: a row per threshold; if asked for, a row per stop signal, and the resampled promise."""
     runs = [(t, calibration.replay(log.videos, calibration.at_threshold(config, t))) for t in thresholds]
     n = len(log.videos)
     rows = [
         {"threshold": t, "losses": run.losses, "videos": n, "share_visited": run.share,
          "p_value": calibration.binomial_tail(run.losses, n, _ALPHA.value)} for t, run in runs
     ]  # fmt: skip
-    return {"thresholds": rows} | ({"signals": calibration.compare_signals(log.videos)} if _SIGNALS.value else {})
+    found = {"thresholds": rows}
+    if _SIGNALS.value:
+        found["signals"] = calibration.compare_signals(log.videos)
+    if _RESAMPLES.value:
+        found["promise"] = [promise(np.stack([run.lost for _, run in runs], 1))]
+    return found
+
+
+def promise(lost: np.ndarray) -> dict[str, float]:
+    """How often resampled calibrations broke their promise; `lost` is bool[videos, thresholds]."""
+    size = _RESAMPLE_SIZE.value or len(lost) // 2
+    risks = calibration.resampled_risks(lost, size, _ALPHA.value, _DELTA.value, _RESAMPLES.value)
+    certified = risks[~np.isnan(risks)]
+    return {
+        "resamples": len(risks), "size": size, "alpha": _ALPHA.value, "delta": _DELTA.value,
+        "certified": len(certified), "broken": int((certified > _ALPHA.value).sum()),
+        "mean_risk": float(certified.mean()) if certified.size else None,
+    }  # fmt: skip
 
 
 def calibrate() -> None:

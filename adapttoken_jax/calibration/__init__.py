@@ -17,8 +17,23 @@ from adapttoken_jax.calibration.certificate import (
     write_certificate,
 )
 from adapttoken_jax.calibration.full_runs import Log, LogWriter, QuestionLog, Said, VideoLog, read_log
-from adapttoken_jax.calibration.replay import SIGNALS, at_threshold, compare_signals, replay, stop_point, stop_points
-from adapttoken_jax.calibration.statistics import allowed_losses, auroc, binomial_tail, certified, required_videos
+from adapttoken_jax.calibration.replay import (
+    SIGNALS,
+    at_threshold,
+    compare_signals,
+    replay,
+    signals,
+    stop_point,
+    stop_points,
+)
+from adapttoken_jax.calibration.statistics import (
+    allowed_losses,
+    auroc,
+    binomial_tail,
+    certified,
+    required_videos,
+    resampled_risks,
+)
 
 __all__ = [
     "RULE_FIELDS",
@@ -44,6 +59,8 @@ __all__ = [
     "read_log",
     "replay",
     "required_videos",
+    "resampled_risks",
+    "signals",
     "stop_point",
     "stop_points",
     "write_certificate",

@@ -12,6 +12,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from adapttoken_jax.calibration.full_runs import Log, first_difference
 from adapttoken_jax.calibration.replay import at_threshold, replay
 from adapttoken_jax.calibration.statistics import binomial_tail, certified, required_videos
@@ -91,15 +93,20 @@ def model_fingerprint(model) -> str:
     against somebody who wants to deceive. The checkpoint's format and the mesh do not matter.
     """
     import jax
-    import numpy as np
 
     digest = hashlib.sha256(f"{model.config} {model.dtype.name} {model.tokenizer.eos}".encode())
     digest.update(model.tokenizer.tokenizer.to_str().encode())
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(model.module), key=lambda item: str(item[0])):
-        places = np.linspace(0, leaf.size - 1, min(leaf.size, 1024)).astype(np.int64)
-        sample = np.asarray(leaf[np.unravel_index(places, leaf.shape)], np.float32)
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode() + sample.tobytes())
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.module)}
+    samples = jax.device_get(jax.jit(lambda leaves: jax.tree.map(_sample, leaves))(leaves))
+    for path in sorted(leaves):
+        digest.update(f"{path} {leaves[path].shape}".encode() + samples[path].astype(np.float32).tobytes())
     return digest.hexdigest()
+
+
+def _sample(array):
+    """1024 evenly spaced elements, or all."""
+    places = np.linspace(0, array.size - 1, min(array.size, 1024)).astype(np.int64)
+    return array[np.unravel_index(places, array.shape)]
 
 
 def certify(

@@ -51,11 +51,25 @@ def _after(question: QuestionLog, v: int):
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-    """A stop rule on a log: videos lost (any of their questions answered otherwise than by the full run), and the share
-    of the groups that was visited, mean over a video's questions and then over videos."""
+    """A stop rule on a log.
 
-    losses: int
-    share: float
+    Attributes:
+      lost: bool[videos], any of the video's questions is answered otherwise than by the full run.
+      visited: float64[videos], share of the groups that was visited, mean over the video's questions.
+    """
+
+    lost: np.ndarray
+    visited: np.ndarray
+
+    @property
+    def losses(self) -> int:
+        """Number of videos lost."""
+        return int(self.lost.sum())
+
+    @property
+    def share(self) -> float:
+        """Mean share of the groups visited."""
+        return float(self.visited.mean())
 
 
 def replay(videos: Sequence[VideoLog], rule: StopRule) -> Replayed:
@@ -64,13 +78,13 @@ def replay(videos: Sequence[VideoLog], rule: StopRule) -> Replayed:
     A video is lost if ANY of its questions is: its questions share the video and are not independent, and a risk per
     video bounds the risk of a question drawn at random from it.
     """
-    lost, shares = 0, []
+    lost, visited = [], []
     for video in videos:
         stops = [stop_point(question, rule) for question in video.questions]
         pairs = list(zip(video.questions, stops, strict=True))
-        lost += any(_after(question, v).answer != question.full.answer for question, v in pairs)
-        shares.append(np.mean([v / len(question.groups) for question, v in pairs]))
-    return Replayed(lost, float(np.mean(shares)))
+        lost.append(any(_after(question, v).answer != question.full.answer for question, v in pairs))
+        visited.append(np.mean([v / len(question.groups) for question, v in pairs]))
+    return Replayed(np.array(lost, bool), np.array(visited, float))
 
 
 def signals(question: QuestionLog, v: int) -> dict[str, float]:

@@ -65,6 +65,30 @@ def certified(losses: Sequence[int], n: int, alpha: float, delta: float) -> int:
     return len(losses)
 
 
+def resampled_risks(lost, n: int, alpha: float, delta: float, resamples: int, seed: int = 0) -> np.ndarray:
+    """Calibrates again and again, and tells the true risk of every rule that was certified.
+
+    The logged videos serve as the whole population: calibration sets of `n` are drawn from it with replacement, and the
+    risk of a threshold is exactly its share of losses in it. The promise is that at most a share `delta` of the
+    calibrations certify a risk above `alpha`.
+
+    Args:
+      lost: bool[videos, thresholds], thresholds from cautious to bold.
+
+    Returns:
+      float64[resamples], NaN where nothing was certified.
+    """
+    lost = np.asarray(lost, bool)
+    allowed, random = allowed_losses(n, alpha, delta), np.random.default_rng(seed)
+    risks = np.append(lost.mean(0), np.nan)
+    found = np.empty(resamples, int)
+    for i in range(resamples):
+        failed = lost[random.integers(len(lost), size=n)].sum(0) > allowed
+        # The last accepted threshold stands before the first that failed; before the first of all stands nothing.
+        found[i] = np.argmax(failed) - 1 if failed.any() else lost.shape[1] - 1
+    return risks[found]
+
+
 def check_levels(alpha: float, delta: float) -> None:
     """Raises `UserError` unless both lie between 0 and 1."""
     for name, value in (("alpha", alpha), ("delta", delta)):

@@ -1,0 +1,532 @@
+"""Calibration of Lite: exact statistics, logs, replay, certificates, and a live run that does what its replay says."""
+
+import dataclasses
+import fractions
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import adapttoken_jax as at
+from adapttoken_jax import calibration, cli
+from adapttoken_jax.calibration import LogWriter, QuestionLog, Said, VideoLog
+from adapttoken_jax.calibration.record import record_video
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.needle import scene, write_mp4
+from adapttoken_jax.selection import StopRule
+from tests import tiny
+from tests.method.test_oracle import OPTIONS, random_video
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Statistics
+
+
+def exact_tail(losses, n, alpha):
+    a = fractions.Fraction(alpha)
+    return sum(math.comb(n, k) * a**k * (1 - a) ** (n - k) for k in range(losses + 1))
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 300])
+@pytest.mark.parametrize("alpha", [0.001, 0.02, 0.5, 0.97])
+def test_the_binomial_tail_is_exact(n, alpha):
+    for losses in {0, 1, n // 20, n // 2, n - 1, n, n + 3} - ({1} if n == 1 else set()):
+        expected = float(exact_tail(min(losses, n), n, alpha))
+        assert calibration.binomial_tail(losses, n, alpha) == pytest.approx(expected, rel=1e-11, abs=1e-300)
+
+
+def test_a_tail_of_a_million_videos_does_not_overflow():
+    n, alpha = 10**6, 0.02
+    mean, deviation = n * alpha, math.sqrt(n * alpha * (1 - alpha))
+    for z in (-2, 0, 1):
+        normal = (1 + math.erf((z + 0.5 / deviation) / math.sqrt(2))) / 2
+        assert calibration.binomial_tail(round(mean + z * deviation), n, alpha) == pytest.approx(normal, abs=2e-3)
+
+
+def test_how_many_losses_are_allowed():
+    assert calibration.allowed_losses(500, 0.02, 0.1) == 5
+    assert calibration.allowed_losses(300, 0.05, 0.1) == 9
+    assert calibration.allowed_losses(100, 0.02, 0.1) == -1  # 0.98 ** 100 = 0.13
+    assert calibration.allowed_losses(3, 0.9, 0.5) == 2
+    for n, alpha in ((500, 0.02), (300, 0.05)):
+        most = calibration.allowed_losses(n, alpha, 0.1)
+        assert exact_tail(most, n, alpha) <= 0.1 < exact_tail(most + 1, n, alpha)
+
+
+def test_how_many_videos_are_needed():
+    assert calibration.required_videos(0.02, 0.1) == 114 == math.ceil(math.log(0.1) / math.log(0.98))
+    assert calibration.required_videos(0.5, 0.5) == 1
+    for alpha, delta, losses in ((0.02, 0.1, 3), (0.1, 0.05, 1), (0.3, 0.2, 10)):
+        n = calibration.required_videos(alpha, delta, losses)
+        assert exact_tail(losses, n, alpha) <= delta < exact_tail(losses, n - 1, alpha)
+
+
+def test_tests_end_at_the_first_failure():
+    # 20 videos, alpha 0.2, delta 0.1: one loss is allowed (p = 0.069), two are not (p = 0.206).
+    assert calibration.certified([0, 0, 1, 1], 20, 0.2, 0.1) == 4
+    assert calibration.certified([0, 1, 2, 0, 0], 20, 0.2, 0.1) == 2
+    assert calibration.certified([2, 0], 20, 0.2, 0.1) == 0
+
+
+@pytest.mark.parametrize("levels", [(0, 0.1), (1, 0.1), (0.1, 0), (0.1, 1.5), (math.nan, 0.1)])
+def test_levels_lie_between_0_and_1(levels):
+    for call in (lambda: calibration.required_videos(*levels), lambda: calibration.certified([0], 9, *levels)):
+        with pytest.raises(UserError, match="must lie between 0 and 1"):
+            call()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_auroc_counts_pairs(seed):
+    random = np.random.default_rng(seed)
+    scores, positive = random.integers(0, 6, 40), random.random(40) < 0.4
+    pairs = [(p > n) + (p == n) / 2 for p in scores[positive] for n in scores[~positive]]
+    assert calibration.auroc(scores, positive) == pytest.approx(np.mean(pairs))
+
+
+def test_auroc_of_extremes():
+    assert calibration.auroc([1, 2, 3], [False, False, True]) == 1
+    assert calibration.auroc([-math.inf, 0.0], [True, False]) == 0
+    assert calibration.auroc([1, 1, 1], [True, False, True]) == 0.5
+    assert math.isnan(calibration.auroc([1, 2], [True, True]))
+
+
+# The promise, on populations whose risks are known
+
+
+def population(risks, seed=0, size=20_000):
+    """bool[size, thresholds]: who is lost under a bold rule is not always lost under a bolder one."""
+    noise = np.random.default_rng(seed).random((size, len(risks) + 1))
+    noise[:, 1:] = np.where(noise[:, 1:] < 0.3, noise[:, 1:] / 0.3, noise[:, :1])  # partly the same for all thresholds
+    return noise[:, 1:] < np.asarray(risks)
+
+
+CURVES = {
+    "just_above": [0.0, 0.051],
+    "at_once_above": [0.051, 0.052, 0.06],
+    "gentle": np.linspace(0.0, 0.2, 15),
+    "cliff": [0.0, 0.01, 0.02, 0.3, 0.3],
+    "down_again": [0.0, 0.08, 0.01, 0.08, 0.01],
+    "many_above": [0.051] * 15,
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("delta", [0.1, 0.25])
+def test_the_promise_is_kept(name, delta):
+    alpha, resamples = 0.05, 1000
+    risks = calibration.resampled_risks(population(CURVES[name]), 300, alpha, delta, resamples, seed=1)
+    broken = (risks[~np.isnan(risks)] > alpha).sum() / resamples
+    # Three standard errors of a share of 1000 calibrations that is delta at most.
+    assert broken <= delta + 3 * math.sqrt(delta * (1 - delta) / resamples)
+
+
+def test_the_promise_is_not_kept_by_never_promising():
+    lost = population(CURVES["gentle"])
+    risks = calibration.resampled_risks(lost, 300, 0.05, 0.1, 1000)
+    assert np.isnan(risks).mean() < 0.01 and np.nanmean(risks) > 0.01
+    # One loss more would break it: the count of allowed losses is the largest that works.
+    just_above = calibration.resampled_risks(population([0.051]), 300, 0.05, 0.1, 2000)
+    assert (~np.isnan(just_above)).mean() > 0.04
+    greedy = 300 * population([0.051])[np.random.default_rng(0).integers(20_000, size=(2000, 300)), 0].mean(1)
+    assert (greedy <= 9 + 1).mean() > 0.1 - 0.02
+
+
+def test_questions_of_one_video_are_not_independent():
+    # 40 videos of 10 questions that are lost together: counted as 400, they would certify what they must not.
+    alpha, delta, random = 0.05, 0.1, np.random.default_rng(0)
+    lost = random.random((2000, 40)) < 0.06
+    as_questions = (10 * lost.sum(1) <= calibration.allowed_losses(400, alpha, delta)).mean()
+    as_videos = (lost.sum(1) <= calibration.allowed_losses(40, alpha, delta)).mean()
+    assert as_questions > 2 * delta and as_videos <= delta
+
+
+# Logs
+
+
+def said(answer, entropy, margin=0.5, options=(0.7, 0.2, 0.1)):
+    return Said(answer, entropy, margin, options)
+
+
+def question(groups, after, blind=1.0, text="?"):
+    """A log from (answer, entropy) per group, and the final answers after 1, 2, ... groups."""
+    finals = {v: said(*final) for v, final in enumerate(after, 1)}
+    return QuestionLog(text, said("A", blind), tuple(said(*group) for group in groups), finals)
+
+
+GROUPS = [("A", 0.3), ("A", 0.1), ("B", 0.05), ("A", 0.2), ("B", 0.6)]
+AFTER = [("C", 0.9), ("A", 0.5), ("B", 0.4), ("A", 0.1), ("A", 0.2)]
+VIDEO = VideoLog("film, ünïcode\n.mp4", (question(GROUPS, AFTER), question(GROUPS[:3], AFTER[:3], text="Wer?")))
+FINGERPRINT = {"model": "abc", "config": {"budget": 30, "certainty": "neg_entropy"}}
+
+
+def test_logs_come_back_as_they_were(tmp_path):
+    open_question = QuestionLog("?", Said(None, 0.5, 0.25), (Said("ja", 0.1, 0.0),), {1: Said("nein", 1 / 3, 1.0)})
+    other = VideoLog("b", (open_question,))
+    writer = LogWriter(tmp_path / "log", FINGERPRINT)
+    for video in (VIDEO, other):
+        writer.append(video)
+    log = calibration.read_log(tmp_path / "log")
+    assert log == calibration.Log(FINGERPRINT, (VIDEO, other))
+    assert log.only({"b"}).videos == (other,) and log.only({"b"}).sha256 != log.sha256
+    assert writer.done == {VIDEO.video, "b"} and other.questions[0].full.answer == "nein"
+
+
+def test_an_interrupted_log_goes_on(tmp_path):
+    path = tmp_path / "log"
+    LogWriter(path, FINGERPRINT).append(VIDEO)
+    whole = path.read_bytes()
+    for cut in (1, 30, len(whole) - whole.index(b"\n") - 2):
+        path.write_bytes(whole[:-cut])
+        writer = LogWriter(path, FINGERPRINT)
+        assert writer.done == set()
+        writer.append(VIDEO)
+        assert path.read_bytes() == whole
+
+
+def test_a_log_goes_on_under_the_same_settings_only(tmp_path):
+    path = tmp_path / "log"
+    LogWriter(path, FINGERPRINT).append(VIDEO)
+    before = path.read_bytes()
+    for change, words in (
+        ({"config": {**FINGERPRINT["config"], "budget": 31}}, "budget=30, but this run has budget=31"),
+        ({"config": {**FINGERPRINT["config"], "debias": True}}, "debias=None, but this run has debias=True"),
+        ({"model": "def"}, "another model"),
+    ):
+        with pytest.raises(UserError, match=f"--log=.*: written with {words}; name another file"):
+            LogWriter(path, {**FINGERPRINT, **change})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", ["", "text", "{}\n", '{"version": 9}\n', "[1]\n", '{"version": 1, "fingerprint": {}}\n{"video": 1}\n']
+)
+def test_other_files_are_no_logs(tmp_path, content):
+    path = tmp_path / "log"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"{path}: (not a log|damaged)"):
+        calibration.read_log(path)
+
+
+# Replay
+
+
+def rule(**given):
+    return StopRule(**{"rule": "groups", "groups": 2, "entropy": 0.25, "agreement": True, **given})
+
+
+def test_stop_points_literally():
+    first, second = VIDEO.questions
+    for entropy, groups, agreement, expected in (
+        (0.05, 1, True, 3), (0.1, 1, True, 2), (0.3, 1, True, 1), (0.04, 1, True, 5),
+        (0.2, 2, True, 4), (0.1, 2, False, 3), (0.3, 2, True, 2), (0.1, 2, True, 5),
+    ):  # fmt: skip
+        assert calibration.stop_point(first, rule(entropy=entropy, groups=groups, agreement=agreement)) == expected
+    assert calibration.stop_point(second, rule(entropy=0.2)) == 3
+    # Asked again after 2 and 4 groups, 0.5 and 0.1 nats; after 3 and 5 it is not asked.
+    for entropy, expected in ((0.5, 2), (0.45, 4), (0.05, 5)):
+        assert calibration.stop_point(first, rule(rule="rerun", entropy=entropy)) == expected
+    # Gains over the blind entropy of 1: 0.7, 0.9, 0.95, 0.8, 0.4.
+    assert calibration.stop_point(first, rule(groups=1, entropy=0.3, gain=0.85)) == 2
+    assert calibration.stop_point(first, rule(entropy=0.0, give_up=1)) == 4
+
+
+def test_a_video_is_lost_if_any_of_its_questions_is():
+    one, two = VideoLog("one", VIDEO.questions[:1]), VideoLog("two", VIDEO.questions)
+    run = calibration.replay([one, two], rule(groups=1, entropy=0.3))  # both stop at once, with C instead of A and B
+    assert run.lost.tolist() == [True, True] and run.visited == pytest.approx([1 / 5, (1 / 5 + 1 / 3) / 2])
+    run = calibration.replay([one, two], rule(groups=1, entropy=0.1))  # after 2: A is right, then A instead of B
+    assert run.lost.tolist() == [False, True] and run.losses == 1 and run.share == pytest.approx((0.4 + 8 / 15) / 2)
+    run = calibration.replay([one, two], rule(entropy=0.0))
+    assert run.losses == 0 and run.share == 1
+
+
+def test_answers_that_were_not_logged_are_not_guessed():
+    sparse = dataclasses.replace(VIDEO.questions[0], after={5: said("A", 0.2)})
+    with pytest.raises(UserError, match="no answer after 2 groups"):
+        calibration.replay([VideoLog("v", (sparse,))], rule(groups=1, entropy=0.1))
+
+
+def test_what_a_rule_needs_is_logged():
+    config = at.AdaptTokenConfig(stop_groups=1)
+    first = VIDEO.questions[0]
+    assert calibration.stop_points(first, config, [0.04, 0.05, 0.1, 0.3]) == [1, 2, 3, 5]
+    again = dataclasses.replace(config, stop_rule="rerun", stop_groups=2)
+    assert calibration.stop_points(first, again, [0.1]) == [2, 4, 5]
+    giving_up = dataclasses.replace(again, give_up_groups=2)
+    assert calibration.stop_points(first, giving_up, [0.1]) == [2, 3, 4, 5]
+
+
+def test_signals_literally():
+    found = calibration.signals(VIDEO.questions[0], 3)
+    evidence = np.array([0.7, 0.2, 0.1]) ** 3 / np.array([0.7, 0.2, 0.1]) ** 2  # all groups say what the blind one says
+    assert found == pytest.approx({
+        "entropy": -0.05, "margin": 0.5, "gain": 0.95, "agreement": 2 / 3,
+        "evidence": float((evidence * np.log(evidence)).sum()), "rerun": -0.4,
+    })  # fmt: skip
+    unknown = QuestionLog("?", Said("x", 1.0, 0.1), (Said("x", 0.2, 0.3), Said(None, 0.4, 0.2)), {1: Said("x", 0.1, 0)})
+    assert math.isnan(calibration.signals(unknown, 1)["evidence"])
+
+
+def test_signals_are_compared_by_auroc():
+    # Lite's answer is right exactly when the answer over all so far is certain; the groups' entropy says nothing.
+    random, videos = np.random.default_rng(0), []
+    for i in range(60):
+        right = random.random(6) < 0.6
+        groups = [("A", float(random.uniform(0, 1))) for _ in range(7)]
+        after = [("A" if r else "B", float(random.uniform(0, 0.5) if r else random.uniform(0.5, 1))) for r in right]
+        videos.append(VideoLog(str(i), (question(groups, [*after, ("A", 0.0)]),)))
+    rows = {row["signal"]: row for row in calibration.compare_signals(videos, resamples=50)}
+    assert list(rows) == list(calibration.SIGNALS)
+    assert rows["rerun"]["auroc"] == rows["rerun"]["low"] == 1
+    assert 0.4 < rows["entropy"]["auroc"] < 0.6 and rows["agreement"]["auroc"] == 0.5
+    assert rows["entropy"]["low"] < rows["entropy"]["auroc"] < rows["entropy"]["high"]
+    assert rows["rerun"]["cases"] == 360 and rows["rerun"]["right"] == pytest.approx(0.6, abs=0.1)
+
+
+# Certificates
+
+
+CONFIG = at.AdaptTokenConfig(stop_groups=1, reference_layer=3)
+
+
+def made_log(losses_at, n=40):
+    """n one-question videos that stop at 0.1 nats; of them `losses_at[t]` are lost by stopping at threshold t."""
+    videos, lost = [], [t for t, count in losses_at.items() for _ in range(count)]
+    for i in range(n):
+        threshold = lost[i] if i < len(lost) else 0.1
+        final = ("B" if i < len(lost) else "A", 0.3)
+        videos.append(VideoLog(str(i), (question([("A", threshold), ("A", 0.0)], [final, ("A", 0.0)]),)))
+    return calibration.Log(calibration.config_fingerprint(CONFIG, "abc"), tuple(videos))
+
+
+def test_the_boldest_threshold_before_the_first_failure_is_certified():
+    # 40 videos, alpha 0.15, delta 0.1: two losses are allowed (p = 0.049), three not (p = 0.13).
+    log = made_log({0.05: 1, 0.2: 1, 0.4: 3})
+    certificate = calibration.certify(log, CONFIG, 0.15, 0.1, [0.01, 0.1, 0.3, 0.5, 1.0])
+    assert certificate.stop == {
+        "stop_rule": "groups", "stop_groups": 1, "stop_entropy": 0.3, "stop_agreement": True, "stop_gain": 0.0,
+        "give_up_groups": 0,
+    }  # fmt: skip
+    assert (certificate.losses, certificate.videos, certificate.questions) == (2, 40, 40)
+    assert certificate.p_value == pytest.approx(float(exact_tail(2, 40, 0.15)))
+    assert certificate.mean_share_visited == pytest.approx((37 * 0.5 + 3) / 40)
+    assert [(t["losses"], t["accepted"]) for t in certificate.tested] == [
+        (0, True), (1, True), (2, True), (5, False), (5, False),
+    ]  # fmt: skip
+    assert certificate.data_sha256 == log.sha256 and certificate.fingerprint == log.fingerprint
+
+
+def test_too_few_videos_are_refused_with_how_many_are_needed():
+    with pytest.raises(
+        UserError, match=r"--alpha=0.02: 100 videos can never certify it at --delta=0.1; 114 are needed"
+    ):
+        calibration.certify(made_log({}, 100), CONFIG, 0.02, 0.1)
+    calibration.check_enough(114, 0.02, 0.1)
+
+
+def test_too_many_losses_are_refused_with_how_many_videos_they_need():
+    needed = calibration.required_videos(0.1, 0.1, 4)
+    with pytest.raises(
+        UserError, match=rf"0.05 nats, Lite differs in 4 of 40 videos; so many losses need {needed} videos"
+    ):
+        calibration.certify(made_log({0.05: 4}), CONFIG, 0.1, 0.1, [0.05, 0.2])
+
+
+@pytest.mark.parametrize("thresholds", [[], [0.2, 0.1], [0.1, 0.1]])
+def test_thresholds_go_from_cautious_to_bold(thresholds):
+    with pytest.raises(UserError, match=r"--thresholds=.*ascending"):
+        calibration.certify(made_log({}), CONFIG, 0.1, 0.1, thresholds)
+
+
+@pytest.fixture
+def certificate():
+    return calibration.certify(made_log({0.3: 1}), CONFIG, 0.1, 0.1, [0.1, 0.2])
+
+
+def test_certificates_come_back_as_they_were(tmp_path, certificate):
+    path = tmp_path / "stop.json"
+    calibration.write_certificate(path, certificate)
+    assert calibration.read_certificate(path) == certificate
+    assert [p.name for p in tmp_path.iterdir()] == ["stop.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 2}, "another version"),
+        ({"losses": 5}, "do not support its promise"),
+        ({"videos": 3}, "do not support its promise"),
+        ({"alpha": 0}, "not a certificate"),
+        ({"stop": {"stop_entropy": 0.1}}, "not a valid certificate"),
+        ({"extra": 1}, "not a certificate"),
+        (None, "no such file"),
+        ("text", "not a certificate"),
+        ("[]", "not a certificate"),
+    ],
+)
+def test_other_files_are_no_certificates(tmp_path, certificate, change, words):
+    path = tmp_path / "stop.json"
+    if change is not None:
+        changed = change if isinstance(change, str) else json.dumps({**json.loads(certificate.to_json()), **change})
+        path.write_text(changed)
+    with pytest.raises(UserError, match=f"{path}: .*{words}"):
+        calibration.read_certificate(path)
+
+
+def test_a_certificate_sets_the_rule_and_refuses_other_settings(certificate):
+    other_rule = dataclasses.replace(CONFIG, stop_groups=7, stop_entropy=1.0)
+    assert certificate.config_for(other_rule, "abc") == dataclasses.replace(CONFIG, stop_entropy=0.2)
+    with pytest.raises(UserError, match=r"^F: calibrated with budget=7040, but this run has budget=9; calibrate again"):
+        certificate.config_for(dataclasses.replace(CONFIG, budget=9), "abc", "F")
+    with pytest.raises(UserError, match=r"^F: calibrated with another model; calibrate again"):
+        certificate.config_for(CONFIG, "abd", "F")
+    certificate.config_for(CONFIG)  # the model unknown yet: settings alone
+
+
+# Live
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("base"), tiny.SHAPES["base"])
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return at.load(directory)
+
+
+SMALL = {"slots_per_group": 4, "budget": 30, "max_answer_tokens": 3, "max_pixels": 56 * 84}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"stop_groups": 1}, {"stop_groups": 2, "stop_agreement": False}, {"stop_rule": "rerun", "stop_groups": 2},
+     {"stop_groups": 1, "stop_gain": 0.1}, {"stop_groups": 3, "give_up_groups": 2}],
+    ids=["one", "two", "rerun", "gain", "give_up"],
+)  # fmt: skip
+def test_lite_does_what_its_replay_says(model, given):
+    config = at.AdaptTokenConfig.for_model(model.config, **SMALL, **given)
+    questions, options = ["What is in the video?", "Why?"], [OPTIONS, None]
+    log = record_video(model, "v", random_video(), questions, options, config)
+    seen = set()
+    for q, text, choice in zip(log.questions, questions, options, strict=True):
+        assert len(q.groups) == 6 and sorted(q.after) == [1, 2, 3, 4, 5, 6]
+        entropies = [s.entropy for s in (*q.groups, *q.after.values())]
+        for threshold in [0.0, *np.quantile(entropies, [0.2, 0.5, 0.8, 1.0]).tolist()]:
+            at_threshold = dataclasses.replace(config, stop_entropy=threshold + 1e-4)  # beyond rounding of a float
+            stop = calibration.stop_point(q, StopRule.of(at_threshold))
+            result = at.answer(model, random_video(), text, choice, at_threshold, "lite")
+            assert result.stop.groups_visited == stop
+            assert (result.option or result.answer.casefold()) == q.after[stop].answer
+            assert result.entropy == pytest.approx(q.after[stop].entropy, abs=1e-4)
+            seen.add(stop)
+    assert len(seen) > 1
+
+
+def test_the_full_run_is_the_last_of_its_log(model):
+    config = at.AdaptTokenConfig.for_model(model.config, **SMALL)
+    log = record_video(model, "v", random_video(), ["What?"], [OPTIONS], config, lambda q: [2])
+    full = at.answer(model, random_video(), "What?", OPTIONS, config)
+    [q] = log.questions
+    assert sorted(q.after) == [2, 6] and q.full.answer == full.option
+    assert q.full.options == pytest.approx(list(full.option_probabilities.values()))
+    assert q.full.margin == pytest.approx(np.diff(np.sort(q.full.options))[-1])
+    assert [s.entropy for s in q.groups] == pytest.approx([g.entropy for g in full.groups])
+    assert [s.answer for s in q.groups] == [g.option for g in full.groups]
+
+
+def test_a_short_video_has_nothing_to_stop(model):
+    config = at.AdaptTokenConfig.for_model(model.config, **{**SMALL, "slots_per_group": 64})
+    assert record_video(model, "v", random_video(), ["What?"], [None], config) is None
+
+
+def test_the_models_fingerprint(model, directory, tmp_path):
+    found = calibration.model_fingerprint(model)
+    assert found == calibration.model_fingerprint(at.load(directory, mesh="data=2,model=2"))
+    assert found != calibration.model_fingerprint(at.load(directory, dtype="bfloat16"))
+    other = tiny.write_checkpoint(tmp_path / "other", dataclasses.replace(tiny.SHAPES["base"], seed=99))
+    assert found != calibration.model_fingerprint(at.load(other))
+
+
+# The commands
+
+
+FLAGS = ["--max_pixels=3136", "--slots_per_group=4", "--budget=8", "--max_answer_tokens=2"]
+
+
+def run_launcher(*argv):
+    line = [sys.executable, "-m", "experiments.calibrate_stop", *map(str, argv)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ)
+
+
+def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
+    lines = []
+    for seed in range(3):
+        made = scene(seed, frames=24)
+        write_mp4(made, tmp_path / f"{seed}.mp4")
+        lines += [{"video": f"{seed}.mp4", "question": made.question.text, "options": made.question.options}]
+        lines += [{"video": f"{seed}.mp4", "question": "What happens?"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    argv = [f"--model={directory}", f"--data={tmp_path}/data.jsonl", f"--log={tmp_path}/log", "--alpha=0.6", *FLAGS]
+    argv += [f"--certificate={tmp_path}/stop.json", "--stop_groups=1", "--thresholds=0.01,9", "--signals", "--json=-"]
+    done = run_launcher(*argv, "--resamples=20")
+    assert done.returncode == 0, done.stderr
+    tables = json.loads(done.stdout)
+    assert tables["thresholds"][0]["losses"] == 0 and tables["thresholds"][0]["videos"] == 3
+    assert {row["signal"] for row in tables["signals"]} == set(calibration.SIGNALS)
+    assert tables["promise"][0]["resamples"] == 20
+    certificate = calibration.read_certificate(tmp_path / "stop.json")
+    assert certificate.questions == 6 and "stop.json: rule groups" in done.stderr
+
+    answer = ["answer", f"--model={directory}", f"--video={tmp_path}/0.mp4", "--question=Why?", "--json=-", *FLAGS]
+    certified = [*answer, "--lite", f"--stop_calibration={tmp_path}/stop.json"]
+    assert cli.main(certified) == 0
+    settings = json.loads(capsys.readouterr().out)["config"]
+    assert {name: settings[name] for name in calibration.RULE_FIELDS} == certificate.stop
+
+    other = tiny.write_checkpoint(tmp_path / "other", dataclasses.replace(tiny.SHAPES["base"], seed=99))
+    for refused, words in (
+        ([*certified, "--budget=9"], "calibrated with budget=8, but this run has budget=9"),
+        ([*certified, f"--model={other}"], "calibrated with another model"),
+        ([*certified, "--stop_groups=2"], "--stop_groups: --stop_calibration=.* decides it"),
+        ([*certified, "--deadline=3"], "--deadline: stops where --stop_calibration promises nothing"),
+        ([w for w in certified if w != "--lite"], "the method is adapttoken; add --lite"),
+        ([*answer, "--lite", "--stop_calibration=none"], "none: no such file"),
+    ):
+        assert cli.main(refused) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        assert re.search(words, err), err
+
+
+def test_what_cannot_be_certified_is_refused_before_any_work(tmp_path):
+    argv = ["--needle", "--videos=100", "--alpha=0.02", "--model=none", f"--log={tmp_path}/log"]
+    done = run_launcher(*argv, f"--certificate={tmp_path}/stop.json")
+    words = "100 videos can never certify it at --delta=0.1; 114 are needed"
+    assert done.returncode == 2 and done.stdout == "" and words in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_limits_on_the_command_line(directory, tmp_path, capsys):
+    write_mp4(scene(0, frames=24), tmp_path / "v.mp4")
+    answer = [
+        "answer",
+        f"--model={directory}",
+        f"--video={tmp_path}/v.mp4",
+        "--question=Why?",
+        "--option=a",
+        "--option=b",
+    ]
+    assert cli.main([*answer, *FLAGS, "--abstain_above=0", "--deadline=0"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "not found in the video\n" and "1 of 3 groups" in err and "option" not in err
+    for flag in ("abstain_above", "deadline"):
+        assert cli.main([*answer, f"--{flag}=-1"]) == 2
+        assert f"--{flag}=-1: must be at least 0" in capsys.readouterr().err
