@@ -18,7 +18,7 @@ _HEAT_OPACITY = 0.6
 # Neighbouring slots show nearly the same picture: one moment speaks for this share of the video on either side.
 _APART = 1 / 40
 _THUMB_WIDTH, _LEAST_THUMB_WIDTH = 384, 96
-_SMALL_FRAME = 160  # pixels; below, a frame is kept as it is and drawn with hard edges
+_SMALL_FRAME = 160  # pixels; up to here a frame is drawn with hard edges, and kept exactly where that fits
 _QUALITIES = (78, 66, 54, 42, 30)
 
 
@@ -67,18 +67,32 @@ def moments(entry: ReportEntry, most: int, image_bytes: int) -> tuple[Moment, ..
 
 
 def chosen_slots(entry: ReportEntry, most: int) -> np.ndarray:
-    """int64[n] ascending: the slots with most selected tokens, apart from one another; even ones of a direct answer."""
+    """int64[n] ascending: slots with most selected tokens, the most relevant first among equals, and not too close.
+
+    A direct answer used all slots alike: of these, some at even distances.
+    """
     counts, times = entry.tokens_of_slots, entry.slot_times
     if not entry.result.groups:
         shown = np.flatnonzero(counts)
         return shown[np.unique(np.linspace(0, len(shown) - 1, min(most, len(shown))).round().astype(int))]
     gap, chosen = (times[-1] - times[0]) * _APART, []
-    for slot in np.argsort(-counts, kind="stable"):
+    for slot in np.lexsort([-_peaks(entry), -counts]):
         if len(chosen) == most or not counts[slot]:
             break
         if all(abs(times[slot] - times[other]) > gap for other in chosen):
             chosen.append(int(slot))
     return np.sort(np.array(chosen, np.int64))
+
+
+def _peaks(entry: ReportEntry) -> np.ndarray:
+    """float64[T]: the highest relevance in each slot; 0 where none is known."""
+    peaks = np.zeros(entry.result.video.slots)
+    if entry.result.relevance is not None:
+        slots, per_slot = entry.result.config["slots_per_group"], entry.tokens_per_slot
+        best = np.nan_to_num(entry.result.relevance).reshape(-1, slots, per_slot).max(2)
+        for group in entry.result.groups:
+            peaks[list(group.slots)] = best[group.index, : len(group.slots)]
+    return peaks
 
 
 def selected_cells(entry: ReportEntry, slot: int) -> np.ndarray:
@@ -128,7 +142,7 @@ def heat_uri(heat: np.ndarray) -> str:
     level = heat[..., None]
     colour = _COOL + (_HOT - _COOL) * level
     pixels = np.concatenate([colour, 255 * _HEAT_OPACITY * level**0.75], -1)
-    return _uri(Image.fromarray(pixels.round().astype(np.uint8), "RGBA"), "PNG", optimize=True)
+    return _as_uri(_encoded(Image.fromarray(pixels.round().astype(np.uint8)), "PNG", optimize=True), "PNG")
 
 
 def outline(cells: np.ndarray) -> str:
@@ -147,10 +161,10 @@ def _runs(line: np.ndarray) -> list[tuple[int, int]]:
 
 
 def frame_uri(image: np.ndarray, most_bytes: int) -> str:
-    """uint8 [H, W, 3] as JPEG at the best quality that fits, smaller where none does; a tiny frame as PNG."""
+    """uint8 [H, W, 3] as JPEG of the best quality that fits, smaller where none does; a tiny one as PNG if that fits."""
     picture = Image.fromarray(image)
-    if picture.width <= _SMALL_FRAME:
-        return _uri(picture, "PNG", optimize=True)
+    if picture.width <= _SMALL_FRAME and len(exact := _encoded(picture, "PNG", optimize=True)) <= most_bytes:
+        return _as_uri(exact, "PNG")
     width = _THUMB_WIDTH
     while True:
         small = picture.copy()
@@ -168,10 +182,6 @@ def _encoded(picture: Image.Image, kind: str, **settings) -> bytes:
     file = io.BytesIO()
     picture.save(file, kind, **settings)
     return file.getvalue()
-
-
-def _uri(picture: Image.Image, kind: str, **settings) -> str:
-    return _as_uri(_encoded(picture, kind, **settings), kind)
 
 
 def _as_uri(content: bytes, kind: str) -> str:

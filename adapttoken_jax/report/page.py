@@ -289,11 +289,15 @@ def _distinct(items: Iterable[Any]) -> tuple[Any, ...]:
 def _setting_rows(entry: ReportEntry) -> tuple[tuple[str, str, str, bool], ...]:
     """(name, value, meaning, differs from the default) of every setting."""
     fields = {field.name: field for field in dataclasses.fields(AdaptTokenConfig)}
-    return tuple(
-        (name, _shown(value), fields[name].metadata["help"] if name in fields else "",
-         name in fields and value != fields[name].default)
-        for name, value in entry.result.config.items()
-    )  # fmt: skip
+    return tuple(_setting_row(name, value, fields.get(name)) for name, value in entry.result.config.items())
+
+
+def _setting_row(name: str, value, field: dataclasses.Field | None) -> tuple[str, str, str, bool]:
+    """One row; a stored result may have a setting that this release does not know."""
+    if field is None:
+        return name, _shown(value), "", False
+    # -1 stands for the model's preset, which the run has put in its place.
+    return name, _shown(value), field.metadata["help"], field.default not in (value, -1)
 
 
 def _model_rows(entry: ReportEntry) -> tuple[tuple[str, str], ...]:

@@ -146,12 +146,16 @@ def test_folded_parts_open_by_key_and_in_print(browser, pages):
     browser.value("document.querySelector('.numbers summary').focus()")
     browser.press("Enter", 13, "\r")
     assert browser.value("document.querySelector('.numbers').open") is True
-    height = "document.querySelector('footer .settings').getBoundingClientRect().height"
+    settings = "document.querySelector('footer .settings td').checkVisibility()"
+    assert browser.value(settings) is False
     browser.open(pages["choice"], media="print")
-    assert browser.value(height) > 100
+    assert browser.value(settings) is True
 
 
-def test_every_frame_is_drawn(browser, pages):
-    browser.open(pages["choice"])
+@pytest.mark.parametrize("width", [320, 1280])
+def test_every_frame_is_drawn(browser, pages, width):
+    browser.open(pages["choice"], width)
     sizes = browser.value("[...document.images].map(i => [i.naturalWidth, i.getBoundingClientRect().width])")
     assert len(sizes) >= 4 and all(natural > 0 and shown > 100 for natural, shown in sizes)
+    cells = browser.value("[...document.querySelectorAll('.cells')].map(e => e.getBoundingClientRect().width)")
+    assert len(cells) == len(sizes) and min(cells) > 10

@@ -47,6 +47,18 @@ def test_moments_are_the_slots_with_most_tokens_apart_from_each_other(entry):
         assert slot in slots or counts[near].max() >= counts[slot]
 
 
+def test_among_slots_with_as_many_tokens_the_most_relevant_are_shown():
+    clip = samples.clip_of(samples.film(160, 56, 56))
+    result = samples.grouped(clip, samples.config(slots_per_group=16, budget=clip.tokens), seed=3)
+    entry = samples.entry(result, clip)
+    assert set(entry.tokens_of_slots) == {4}
+    peaks = {
+        s: result.relevance[g.index, 4 * k : 4 * k + 4].max() for g in result.groups for k, s in enumerate(g.slots)
+    }
+    (first,) = chosen_slots(entry, 1)
+    assert first == max(peaks, key=peaks.get)
+
+
 def test_a_direct_answer_shows_frames_at_even_distances():
     clip = samples.clip_of(samples.film(40))
     entry = samples.entry(samples.direct(clip, samples.config()), clip)
@@ -148,8 +160,9 @@ def test_the_heat_map_is_clear_where_nothing_is_relevant():
 
 def test_a_small_frame_is_kept_as_it_is():
     image = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
-    kind, _, pixels = picture(frame_uri(image, 100))
+    kind, _, pixels = picture(frame_uri(image, 20_000))
     assert kind == "png" and np.array_equal(pixels, image)
+    assert picture(frame_uri(image, 3_000))[0] == "jpeg"  # noise does not fit
 
 
 @pytest.mark.parametrize("most_bytes", [40_000, 8_000, 2_500])
