@@ -161,7 +161,7 @@ def _runs(line: np.ndarray) -> list[tuple[int, int]]:
 
 
 def frame_uri(image: np.ndarray, most_bytes: int) -> str:
-    """uint8 [H, W, 3] as JPEG of the best quality that fits, smaller where none does; a tiny one as PNG if that fits."""
+    """uint8 [H, W, 3] as the best JPEG that fits, smaller where none does; a tiny frame as PNG where that fits."""
     picture = Image.fromarray(image)
     if picture.width <= _SMALL_FRAME and len(exact := _encoded(picture, "PNG", optimize=True)) <= most_bytes:
         return _as_uri(exact, "PNG")
