@@ -156,7 +156,7 @@ def test_devices_hold_only_their_part(checkpoint):
         ("text.layers.q_kernel", ("model", None, None)),  # (N H) D, split over N
         ("text.layers.down_kernel", (None, "model")),  # D F, over F
         ("vision.layers.qkv_kernel", (None, "model", None, None)),  # (3 N H) D, over N
-        ("text.head", ("model", None)),  # V D, over V
+        ("text.layers.up_kernel", ("model", None)),  # F D, over F
         ("vision.patch_kernel", (None,) * 5),
     ],
 )
