@@ -61,7 +61,11 @@ def parse_phase(text: str) -> Phase:
     Raises:
       UserError: an unknown or repeated name, a value that is no number, or no steps.
     """
-    kinds = {"steps": int, "slots": int, "choice": int, "open": int, "pair_share": float, "grade": float}
+    counts, shares = (
+        ("steps", "slots", "choice", "open"),
+        ("pair_share", "seen_share", "reading_share", "hints", "grade"),
+    )
+    kinds = dict.fromkeys(counts, int) | dict.fromkeys(shares, float)
     try:
         given = {name: kinds[name](value) for name, value in (item.split("=") for item in text.split(","))}
         steps = given.pop("steps")

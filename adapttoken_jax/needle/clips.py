@@ -34,6 +34,8 @@ class ClipSettings:
     """What a batch is made of.
 
     slots: per clip. choice, open: questions per clip of either kind. pair_share: share of questions about two needles.
+    seen_share: how often a question is about a needle that is seen, as far as there is one. reading_share: share of
+    the multiple-choice questions that need no video. hints: weight of the hints in the loss.
     grade: 0 only clear pictures full of sprites that are kept whole; 1 all that `DIFFICULTIES` and the method do to
     them. size: pixels.
     """
@@ -42,6 +44,9 @@ class ClipSettings:
     choice: int = 2
     open: int = 2
     pair_share: float = 0.5
+    seen_share: float = 0.7
+    reading_share: float = 0.05
+    hints: float = 0.0
     grade: float = 1.0
     size: tuple[int, int] = (56, 56)
 
@@ -50,23 +55,34 @@ class ClipSettings:
         return (self.size[0] // CELL) * (self.size[1] // CELL)
 
 
+class Labels(NamedTuple):
+    """What is learned at some positions.
+
+    read: int32 [B, Q, A] position; targets: int32 [B, Q, A, C] candidate tokens; beliefs: float32 [B, Q, A, C], a
+    distribution over them; weight: float32 [B, Q, A], 0 for padding.
+    """
+
+    read: Any
+    targets: Any
+    beliefs: Any
+    weight: Any
+
+
 class QuestionBlock(NamedTuple):
     """Questions of one kind, padded to one length.
 
     ids: int32 [B, Q, T] prompt suffix, then the answer without its end; position_ids: int32 [B, Q, 3, T];
-    valid: bool [B, Q, T]. read: int32 [B, Q, A] positions whose next token is learned; targets: int32 [B, Q, A, C]
-    candidate tokens; beliefs: float32 [B, Q, A, C], a distribution; weight: float32 [B, Q, A], 0 for padding;
-    value: bool [B, Q, A], True where the token depends on what is seen.
+    valid: bool [B, Q, T]. answer: the tokens that follow; value: bool [B, Q, A], True where one of them depends on what
+    is seen. hints: what words of the prompt stand for, learned from an early layer: a key for its value, the words
+    of an option for its letter. Answers need these facts first, and they are found far sooner with a push.
     """
 
     ids: Any
     position_ids: Any
     valid: Any
-    read: Any
-    targets: Any
-    beliefs: Any
-    weight: Any
+    answer: Labels
     value: Any
+    hints: Labels
 
 
 class Batch(NamedTuple):
@@ -114,7 +130,7 @@ class ClipMaker:
         self.tokenizer, self.seed, self.split = _Remembering.of(tokenizer), seed, split
         self.prefix_ids = prompt.build_prompt(tokenizer, "?").prefix_ids
         self.end = tokenizer.eos[0]
-        self.lengths = {name: self._longest(name == "choice") for name in ("choice", "open")}
+        self.longest = {name: self._longest(name == "choice") for name in ("choice", "open")}
 
     def batch(self, step: int, clips: int, settings: ClipSettings) -> Batch:
         """The batch of a step: B = `clips`."""
@@ -122,7 +138,7 @@ class ClipMaker:
         made = [self._one(np.random.default_rng(child), settings) for child in sequence.spawn(clips)]
         tables, orders, positions, valids, asked = zip(*made, strict=True)
         blocks = {
-            name: self._block(rows, *self.lengths[name])
+            name: self._block(rows, self.longest[name], settings.hints)
             for name, rows in zip(("choice", "open"), zip(*asked, strict=True), strict=True)
             if rows[0]
         }
@@ -134,13 +150,13 @@ class ClipMaker:
         layout = draw_layout(rng, settings, len(self.prefix_ids))
         seen = clip.shows[layout.order[layout.kept]].any(0)
         kinds = (
-            [self._row(*_ask(rng, clip, seen, settings.pair_share, options), layout) for _ in range(count)]
-            for options, count in ((True, settings.choice), (False, settings.open))
+            [self._row(*_ask(rng, clip, seen, settings, choice), layout) for _ in range(count)]
+            for choice, count in ((True, settings.choice), (False, settings.open))
         )
         valid = np.concatenate([np.ones(len(self.prefix_ids), bool), layout.kept])
         return clip.table, layout.order, layout.position_ids, valid, tuple(kinds)
 
-    def _row(self, question: Question, visible: Sequence[bool], layout: "Layout"):
+    def _row(self, question: Question, visible: Sequence[bool], layout: "Layout") -> "_Row":
         """Token ids, positions and labels of one question, unpadded."""
         built = prompt.build_prompt(self.tokenizer, question.text, question.options or None)
         if question.options:
@@ -148,59 +164,96 @@ class ClipMaker:
             answer = [built.letter_ids[question.correct]]
         else:
             words, answer = self._open_words(question, visible), self.tokenizer.encode(question.answer)
-        words = [*words, ((self.end,), np.ones(1, np.float32), False)]
+        words = [*words, ((self.end,), (1.0,), False)]
         suffix = len(built.suffix_ids)
-        ids = np.asarray([*built.suffix_ids, *answer], np.int32)
         text, after = layout.text_start, max(layout.last, layout.text_start + suffix - 1) + 1
-        positions = np.concatenate([text + np.arange(suffix), after + np.arange(len(answer))])
-        return ids, positions, suffix - 1, words
+        return _Row(
+            ids=[*built.suffix_ids, *answer],
+            positions=np.concatenate([text + np.arange(suffix), after + np.arange(len(answer))]),
+            labels=[(suffix - 1 + i, ids, belief) for i, (ids, belief, _) in enumerate(words)],
+            value=[depends for _, _, depends in words],
+            hints=self._hints(question, built, visible),
+        )
 
     def _open_words(self, question, visible):
         """(candidate ids, belief, depends on what is seen) per word of an open answer."""
         found = []
-        for place, (part, belief) in enumerate(
-            zip(question.parts, questions.word_distributions(question, visible), strict=True)
-        ):
-            space = " " if place else ""
-            ids = [self.tokenizer.encode(space + word)[0] for word in belief]
-            found.append((ids, np.asarray(list(belief.values()), np.float32), part.needle is not None))
+        beliefs = questions.word_distributions(question, visible)
+        for place, (part, belief) in enumerate(zip(question.parts, beliefs, strict=True)):
+            ids = [self.tokenizer.encode(" " * bool(place) + word)[0] for word in belief]
+            found.append((ids, list(belief.values()), part.needle is not None))
         return found
 
-    def _longest(self, options: bool) -> tuple[int, int]:
-        """Most tokens of suffix and answer, and most tokens read, of any question: one shape for all batches."""
-        layout = Layout(np.zeros(0, int), np.zeros(0, bool), np.zeros((3, 0), int), 0, 0)
-        rows = [self._row(question, (True,) * len(question.keys), layout) for question in questions.examples(options)]
-        return max(len(row[0]) for row in rows), max(len(row[3]) for row in rows)
+    def _hints(self, question, built, visible) -> list[tuple]:
+        """(position, candidate ids, belief) of the keys in the question and of the values in the options."""
+        word = lambda text: self.tokenizer.encode(" " + text)[0]  # noqa: E731
+        values = [part for part in question.parts if part.needle is not None]
+        start, stop = built.question_span
+        found = []
+        for key, part in zip(question.keys, values, strict=True):
+            belief = {part.word: 1.0} if visible[part.needle] else dict.fromkeys(part.values, 1 / len(part.values))
+            place = start + built.suffix_ids[start:stop].index(word(key))
+            found.append((place, [word(w) for w in belief], list(belief.values())))
+        all_values, letter = {word(value) for value in VALUES[question.asked]}, None
+        for place in range(stop, len(built.suffix_ids)):
+            token = built.suffix_ids[place]
+            letter = token if token in built.letter_ids else letter
+            if letter is not None and token in all_values:
+                found.append((place, [letter], [1.0]))
+        return found
 
-    def _block(self, clips: Sequence[list], length: int, reads: int) -> QuestionBlock:
+    def _longest(self, choice: bool) -> dict[str, int]:
+        """Most tokens, labels and hints of any question: one shape for all batches."""
+        layout = Layout(np.zeros(0, int), np.zeros(0, bool), np.zeros((3, 0), int), 0, 0)
+        rows = [self._row(question, (True,) * len(question.keys), layout) for question in questions.examples(choice)]
+        return {name: max(len(getattr(row, name)) for row in rows) for name in ("ids", "labels", "hints")}
+
+    def _block(self, clips: Sequence[list["_Row"]], longest: dict[str, int], hint_weight: float) -> QuestionBlock:
         """Pads [B][Q] rows to a `QuestionBlock`."""
-        block = _empty_block((len(clips), len(clips[0])), length, reads)
-        for place, (ids, positions, first, words) in (
-            ((b, q), row) for b, rows in enumerate(clips) for q, row in enumerate(rows)
-        ):
-            block.ids[place][: len(ids)] = ids
-            block.position_ids[place][:, : len(ids)] = positions
-            block.valid[place][: len(ids)] = True
-            for a, (candidates, belief, value) in enumerate(words):
-                block.read[place][a] = first + a
-                block.targets[place][a, : len(candidates)] = candidates
-                block.beliefs[place][a, : len(candidates)] = belief
-                block.weight[place][a] = 1
-                block.value[place][a] = value
+        shape, length = (len(clips), len(clips[0])), longest["ids"]
+        block = QuestionBlock(
+            ids=np.zeros((*shape, length), np.int32),
+            position_ids=np.zeros((*shape, 3, length), np.int32),
+            valid=np.zeros((*shape, length), bool),
+            answer=_empty_labels(shape, longest["labels"]),
+            value=np.zeros((*shape, longest["labels"]), bool),
+            hints=_empty_labels(shape, longest["hints"]),
+        )
+        for place, row in (((b, q), row) for b, rows in enumerate(clips) for q, row in enumerate(rows)):
+            block.ids[place][: len(row.ids)] = row.ids
+            block.position_ids[place][:, : len(row.ids)] = row.positions
+            block.valid[place][: len(row.ids)] = True
+            block.value[place][: len(row.value)] = row.value
+            _fill_labels(block.answer, place, row.labels, 1.0)
+            _fill_labels(block.hints, place, row.hints, hint_weight)
         return block
 
 
-def _empty_block(shape, length, reads) -> QuestionBlock:
-    return QuestionBlock(
-        ids=np.zeros((*shape, length), np.int32),
-        position_ids=np.zeros((*shape, 3, length), np.int32),
-        valid=np.zeros((*shape, length), bool),
-        read=np.zeros((*shape, reads), np.int32),
-        targets=np.zeros((*shape, reads, _CANDIDATES), np.int32),
-        beliefs=np.zeros((*shape, reads, _CANDIDATES), np.float32),
-        weight=np.zeros((*shape, reads), np.float32),
-        value=np.zeros((*shape, reads), bool),
+class _Row(NamedTuple):
+    """One question. Labels and hints are (position, candidate ids, belief)."""
+
+    ids: list
+    positions: np.ndarray
+    labels: list
+    value: list
+    hints: list
+
+
+def _empty_labels(shape, count) -> Labels:
+    return Labels(
+        read=np.zeros((*shape, count), np.int32),
+        targets=np.zeros((*shape, count, _CANDIDATES), np.int32),
+        beliefs=np.zeros((*shape, count, _CANDIDATES), np.float32),
+        weight=np.zeros((*shape, count), np.float32),
     )
+
+
+def _fill_labels(labels: Labels, place, entries, weight) -> None:
+    for i, (position, candidates, belief) in enumerate(entries):
+        labels.read[place][i] = position
+        labels.targets[place][i, : len(candidates)] = candidates
+        labels.beliefs[place][i, : len(belief)] = belief
+        labels.weight[place][i] = weight
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,23 +301,28 @@ def _shown_keys(keys, table, settings) -> np.ndarray:
     return shows
 
 
-def _ask(rng, clip: _Clip, seen, pair_share, options) -> tuple[Question, tuple[bool, ...]]:
+def _ask(rng, clip: _Clip, seen, settings: ClipSettings, choice: bool) -> tuple[Question, tuple[bool, ...]]:
     """A question about the clip and which of its needles are visible."""
-    needles = 2 if rng.random() < pair_share else 1
-    keys = _draw_keys(rng, seen, clip.fixed, needles)
+    needles = 2 if rng.random() < settings.pair_share else 1
+    keys = _draw_keys(rng, seen, clip.fixed, needles, settings.seen_share)
     names = [VALUES[OTHER[clip.asked]][k] for k in keys]
     values = [VALUES[clip.asked][clip.values[k]] for k in keys]
-    make = questions.choice_question if options else questions.open_question
-    return make(rng, clip.asked, names, values), tuple(bool(seen[k]) for k in keys)
+    visible = tuple(bool(seen[k]) for k in keys)
+    if not choice:
+        return questions.open_question(rng, clip.asked, names, values), visible
+    options = int(rng.integers(2, len(questions.LETTERS) + 1))
+    if rng.random() < settings.reading_share:
+        return questions.reading_question(rng, clip.asked, values, options), (True,) * needles
+    return questions.choice_question(rng, clip.asked, names, values, options), visible
 
 
-def _draw_keys(rng, seen, fixed, needles) -> list[int]:
-    """Askable keys. Each is one that is seen with probability 0.7, as far as there are such."""
+def _draw_keys(rng, seen, fixed, needles, seen_share) -> list[int]:
+    """Askable keys, seen and unseen ones in the given proportion as far as there are both."""
     chosen: list[int] = []
     for _ in range(needles):
         free = fixed.copy()
         free[chosen] = False
-        wanted = free & (seen == (rng.random() < 0.7))
+        wanted = free & (seen == (rng.random() < seen_share))
         choices = np.flatnonzero(wanted if wanted.any() else free)
         chosen.append(int(choices[rng.integers(len(choices))]))
     return chosen

@@ -32,6 +32,8 @@ WORDINGS = {
         "What shapes are the {} object and the {} object?",
     ),
 }
+# Asks for nothing but reading the options: how a model first learns to answer with a letter.
+READING = "Which option says {}?"
 DESCRIBE = {"colour": "Describe the {}.", "shape": "Describe the {} object."}
 
 
@@ -71,9 +73,11 @@ class Question:
         return LETTERS[self.correct] if self.options else None
 
 
-def choice_question(rng: np.random.Generator, asked: str, keys: Sequence[str], values: Sequence[str]) -> Question:
-    """Multiple choice: one needle and four values, or two needles and the four combinations of two values each."""
-    wrong = [_draw_other(rng, asked, value, 3 if len(keys) == 1 else 1) for value in values]
+def choice_question(
+    rng: np.random.Generator, asked: str, keys: Sequence[str], values: Sequence[str], options: int = 4
+) -> Question:
+    """Multiple choice: one needle and `options` values, or two needles and the four combinations of two values each."""
+    wrong = [_draw_other(rng, asked, value, options - 1 if len(keys) == 1 else 1) for value in values]
     candidates = [(value, *others) for value, others in zip(values, wrong, strict=True)]
     beliefs = list(itertools.product(*candidates))
     order = rng.permutation(len(beliefs))
@@ -87,6 +91,12 @@ def choice_question(rng: np.random.Generator, asked: str, keys: Sequence[str], v
         correct=beliefs.index(tuple(values)),
         beliefs=beliefs,
     )
+
+
+def reading_question(rng: np.random.Generator, asked: str, values: Sequence[str], options: int = 4) -> Question:
+    """Multiple choice that needs no video: the question itself says which option is right."""
+    question = choice_question(rng, asked, values, values, options)
+    return dataclasses.replace(question, text=READING.format(question.answer))
 
 
 def open_question(rng: np.random.Generator, asked: str, keys: Sequence[str], values: Sequence[str]) -> Question:

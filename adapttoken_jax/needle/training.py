@@ -15,12 +15,14 @@ import optax
 from adapttoken_jax import geometry, parameters
 from adapttoken_jax.config import ModelConfig, TextConfig, VisionConfig
 from adapttoken_jax.model.qwen import Qwen25VL
-from adapttoken_jax.needle.clips import Batch, QuestionBlock
+from adapttoken_jax.needle.clips import Batch, Labels, QuestionBlock
 from adapttoken_jax.needle.render import FrameTable, render_planes
 
 # CLIP's statistics, as the checkpoint's preprocessor_config.json has them.
 MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+_HINT_LAYER = 1  # 0-based: early enough for two more layers to build on what it says
 
 
 def needle_config(tokenizer, width: int = 128, layers: int = 4, ff: int = 384, vision_width: int = 96) -> ModelConfig:
@@ -121,45 +123,66 @@ def context_of(model: Qwen25VL, planes: jax.Array, batch: Batch, prefix_ids: tup
     return model.text.prefill(embeddings, batch.position_ids, batch.valid)[0]
 
 
-def read_logits(model: Qwen25VL, context, block: QuestionBlock) -> jax.Array:
-    """Logits float32 [B, Q, A, V] at the positions that a block reads."""
+def read_logits(model: Qwen25VL, context, block: QuestionBlock) -> tuple[jax.Array, jax.Array]:
+    """Logits at the positions that a block reads: of answers [B, Q, A, V], and of hints [B, Q, I, V] after layer 1."""
     clips, count, length = block.ids.shape
     tail = model.text.empty_tail(clips, count, length, jnp.float32)
-    hidden, _, _ = model.text.extend(model.text.embed(block.ids), block.position_ids, block.valid, context, tail, 0)
-    return model.text.logits(jnp.take_along_axis(hidden, block.read[..., None], 2))
+    hidden, _, found = model.text.extend(
+        model.text.embed(block.ids), block.position_ids, block.valid, context, tail, 0, return_layers=True
+    )
+    early = found["layers"][min(_HINT_LAYER, model.config.text.layers - 1)]
+    at = lambda x, labels: model.text.logits(jnp.take_along_axis(x, labels.read[..., None], 2))  # noqa: E731
+    return at(hidden, block.answer), at(early, block.hints)
 
 
 def losses(config: ModelConfig, prefix_ids: tuple[int, ...], values, planes: jax.Array, batch: Batch):
     """The loss, that is the mean over blocks of nats above the beliefs' own entropy, and the metrics of each block."""
     model = Qwen25VL(config, values)
     context = context_of(model, planes, batch, prefix_ids)
-    found = {name: block_metrics(read_logits(model, context, block), block) for name, block in batch.blocks.items()}
-    total = sum(metrics["excess"] for metrics in found.values()) / len(found)
-    return total, {f"{name}_{key}": value for name, metrics in found.items() for key, value in metrics.items()}
+    found = {}
+    for name, block in batch.blocks.items():
+        answer, hints = read_logits(model, context, block)
+        found[name] = block_metrics(answer, block) | {"hints": _mean(excess(hints, block.hints), block.hints.weight)}
+    total = sum(
+        metrics["excess"] + metrics["hints"] * jnp.max(batch.blocks[name].hints.weight)
+        for name, metrics in found.items()
+    )
+    metrics = {f"{name}_{key}": value for name, metrics in found.items() for key, value in metrics.items()}
+    return total / len(found), metrics
+
+
+def excess(logits: jax.Array, labels: Labels) -> jax.Array:
+    """Cross-entropy with the beliefs less their own entropy, nats >= 0, [B, Q, A]."""
+    at_targets = jnp.take_along_axis(jax.nn.log_softmax(logits), labels.targets, -1)
+    return -jnp.sum(labels.beliefs * at_targets, -1) - _own_entropy(labels)
+
+
+def _own_entropy(labels: Labels) -> jax.Array:
+    return -jnp.sum(jax.scipy.special.xlogy(labels.beliefs, labels.beliefs), -1)
+
+
+def _mean(x, weight):
+    return jnp.sum(x * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
 
 
 def block_metrics(logits: jax.Array, block: QuestionBlock) -> dict[str, jax.Array]:
-    """Excess nats over all learned tokens; accuracy, entropy and belief's entropy of the tokens that need the picture.
+    """Excess nats over all answer tokens; accuracy, entropy and belief's entropy of the tokens that need the picture.
 
     "accuracy": of those with one right token; "entropy_known", "entropy_open": mean entropy over the whole vocabulary
     where one token is right, and where several are equally likely; "gap": mean distance of the latter to the belief's.
     """
+    labels, own = block.answer, _own_entropy(block.answer)
     log_p = jax.nn.log_softmax(logits)
-    at_targets = jnp.take_along_axis(log_p, block.targets, -1)
-    own = -jnp.sum(jax.scipy.special.xlogy(block.beliefs, block.beliefs), -1)
-    excess = -jnp.sum(block.beliefs * at_targets, -1) - own
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
-    known = block.value & (own < 1e-6) & (block.weight > 0)
-    open_ = block.value & (own > 1e-6) & (block.weight > 0)
-    best = jnp.take_along_axis(block.targets, jnp.argmax(block.beliefs, -1)[..., None], -1)[..., 0]
-    right = jnp.argmax(logits, -1) == best
-    mean = lambda x, where: jnp.sum(x * where) / jnp.maximum(jnp.sum(where), 1)  # noqa: E731
+    known = block.value & (own < 1e-6) & (labels.weight > 0)
+    open_ = block.value & (own > 1e-6) & (labels.weight > 0)
+    best = jnp.take_along_axis(labels.targets, jnp.argmax(labels.beliefs, -1)[..., None], -1)[..., 0]
     return {
-        "excess": mean(excess, block.weight),
-        "accuracy": mean(right, known),
-        "entropy_known": mean(entropy, known),
-        "entropy_open": mean(entropy, open_),
-        "gap": mean(jnp.abs(entropy - own), open_),
+        "excess": _mean(excess(logits, labels), labels.weight),
+        "accuracy": _mean(jnp.argmax(logits, -1) == best, known),
+        "entropy_known": _mean(entropy, known),
+        "entropy_open": _mean(entropy, open_),
+        "gap": _mean(jnp.abs(entropy - own), open_),
     }
 
 

@@ -10,7 +10,7 @@ from adapttoken_jax.needle.clips import ClipMaker, ClipSettings
 from adapttoken_jax.needle.tokenizer import chat_tokenizer
 
 _TOKENIZER = chat_tokenizer()
-_SETTINGS = ClipSettings(slots=4, choice=2, open=2)
+_SETTINGS = ClipSettings(slots=4, choice=2, open=2, hints=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +52,46 @@ def test_prompts_are_those_of_build_prompt_and_labels_read_their_answer(batch):
             assert ids[:end] == list(built.suffix_ids)
             answer = [*ids[end:], _TOKENIZER.eos[0]]
             for place, token in enumerate(answer):
-                assert block.read[b, q, place] == end - 1 + place
-                mass = dict(zip(block.targets[b, q, place], block.beliefs[b, q, place], strict=True))
-                assert mass.get(token, 0) > 0 and block.weight[b, q, place] == 1
-            assert not block.weight[b, q, len(answer) :].any()
+                assert block.answer.read[b, q, place] == end - 1 + place
+                mass = dict(zip(block.answer.targets[b, q, place], block.answer.beliefs[b, q, place], strict=True))
+                assert mass.get(token, 0) > 0 and block.answer.weight[b, q, place] == 1
+            assert not block.answer.weight[b, q, len(answer) :].any()
             assert (options is not None) == (name == "choice")
 
 
 def test_every_belief_is_a_distribution(batch):
     for block in batch.blocks.values():
-        assert np.allclose(block.beliefs.sum(-1), block.weight)
+        for labels in (block.answer, block.hints):
+            assert np.allclose(labels.beliefs.sum(-1), labels.weight > 0)
+
+
+def test_hints_stand_at_the_keys_and_the_options(batch):
+    """Read as text: a hint at a word of an option is that option's letter, any other stands at a key, for a value."""
+    names = {*needle.COLOURS, *needle.SHAPES}
+    for block in batch.blocks.values():
+        for b, ids, q in _questions(block):
+            text = _TOKENIZER.decode(ids).split("assistant")[0]
+            expected = []
+            for line in text.split("\n"):
+                words = line.replace("?", "").replace(".", "").split()
+                letter = words[0] if words and words[0] in "ABCDE" else None
+                expected += [(word, letter) for word in words if word in names]
+            found = []
+            for place, targets, beliefs, weight in zip(*(field[b, q] for field in block.hints), strict=True):
+                if weight:
+                    meaning = [_TOKENIZER.decode([t]).strip() for t, p in zip(targets, beliefs, strict=True) if p > 0]
+                    at_option = len(meaning) == 1 and meaning[0] in "ABCDE"
+                    assert at_option or set(meaning) <= names
+                    found.append((_TOKENIZER.decode([ids[place]]).strip(), meaning[0] if at_option else None))
+            assert found == expected
+
+
+def test_hints_follow_what_is_seen_as_answers_do(batch):
+    block = batch.blocks["open"]
+    of_answers = np.where(block.value, block.answer.beliefs.max(-1), 0)
+    for b, _, q in _questions(block):
+        hints = block.hints.beliefs[b, q].max(-1)[block.hints.weight[b, q] > 0]
+        assert sorted(hints) == sorted(of_answers[b, q][block.value[b, q]])
 
 
 def test_labels_follow_the_pixels_that_are_kept():
@@ -85,7 +115,7 @@ def test_labels_follow_the_pixels_that_are_kept():
                 names = (needle.SHAPES[shape], [*needle.COLOURS][colour])
                 shown |= key in names and frame // 2 * 4 + row * 2 + col in kept
         block = batch.blocks["open"]
-        certain = block.beliefs[b, q].max(-1)[block.value[b, q]]
+        certain = block.answer.beliefs[b, q].max(-1)[block.value[b, q]]
         assert np.all(np.isclose(certain, 1.0 if shown else 1 / 6))
         checked += 1
     assert checked == 160
@@ -121,6 +151,6 @@ def test_layouts_cover_what_the_method_does():
 
 def test_each_kind_of_question_comes_up():
     batch = ClipMaker(_TOKENIZER, 2).batch(0, 64, ClipSettings())
-    choice = batch.blocks["choice"].beliefs[:, :, 0].max(-1)
-    for belief in (0.25, 0.5, 1.0):
-        assert 0.1 < np.mean(np.isclose(choice, belief)) < 0.8
+    choice = batch.blocks["choice"].answer.beliefs[:, :, 0].max(-1)
+    for belief in (1 / 5, 1 / 4, 1 / 3, 1 / 2, 1):
+        assert 0.01 < np.mean(np.isclose(choice, belief)) < 0.8

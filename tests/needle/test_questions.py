@@ -58,6 +58,14 @@ def test_single_options_hold_the_truth_once_and_blind_belief_is_a_quarter(asked)
         assert option_distribution(question, (True,)).sum() == 1
 
 
+@pytest.mark.parametrize("options", [2, 3, 4, 5])
+def test_number_of_options_and_reading(options):
+    rng = np.random.default_rng(3)
+    question = questions.reading_question(rng, "shape", ["star"], options)
+    assert question.text == "Which option says star?" and len(question.options) == options
+    assert question.options[question.correct] == "star"
+
+
 def test_pair_options_are_the_four_combinations():
     rng = np.random.default_rng(1)
     for _ in range(50):

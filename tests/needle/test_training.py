@@ -11,7 +11,7 @@ import pytest
 from adapttoken_jax import needle
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import training
-from adapttoken_jax.needle.clips import ClipMaker, ClipSettings, QuestionBlock
+from adapttoken_jax.needle.clips import ClipMaker, ClipSettings, Labels, QuestionBlock
 from adapttoken_jax.needle.tokenizer import chat_tokenizer
 from experiments import train_needle
 
@@ -47,11 +47,14 @@ def test_block_metrics_of_literal_logits():
         ids=None,
         position_ids=None,
         valid=None,
-        read=None,
-        targets=jnp.asarray([[[[2, 0], [0, 1], [3, 0]]]]),
-        beliefs=jnp.asarray([[[[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]]]]),
-        weight=jnp.asarray([[[1.0, 1.0, 0.0]]]),
+        answer=Labels(
+            read=None,
+            targets=jnp.asarray([[[[2, 0], [0, 1], [3, 0]]]]),
+            beliefs=jnp.asarray([[[[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]]]]),
+            weight=jnp.asarray([[[1.0, 1.0, 0.0]]]),
+        ),
         value=jnp.asarray([[[True, True, False]]]),
+        hints=None,
     )
     found = training.block_metrics(jnp.asarray([[[sure, half, half]]]), block)
     expected = {"excess": 0.0, "accuracy": 1.0, "entropy_known": 0.0, "entropy_open": np.log(2), "gap": 0.0}
@@ -73,7 +76,7 @@ def test_dropped_tokens_and_other_questions_change_nothing():
     def logits(batch, planes):
         model = training.Qwen25VL(config, values)
         context = training.context_of(model, planes, batch, maker.prefix_ids)
-        return training.read_logits(model, context, batch.blocks["choice"])
+        return training.read_logits(model, context, batch.blocks["choice"])[0]
 
     planes = training.draw(batch.table, settings.size)
     moved = batch._replace(
@@ -91,7 +94,7 @@ def _run() -> train_needle.Run:
         config=_micro_config(),
         maker=ClipMaker(_TOKENIZER, 0),
         checker=ClipMaker(_TOKENIZER, 0, "validation"),
-        phases=[train_needle.parse_phase("steps=4,slots=1,choice=0,open=1")] * 2,
+        phases=[train_needle.parse_phase("steps=4,slots=1,choice=0,open=1,hints=0.5")] * 2,
         schedule=training.Schedule(5e-3, 80, warmup=5),
         clips=2,
         seed=0,
