@@ -410,6 +410,30 @@ def _compare(values: flags.FlagValues) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# demo
+# ---------------------------------------------------------------------------------------------------------------------
+
+_DEMO_FLAGS = (
+    Flag("output", str, "directory to write, made if missing", "Output", "DIR", "adapttoken_demo"),
+    Flag("frames", int, "length of the video", "Video", "N", 1024, low=32),
+    Flag("seed", int, "which video, and which weights", "Video", "N", 0, low=0),
+    _DEBUG,
+)
+
+
+def _demo(values: flags.FlagValues) -> int:
+    from adapttoken_jax import demo
+    from adapttoken_jax.progress import Progress
+
+    with Progress() as progress:
+        rows = demo.run(values.output, values.frames, values.seed, progress)
+    sys.stdout.write(table(rows))
+    print("The model of this demonstration is untrained: its answers are meaningless.", file=sys.stderr)
+    print(f"wrote {pathlib.Path(values.output) / 'report.html'}", file=sys.stderr)
+    return OK
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The commands
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -425,6 +449,7 @@ class Command:
 
 
 COMMANDS = (
+    Command("demo", "answers questions about a generated video with a generated, untrained model", _DEMO_FLAGS, _demo),
     Command("answer", "answers a question about a video", _ANSWER_FLAGS, _answer),
     Command("convert", "turns Hugging Face safetensors into an Orbax checkpoint, and back", _CONVERT_FLAGS, _convert),
     Command("compare", "runs PyTorch beside this library, stage by stage (needs torch)", _COMPARE_FLAGS, _compare),
@@ -475,6 +500,7 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
             sys.stdout.write(help_text(command))
             return OK
         _check_required(command, values)
+        _keep_compilations()
         return command.run(values)
     except UserError as error:
         return _fail(name, str(error), traceback.format_exc() if debug else "")
@@ -491,6 +517,13 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
         message = f"internal error: {type(error).__name__}: {first_line}"
         hint = "" if debug else " (run again with --debug for a traceback)"
         return _fail(name, message + hint, traceback.format_exc() if debug else "", status=INTERNAL)
+
+
+def _keep_compilations() -> None:
+    """Lets JAX find on disk what an earlier run compiled; the user's own JAX_ variables win."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "adapttoken-jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def _fail(name: str, message: str, trace: str = "", status: int = USAGE) -> int:

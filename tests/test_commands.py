@@ -1,5 +1,6 @@
 """The commands as a user runs them, from files to files, on a tiny checkpoint and real video files."""
 
+import html
 import json
 
 import numpy as np
@@ -177,3 +178,23 @@ def test_convert_does_not_touch_a_directory_that_exists(checkpoint, tmp_path, ca
     _, err = run(capsys, "convert", f"--source={checkpoint}", f"--target={tmp_path / 'target'}", status=2)
     assert "target" in err and err.count("\n") == 1
     assert [p.name for p in (tmp_path / "target").iterdir()] == ["mine"]
+
+
+def test_the_demo_answers_every_question_by_every_method(tmp_path, capsys):
+    argv = ["demo", f"--output={tmp_path / 'demo'}", "--frames=64", "--seed=3"]
+    out, err = run(capsys, *argv)
+    assert "meaningless" in err
+    lines = out.splitlines()
+    assert lines[0].split() == ["question", "method", "answer", "right", "entropy", "groups", "tokens", "seconds"]
+    everything = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert len(lines) - 1 == len(everything["rows"]) == len(everything["results"]) == 16
+    first = Result.from_json((tmp_path / "demo" / "result.json").read_text())
+    assert first.method == "adapttoken" and first.stop.groups_total == 4 and first.selected.count == 32
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert all(html.escape(row["question"]) in page for row in everything["rows"])
+    run(capsys, *argv)  # the second time it finds its model
+
+
+def test_a_demo_too_short_for_its_needles_is_one_line(tmp_path, capsys):
+    _, err = run(capsys, "demo", f"--output={tmp_path / 'demo'}", "--frames=8", status=2)
+    assert err.count("\n") == 1 and "--frames" in err and not (tmp_path / "demo").exists()

@@ -1,0 +1,128 @@
+"""`adapttoken demo`: one long needle video, several questions, four methods, one table.
+
+The model has Qwen2.5-VL's architecture, a real tokenizer and random weights, so its answers are meaningless. That files
+are read, groups scanned, the budget spent and the report written is not.
+"""
+
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from adapttoken_jax import needle, parameters, report
+from adapttoken_jax.config import AdaptTokenConfig
+from adapttoken_jax.encoding import Progress
+from adapttoken_jax.loading import Model, load
+from adapttoken_jax.needle.export import export
+from adapttoken_jax.needle.questions import choice_question
+from adapttoken_jax.needle.tokenizer import chat_tokenizer
+from adapttoken_jax.needle.training import needle_config
+from adapttoken_jax.pipeline import answer
+from adapttoken_jax.result import Result, atomic_file, write_result
+
+METHODS = ("uniform", "flexselect", "adapttoken", "lite")
+FPS = 4.0
+# Frames as they are, four tokens per slot, and about a percent of all tokens in the final prompt.
+SETTINGS = {"fps": FPS, "max_pixels": 56 * 56, "slots_per_group": 8, "budget": 32, "max_answer_tokens": 4}
+
+
+class Asked(NamedTuple):
+    """A question of the demo, its true answer (a letter, or words) and the needles that hold it."""
+
+    text: str
+    options: tuple[str, ...] | None
+    truth: str
+    needles: tuple[needle.Needle, ...]
+
+
+def run(directory, frames: int, seed: int, on_progress: Progress | None = None) -> list[dict]:
+    """Makes the video, answers every question by every method and writes what came of it.
+
+    Args:
+      directory: made if missing; gets `video.mp4`, `model/`, `report.html`, `result.json` (AdaptToken on the first
+        question) and `results.json` (everything). A model that is there already is used again.
+      frames: length of the video.
+      seed: which video, and which weights.
+      on_progress: called with (stage, done, total).
+
+    Returns:
+      The rows of the table.
+
+    Raises:
+      UserError: a length that cannot hold the needles, or a directory that cannot be written.
+    """
+    directory = pathlib.Path(directory)
+    scene = needle.scene(seed, "test", frames, "pair")
+    directory.mkdir(parents=True, exist_ok=True)
+    video = needle.write_mp4(scene, directory / "video.mp4", FPS)
+    model = _untrained(directory / "model", seed)
+    config = AdaptTokenConfig.for_model(model.config, max_frames=frames, **SETTINGS)
+    pairs = list(itertools.product(questions(scene, seed), METHODS))
+    answers = []
+    for asked, method in pairs:
+        answers.append((asked, method, answer(model, video, asked.text, asked.options, config, method)))
+        if on_progress:
+            on_progress("answer", len(answers), len(pairs))
+    rows = [_row(*each) for each in answers]
+    entries = [_entry(model, video, asked, result) for asked, _, result in answers]
+    report.write(directory / "report.html", entries, title="AdaptToken on a needle video, with an untrained model")
+    write_result(directory / "result.json", next(result for _, method, result in answers if method == "adapttoken"))
+    _write_all(directory / "results.json", rows, [result for *_, result in answers])
+    return rows
+
+
+def _untrained(directory: pathlib.Path, seed: int) -> Model:
+    """A checkpoint of random weights, written as a Hugging Face directory and read like any other."""
+    if not directory.exists():
+        config = needle_config(chat_tokenizer())
+        export(directory, config, parameters.initialise(config, jax.random.key(seed)))
+    return load(directory)
+
+
+def questions(scene: needle.Scene, seed: int) -> Iterator[Asked]:
+    """Questions about a pair scene: both needles at once, each alone, and one in words."""
+    pair = scene.question
+    yield Asked(pair.text, pair.options, pair.letter, scene.needles)
+    for number, one in enumerate(scene.needles):
+        key, value = (one.shape, one.colour) if pair.asked == "colour" else (one.colour, one.shape)
+        single = choice_question(np.random.default_rng([seed, number]), pair.asked, [key], [value])
+        yield Asked(single.text, single.options, single.letter, (one,))
+    words = scene.open_question
+    yield Asked(words.text, None, words.answer, scene.needles)
+
+
+def is_right(question: Asked, result: Result) -> bool:
+    """Whether the option, or the text of an open answer, is the true one."""
+    return question.truth == (result.option if question.options else result.answer.strip())
+
+
+def _row(question: Asked, method: str, result: Result) -> dict:
+    options = dict(zip("ABCDE", question.options or (), strict=False))
+    return {
+        "question": question.text,
+        "method": method,
+        "answer": options.get(result.option, result.answer),
+        "right": is_right(question, result),
+        "entropy": round(result.entropy, 3),
+        "groups": f"{result.stop.groups_visited} of {result.stop.groups_total}" if result.groups else "-",
+        "tokens": result.selected.count,
+        "seconds": round(result.cost.seconds.total, 2),
+    }
+
+
+def _entry(model, video, question: Asked, result: Result) -> report.ReportEntry:
+    evidence = tuple(report.Evidence(one.start / FPS, one.stop / FPS, "needle") for one in question.needles)
+    return report.entry(
+        model.config, video, result, question.text, question.options, truth=question.truth,
+        correct=is_right(question, result), evidence=evidence,
+    )  # fmt: skip
+
+
+def _write_all(path: pathlib.Path, rows: list[dict], results: Iterable[Result]) -> None:
+    content = {"rows": rows, "results": [result.to_dict() for result in results]}
+    with atomic_file(path) as file:
+        file.write(json.dumps(content, allow_nan=False).encode("utf-8"))
