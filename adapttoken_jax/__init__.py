@@ -5,8 +5,8 @@
     result = at.answer(model, "film.mp4", "Who opens the letter?", options=["the boy", "the judge"])
 
 Axis letters used throughout: B batch (contexts, or groups side by side), Q questions, T query (and temporal slots in
-vision), S key, N heads, K kv-heads, G query heads per kv-head, H head dim, D model, F ff, V vocab; P patches, W windows,
-M merged tokens; L layers, A answer tokens; g groups.
+vision), S key, N heads, K kv-heads, G query heads per kv-head, H head dim, D model, F ff, V vocab; P patches, W
+windows, M merged tokens; L layers, A answer tokens; g groups.
 """
 
 import importlib

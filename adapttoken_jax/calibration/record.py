@@ -13,8 +13,9 @@ from adapttoken_jax.calibration.full_runs import QuestionLog, Said, VideoLog
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import Progress, encode_video
 from adapttoken_jax.loading import Model
-from adapttoken_jax.pipeline import Run, conclude, option_probabilities, plan_run, scan_video
+from adapttoken_jax.pipeline import conclude, plan_run, scan_video
 from adapttoken_jax.prompt import Prompt, build_prompt
+from adapttoken_jax.run import Run, option_probabilities
 from adapttoken_jax.scan import Reply, agreed_answer, blind_replies
 
 

@@ -53,7 +53,8 @@ def _words() -> Iterator[str]:
     """Every word as the vocabulary spells it: with and without the space before it (in BPE's alphabet, G with dot)."""
     texts = [prompt.DEFAULT_SYSTEM, prompt.OPTIONS_INSTRUCTION, "system user assistant a and none not"]
     texts += [wording for wordings in questions.WORDINGS.values() for wording in wordings]
-    texts += [*questions.DESCRIBE.values(), questions.READING, " ".join(COLOURS), " ".join(SHAPES), " ".join(string.ascii_uppercase[:5])]
+    texts += [*questions.DESCRIBE.values(), questions.READING]
+    texts += [" ".join(words) for words in (COLOURS, SHAPES, string.ascii_uppercase[:5])]
     for text in texts:
         for piece in _PIECE.findall(text):
             yield piece.strip()

@@ -16,8 +16,9 @@ from adapttoken_jax.loading import Model
 from adapttoken_jax.needle.scenes import Scene
 from adapttoken_jax.needle.study.videos import differing_frames, draw_frames, variant
 from adapttoken_jax.passes import encode_slots, run_prompts
-from adapttoken_jax.pipeline import option_probabilities, plan_run
+from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.prompt import Prompt, build_prompt
+from adapttoken_jax.run import option_probabilities
 from adapttoken_jax.selection import group_slots
 from adapttoken_jax.video import Frames, plan_clip, probe, read_patches
 
@@ -46,7 +47,7 @@ class Log:
       slots: int64[G, K], -1 where a group is shorter.
       relevance: float32[G, n], NaN there.
       logits: float32[G, V] before the answer's only token.
-      entropy: float64[G], nats. certainty: float64[G] in the form that the configuration names.
+      entropy: float64[G], nats.
       options: int64[G], which option each group chose.
       hidden: [G, n, D] at the reference layer, if it was asked for.
     """
@@ -55,7 +56,6 @@ class Log:
     relevance: np.ndarray
     logits: np.ndarray
     entropy: np.ndarray
-    certainty: np.ndarray
     options: np.ndarray
     hidden: np.ndarray | None
 
@@ -85,9 +85,15 @@ class Footage:
     """One variant of a scene, rendered and encoded."""
 
     scene: Scene
-    frames: Frames
+    frames: Frames | None
     tokens: VisualTokens
     prompt: Prompt
+
+    def without_frames(self) -> "Footage":
+        """A light copy: the pictures are dropped, what was made of them stays."""
+        clip = self.tokens.clip
+        bare = dataclasses.replace(clip, info=dataclasses.replace(clip.info, frames=None))
+        return dataclasses.replace(self, frames=None, tokens=dataclasses.replace(self.tokens, clip=bare))
 
 
 def film(model: Model, scene: Scene, variants: int, config: AdaptTokenConfig) -> list[Footage]:
@@ -105,7 +111,9 @@ def film(model: Model, scene: Scene, variants: int, config: AdaptTokenConfig) ->
         features = tokens.features.copy()
         slots = np.unique(where // 2)
         features[slots] = _encode(model, clip, slots)
-        out.append(Footage(changed, clip.info.frames, dataclasses.replace(tokens, features=features, clip=clip), prompt))
+        out.append(
+            Footage(changed, clip.info.frames, dataclasses.replace(tokens, features=features, clip=clip), prompt)
+        )
     return out
 
 
@@ -132,14 +140,18 @@ def uniform_tokens(model: Model, footage: Footage, config: AdaptTokenConfig) -> 
     return encode_video(model, plan_run(model.config, footage.frames, config, "uniform").clip)
 
 
-def log_scans(model: Model, footage: Sequence[Footage], config: AdaptTokenConfig, contiguous: bool = False) -> list[Log]:
+def log_scans(
+    model: Model, footage: Sequence[Footage], config: AdaptTokenConfig, contiguous: bool = False
+) -> list[Log]:
     """Visits every group of the first variant, and of the others the groups in which they differ from it.
 
     `contiguous`: groups are consecutive slots instead of interleaved ones.
     """
     first, rest = footage[0], footage[1:]
     count = first.tokens.clip.grid[0]
-    groups = contiguous_slots(count, config.slots_per_group) if contiguous else group_slots(count, config.slots_per_group)
+    groups = (
+        contiguous_slots(count, config.slots_per_group) if contiguous else group_slots(count, config.slots_per_group)
+    )
     group_of_slot = np.empty(count, np.int64)
     for g, slots in enumerate(groups):
         group_of_slot[slots] = g
@@ -189,7 +201,6 @@ def _log(model, footage, groups, out, config) -> Log:
         relevance=np.where(tokens, out["relevance"][:, 0], np.float32(np.nan)),
         logits=out["first_logits"][:, 0],
         entropy=out["entropy"][:, 0, 0].astype(np.float64),
-        certainty=out["certainty"][:, 0, 0].astype(np.float64),
         options=chosen_options(model, footage.prompt, out["first_logits"][:, 0], out["tokens"][:, 0, :1]),
         hidden=out.get("kept"),
     )
