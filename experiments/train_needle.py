@@ -88,7 +88,7 @@ def settings_at(phases: list[Phase], step: int) -> ClipSettings:
 def batches(maker: ClipMaker, phases: list[Phase], start: int, clips: int) -> Iterator:
     """Batches from step `start` on, each made while the one before it is being learned from."""
     steps = sum(phase.steps for phase in phases)
-    make = lambda step: maker.batch(step, clips, settings_at(phases, step))  # noqa: E731
+    make = lambda step: maker.batch(step, clips, settings_at(phases, step))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(make, start)
         for step in range(start, steps):

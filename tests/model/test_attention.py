@@ -14,7 +14,7 @@ def random(*shape, seed=0):
 
 def plain(q, k, v, mask):
     """One head and batch entry at a time, in float64."""
-    out, lse = np.zeros(q.shape), np.zeros(q.shape[:1] + (q.shape[2], q.shape[1]))
+    out, lse = np.zeros(q.shape), np.zeros((*q.shape[:1], q.shape[2], q.shape[1]))
     for b, h in np.ndindex(q.shape[0], q.shape[2]):
         group = h * k.shape[2] // q.shape[2]
         scores = np.float64(q[b, :, h]) @ np.float64(k[b, :, group]).T / np.sqrt(q.shape[-1])
