@@ -22,6 +22,7 @@ from adapttoken_jax.needle.scenes import SPLITS, Needle, Scene
 
 _PURPOSE_VARIANTS = 3
 _FRAMES_PER_DRAW = 256
+_TRIES = 50  # arrangements of the needles, before a video is called too short for them
 
 
 def variant(scene: Scene, number: int) -> Scene:
@@ -40,8 +41,9 @@ def variant(scene: Scene, number: int) -> Scene:
     sequence = [SPLITS[scene.split], _PURPOSE_VARIANTS, scene.seed, len(scene.needles), scene.frames, number]
     rng = np.random.default_rng(np.random.SeedSequence(sequence))
     lengths = [n.stop - n.start for n in scene.needles]
-    spans = _free_spans(rng, scene.frames, [(n.start, n.stop) for n in scene.needles], lengths * 2)
-    targets, donors = spans[: len(lengths)], spans[len(lengths) :]
+    own = [(n.start, n.stop) for n in scene.needles]
+    targets = _free_spans(rng, scene.frames, own, lengths)
+    donors = [_free_spans(rng, scene.frames, own, [length])[0] for length in lengths]
     correct = (scene.question.correct + number) % options
     values = scene.question.beliefs[correct]
     return dataclasses.replace(
@@ -58,16 +60,18 @@ def variant(scene: Scene, number: int) -> Scene:
 
 def _free_spans(rng, frames, taken, lengths) -> list[tuple[int, int]]:
     """One span per length, in order, at uniform places that overlap neither `taken` nor one another."""
-    spans, taken = [], list(taken)
-    for length in lengths:
-        starts = np.arange(frames - length + 1)
-        free = np.all([(starts + length <= start) | (starts >= stop) for start, stop in taken], axis=0)
-        if not free.any():
-            raise UserError(f"--frames={frames}: too few to move the needles; give more, or --questions_per_video=1")
-        start = int(rng.choice(starts[free]))
-        spans.append((start, start + length))
-        taken.append(spans[-1])
-    return spans
+    for _ in range(_TRIES):
+        spans: list[tuple[int, int]] = []
+        for length in lengths:
+            starts = np.arange(frames - length + 1)
+            free = np.all([(starts + length <= start) | (starts >= stop) for start, stop in [*taken, *spans]], axis=0)
+            if not free.any():
+                break
+            start = int(rng.choice(starts[free]))
+            spans.append((start, start + length))
+        else:
+            return spans
+    raise UserError(f"--frames={frames}: too few to move the needles; give more, or --questions_per_video=1")
 
 
 def _moved_table(scene: Scene, targets, donors, values) -> FrameTable:

@@ -1,0 +1,95 @@
+"""The layer probe: at which decoder layer attention points at the needles.
+
+Only groups that show a needle are asked, once per layer, by the pass that the method itself uses.
+
+Letters: T slots, M tokens per slot, n tokens of a group.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from adapttoken_jax.config import AdaptTokenConfig
+from adapttoken_jax.loading import Model
+from adapttoken_jax.needle.study.scans import Footage, ask_groups
+from adapttoken_jax.selection import group_slots, top_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Needles:
+    """A question and where its evidence is: bool[T, M], whether each visual token shows some of it."""
+
+    footage: Footage
+    shows: np.ndarray
+
+
+def scene_needles(footage: Footage) -> Needles:
+    """The needles of a generated scene of which every frame was sampled."""
+    tokens = footage.tokens
+    shows = np.zeros((tokens.clip.grid[0], tokens.per_slot), bool)
+    columns = tokens.clip.grid[2] // tokens.merge
+    for needle in footage.scene.needles:
+        shows[needle.slots, needle.cell[0] * columns + needle.cell[1]] = True
+    return Needles(footage, shows)
+
+
+def boxed_needles(footage: Footage, boxes: Iterable[tuple[float, float, float, float, float, float]]) -> Needles:
+    """Needles given as (start, stop) in seconds and (top, left, bottom, right) as shares of the frame.
+
+    A token shows a needle if the middle of its slot's time and of its area lie inside.
+    """
+    tokens = footage.tokens
+    _, height, width = tokens.clip.grid
+    rows, cols = height // tokens.merge, width // tokens.merge
+    row, col = np.divmod(np.arange(rows * cols), cols)
+    down, across = (row + 0.5) / rows, (col + 0.5) / cols
+    ends = np.append(tokens.slot_times[1:], tokens.clip.info.duration_s)
+    middle = (tokens.slot_times + ends) / 2
+    shows = np.zeros((len(middle), rows * cols), bool)
+    for start, stop, top, left, bottom, right in boxes:
+        inside = (top <= down) & (down <= bottom) & (left <= across) & (across <= right)
+        shows |= ((start <= middle) & (middle <= stop))[:, None] & inside
+    return Needles(footage, shows)
+
+
+def recall(relevance: np.ndarray, shows: np.ndarray, taken: int | None) -> np.ndarray:
+    """Share of the needle tokens among the most relevant ones of each group, float64[groups].
+
+    Args:
+      relevance: [groups, n], NaN at padding. shows: bool[groups, n], at least one per group.
+      taken: tokens taken per group; None: as many as show the needle.
+    """
+    count = shows.sum(1)
+    best = top_tokens(relevance, count if taken is None else np.full(len(count), taken))
+    return (best & shows).sum(1) / count
+
+
+def probe_layers(
+    model: Model, questions: Iterable[Needles], config: AdaptTokenConfig, layers: Sequence[int], taken: Sequence[int]
+) -> list[dict]:
+    """Mean recall over all groups that show a needle: a row {"layer", "taken", "recall", "groups"} per layer and number
+    of tokens taken, which is "needle" for as many as show it."""
+    found: dict[tuple, list[np.ndarray]] = {}
+    for question in questions:
+        groups = group_slots(len(question.shows), config.slots_per_group)
+        groups = [slots for slots in groups if question.shows[slots].any()]
+        if not groups:
+            continue
+        visits = [(question.footage, slots) for slots in groups]
+        for layer in layers:
+            log = ask_groups(model, visits, dataclasses.replace(config, reference_layer=layer))
+            shows = np.where(log.slots[..., None] >= 0, question.shows[log.slots], False).reshape(len(groups), -1)
+            for count in (None, *taken):
+                found.setdefault((layer, count or "needle"), []).append(recall(log.relevance, shows, count))
+    joined = {key: np.concatenate(values) for key, values in found.items()}
+    return [
+        {"layer": layer, "taken": count, "recall": float(values.mean()), "groups": len(values)}
+        for (layer, count), values in joined.items()
+    ]
+
+
+def proposed_layer(rows: Sequence[dict]) -> int:
+    """The layer with the highest recall of as many tokens as show the needle; among equals the lower one."""
+    own = [each for each in rows if each["taken"] == "needle"]
+    return max(own, key=lambda each: (each["recall"], -each["layer"]))["layer"]

@@ -1,0 +1,269 @@
+"""The figures of the study, one style for all. Input: the study's JSON. Output: PNG files."""
+
+import pathlib
+from collections.abc import Mapping
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from adapttoken_jax.needle.study.sections import by_key, rule_temperature
+
+# Colours that differ in brightness too, after Okabe and Ito.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#7A5195")
+_STYLE = {
+    "figure.dpi": 130,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+}
+ARM_NAMES = {
+    "uniform": "uniform sampling",
+    "attention": "attention alone",
+    "flexselect": "equal budgets (FlexSelect)",
+    "certain": "most certain group alone",
+    "paper": "AdaptToken, published values",
+    "adapttoken": "AdaptToken",
+    "lite": "AdaptToken-Lite",
+    "lite_groups": "Lite, certain groups",
+    "lite_rerun": "Lite, asking again",
+}
+
+
+# Arms that the first figure shows, with their lines.
+_LINES = {
+    "adapttoken": ("#000000", "-"),
+    "lite": ("#000000", ":"),
+    "certain": ("#0072B2", "-"),
+    "paper": ("#E69F00", "--"),
+    "attention": ("#009E73", "-"),
+    "flexselect": ("#CC79A7", "-"),
+    "uniform": ("#D55E00", "-"),
+}
+
+
+def draw_all(study: Mapping, directory) -> list[str]:
+    """Draws every figure whose numbers are there; returns the names of the files."""
+    directory = pathlib.Path(directory)
+    main = study.get("main", {})
+    figures = {
+        "accuracy.png": lambda: _accuracy(main["rows"]),
+        "entropy.png": lambda: _entropy(main["groups"]),
+        "temperature.png": lambda: _temperature(main["temperature"]),
+        "lite.png": lambda: _lite(main["lite"]),
+        "risk.png": lambda: _risk(main["risk"] + study["hard"]["risk"]),
+    }
+    names = []
+    with plt.rc_context(_STYLE):
+        for name, draw in figures.items():
+            if not main or (name == "risk.png" and "hard" not in study) or (name == "lite.png" and not main["lite"]):
+                continue
+            save(draw(), directory / name)
+            names.append(name)
+    return names
+
+
+def save(figure, path) -> None:
+    """Writes a figure under another name first and closes it. The same numbers give the same bytes."""
+    path = pathlib.Path(path)
+    partial = path.with_name(f".{path.name}.part")
+    figure.savefig(partial, format="png", metadata={"Software": None})
+    plt.close(figure)
+    partial.replace(path)
+
+
+def _panels(count: int, height: float = 3.0, width: float = 4.2):
+    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
+    return figure, axes[0]
+
+
+def _tasks(rows) -> list[str]:
+    return [task for task in ("single", "pair") if any(each["task"] == task for each in rows)]
+
+
+TITLES = {"single": "one needle", "pair": "two needles"}
+
+
+def _accuracy(rows):
+    tasks, arms = _tasks(rows), [arm for arm in _LINES if any(each["arm"] == arm for each in rows)]
+    figure, axes = _panels(len(tasks), 3.4)
+    for axis, task in zip(axes, tasks, strict=True):
+        for arm in arms:
+            colour, line = _LINES[arm]
+            own = sorted(by_key(rows, task=task, arm=arm), key=lambda each: each["frames"])
+            x, y = [each["frames"] for each in own], [each["accuracy"] for each in own]
+            below = [each["accuracy"] - each["accuracy_low"] for each in own]
+            above = [each["accuracy_high"] - each["accuracy"] for each in own]
+            axis.errorbar(
+                x,
+                y,
+                [below, above],
+                color=colour,
+                linestyle=line,
+                marker="o",
+                capsize=2,
+                elinewidth=0.8,
+                label=ARM_NAMES.get(arm, arm),
+            )
+        axis.axhline(0.25, color="#999999", linestyle=":", linewidth=1)
+        axis.set(xscale="log", ylim=(0.15, 1.02), title=TITLES[task], xlabel="frames of the video", ylabel="accuracy")
+        _frame_ticks(axis, sorted({each["frames"] for each in rows}))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def _frame_ticks(axis, values) -> None:
+    axis.set_xticks(values, [f"{value:,}".replace(",", " ") for value in values])
+    axis.minorticks_off()
+
+
+def _entropy(groups):
+    tasks = _tasks(groups)
+    figure, axes = plt.subplots(2, len(tasks), figsize=(4.2 * len(tasks), 5.2), squeeze=False)
+    for column, task in enumerate(tasks):
+        cells = by_key(groups, task=task)
+        bins = np.asarray(cells[0]["bins"])
+        most = max(len(each["by_needles"]) for each in cells)
+        kinds = [_summed([c["by_needles"][k] for c in cells if k < len(c["by_needles"])]) for k in range(most)]
+        _histogram(
+            axes[0, column], bins, kinds, [f"{k} needle{'' if k == 1 else 's'} in the group" for k in range(most)]
+        )
+        _histogram(
+            axes[1, column],
+            bins,
+            [_summed([c["by_right"][k] for c in cells]) for k in (0, 1)],
+            ["group's answer wrong", "group's answer right"],
+        )
+        axes[0, column].set_title(TITLES[task])
+    return figure
+
+
+def _summed(counts) -> np.ndarray:
+    return np.sum(np.asarray(counts, float), axis=0)
+
+
+def _histogram(axis, bins, counts, labels) -> None:
+    for colour, count, label in zip(COLOURS, counts, labels, strict=False):
+        axis.stairs(count / max(count.sum(), 1), bins, fill=True, color=colour, alpha=0.45)
+        axis.stairs(count / max(count.sum(), 1), bins, color=colour, label=f"{label} ({int(count.sum())})")
+    for value, name in ((np.log(2), "ln 2"), (np.log(4), "ln 4")):
+        axis.axvline(value, color="#999999", linestyle=":", linewidth=1)
+        axis.annotate(name, (value, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
+    axis.set(yscale="log", xlabel="entropy of the group's answer, nats", ylabel="share of such groups")
+    axis.legend(loc="upper center")
+
+
+def _temperature(rows):
+    tasks = _tasks(rows)
+    figure, axes = _panels(len(tasks), 3.2)
+    for axis, task in zip(axes, tasks, strict=True):
+        own = sorted(by_key(rows, task=task), key=lambda each: each["groups"])
+        for colour, each in zip(COLOURS, own, strict=False):
+            fixed = {float(name): value for name, value in each["accuracy"].items() if _is_number(name)}
+            axis.plot(list(fixed), list(fixed.values()), marker="o", color=colour, label=f"{each['groups']} groups")
+            axis.plot(
+                [rule_temperature(each["groups"])],
+                [each["accuracy"]["rule"]],
+                marker="*",
+                markersize=11,
+                color=colour,
+                markeredgecolor="white",
+            )
+        axis.set(
+            xscale="log",
+            ylim=(0.15, 1.02),
+            xlabel="temperature (star: ln 2 / ln 2G)",
+            ylabel="accuracy",
+            title=TITLES[task],
+        )
+        axis.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"])
+        axis.minorticks_off()
+    axes[0].legend(loc="lower left")
+    return figure
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+def _lite(rows):
+    tasks, frames = _tasks(rows), max(each["frames"] for each in rows)
+    figure, axes = _panels(len(tasks), 3.2)
+    for axis, task in zip(axes, tasks, strict=True):
+        own = by_key(rows, task=task, frames=frames, order="sequential")
+        kinds = list(dict.fromkeys((each["rule"], each["stop_groups"]) for each in own))
+        for colour, (rule, count) in zip(COLOURS, kinds, strict=False):
+            line = by_key(own, rule=rule, stop_groups=count)
+            label = (
+                f"{count} certain group{'' if count == 1 else 's'}"
+                if rule == "groups"
+                else f"asking again every {count} groups"
+            )
+            axis.plot(
+                [e["groups_visited_share"] for e in line],
+                [e["accuracy"] for e in line],
+                color=colour,
+                marker="o",
+                linestyle="-" if rule == "groups" else "--",
+                label=label,
+            )
+        full = own[0]["accuracy"] - own[0]["gain"]
+        axis.axhline(full, color="#000000", linestyle=":", linewidth=1)
+        axis.annotate("all groups", (0.02, full), va="bottom", fontsize=7, xycoords=("axes fraction", "data"))
+        axis.set(
+            xlim=(0, 1.03),
+            xlabel="share of groups visited",
+            ylabel="accuracy",
+            title=f"{TITLES[task]}, {frames} frames",
+        )
+    axes[-1].legend(loc="lower right")
+    return figure
+
+
+def _risk(curves):
+    tasks = _tasks(curves)
+    figure, axes = _panels(len(tasks), 3.2)
+    for axis, task in zip(axes, tasks, strict=True):
+        own = [each for each in by_key(curves, task=task) if each["frames"] == 1024 or each["difficulty"] != "normal"]
+        for colour, each in zip(COLOURS, own or by_key(curves, task=task), strict=False):
+            label = f"{ARM_NAMES[each['arm']]}, {each['difficulty']}"
+            axis.plot(each["coverage"], each["risk"], color=colour, label=label)
+        axis.set(
+            xlim=(0, 1.02),
+            ylim=(-0.02, 0.8),
+            xlabel="share of questions answered, most certain first",
+            ylabel="share wrong among them",
+            title=TITLES[task],
+        )
+    axes[0].legend(loc="upper left")
+    return figure
+
+
+def draw_layers(rows, path) -> None:
+    """The layer probe's figure: recall per layer, one line per number of tokens taken. Rows as `probe_layer` writes."""
+    with plt.rc_context(_STYLE):
+        figure, (axis,) = _panels(1, 3.0, 5.0)
+        for colour, taken in zip(COLOURS, dict.fromkeys(each["taken"] for each in rows), strict=False):
+            own = by_key(rows, taken=taken)
+            axis.plot(
+                [e["layer"] for e in own],
+                [e["recall"] for e in own],
+                marker="o",
+                color=colour,
+                label="as many as show the needle" if taken == "needle" else f"{taken} tokens",
+            )
+        axis.set(ylim=(-0.02, 1.02), xlabel="decoder layer", ylabel="needle tokens among the most relevant")
+        axis.set_xticks(sorted({each["layer"] for each in rows}))
+        axis.legend(title="tokens taken per group")
+        save(figure, path)

@@ -1,0 +1,593 @@
+"""What the study consists of: the choice of settings on validation videos, then every table on test videos.
+
+Each function returns plain numbers, ready for JSON. Shares are in 0..1, entropies in nats, times in seconds.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import adapttoken_jax
+from adapttoken_jax.config import AdaptTokenConfig
+from adapttoken_jax.loading import Model
+from adapttoken_jax.needle.study import measures
+from adapttoken_jax.needle.study.cells import Arm, Cell, CellResult, answer_shots, count_videos, run_cell, shoot
+
+Progress = Callable[[str, int, int], None]
+
+# Settings that belong to the model and its videos, not to the method: the paper's values are another model's.
+MODEL_FIELDS = frozenset(
+    {
+        "preset",
+        "fps",
+        "max_frames",
+        "max_pixels",
+        "mrope",
+        "slots_per_group",
+        "budget",
+        "reference_layer",
+        "max_answer_tokens",
+        "sampling_temperature",
+        "top_p",
+        "seed",
+    }
+)
+
+ARMS = ("uniform", "attention", "flexselect", "certain", "paper", "adapttoken", "lite", "lite_groups", "lite_rerun")
+
+TEMPERATURES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.4, 0.7, 1.0, 2.0)
+TARGETS = (1.0, 1.5, 2.0, 3.0, 4.0)
+STOP_ENTROPIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
+_BINS = np.linspace(0.0, 1.6, 41)
+# A setting replaces the one before it in the list only if it is right this much more often.
+_WORTH = 0.005
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+      tasks, frames, questions, seed, split, difficulty, per_video: the cells of the main table.
+      detail_frames: lengths at which settings are varied one at a time.
+      scan_questions: questions for settings that need scans of their own.
+      choice_questions: questions per cell where settings are chosen.
+      hard_frames: length of the videos of other difficulties.
+      timed_videos: videos answered one by one with a clock.
+      torch_questions: questions answered by PyTorch too.
+    """
+
+    tasks: tuple[str, ...]
+    frames: tuple[int, ...]
+    questions: int
+    seed: int = 0
+    split: str = "test"
+    difficulty: str = "normal"
+    per_video: int = 4
+    detail_frames: tuple[int, ...] = (256, 1024)
+    scan_questions: int = 200
+    choice_questions: int = 160
+    hard_frames: int = 1024
+    timed_videos: int = 8
+    torch_questions: int = 200
+
+    def cell(self, task: str, frames: int, questions: int | None = None, **changes) -> Cell:
+        """A cell of this study."""
+        cell = Cell(task, frames, questions or self.questions, self.seed, self.split, self.difficulty, self.per_video)
+        return dataclasses.replace(cell, **changes)
+
+
+def paper_settings(config: AdaptTokenConfig) -> AdaptTokenConfig:
+    """The published values of everything that is not bound to the model: the defaults of `AdaptTokenConfig`."""
+    fields = {f.name: f.default for f in dataclasses.fields(AdaptTokenConfig) if f.name not in MODEL_FIELDS}
+    return dataclasses.replace(config, **fields)
+
+
+def main_arms(config: AdaptTokenConfig, names: Sequence[str] = ARMS) -> dict[str, Arm]:
+    """The arms of the main table, all with the same budget of final tokens."""
+    change = lambda **fields: dataclasses.replace(config, **fields)
+    arms = {
+        "paper": Arm("adapttoken", paper_settings(config)),
+        "lite_groups": Arm("lite", change(stop_rule="groups", stop_groups=3, stop_entropy=0.25)),
+        "lite_rerun": Arm("lite", change(stop_rule="rerun", stop_groups=4, stop_entropy=0.25)),
+    }
+    return {name: arms.get(name) or Arm(name, config) for name in names}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables of one cell
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def row(result: CellResult, arm: str) -> dict[str, Any]:
+    """A line of the main table."""
+    right, visited = result.values(arm, "right"), result.values(arm, "visited")
+    found = [each.found for each in result.answers[arm] if each.found is not None]
+    low, high = measures.wilson(right, result.video)
+    return {
+        "arm": arm,
+        "task": result.cell.task,
+        "frames": result.cell.frames,
+        "difficulty": result.cell.difficulty,
+        "questions": len(right),
+        "videos": len(np.unique(result.video)),
+        "groups": result.entropy.shape[1],
+        "accuracy": float(right.mean()),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "groups_visited_share": float(visited.mean()),
+        "needles_in_prompt": float(np.mean(found)) if found else None,
+        "entropy": float(result.values(arm, "entropy").mean()),
+        "entropy_auc_needle": measures.auc(-result.entropy, result.shown > 0) if arm != "uniform" else None,
+        "entropy_auc_right": measures.auc(-result.values(arm, "entropy"), right),
+    }
+
+
+def against(result: CellResult, arm: str, base: str) -> dict[str, Any]:
+    """Accuracy of an arm and its difference to another one on the same questions, with its 95 % half-width."""
+    right = result.values(arm, "right")
+    gain, half = measures.difference(right, result.values(base, "right"), result.video)
+    visited = float(result.values(arm, "visited").mean())
+    return {"accuracy": float(right.mean()), "gain": gain, "half_width": half, "groups_visited_share": visited}
+
+
+def group_statistics(result: CellResult) -> dict[str, Any]:
+    """Entropy of the groups' own answers: as a detector of needles and of right answers, with histograms."""
+    entropy, shown, agrees = result.entropy, result.shown, result.agrees
+    count = lambda where: np.histogram(np.clip(entropy[where], 0, _BINS[-1]), _BINS)[0].tolist()
+    mean = lambda where: float(entropy[where].mean()) if where.any() else None
+    return {
+        "task": result.cell.task,
+        "frames": result.cell.frames,
+        "groups": entropy.shape[1],
+        "auc_needle": measures.auc(-entropy, shown > 0),
+        "auc_right": measures.auc(-entropy, agrees),
+        "entropy_by_needles": [mean(shown == k) for k in range(int(shown.max()) + 1)],
+        "accuracy_by_needles": [
+            float(agrees[shown == k].mean()) if (shown == k).any() else None for k in range(int(shown.max()) + 1)
+        ],
+        "blind_entropy": float(result.blind.mean()),
+        "prior_entropy": math.log(4),
+        "bins": _BINS.tolist(),
+        "by_needles": [count(shown == k) for k in range(int(shown.max()) + 1)],
+        "by_right": [count(~agrees), count(agrees)],
+    }
+
+
+def risk_curve(result: CellResult, arm: str, points: int = 50) -> dict[str, Any]:
+    """The risk-coverage curve of an arm, thinned, and what abstaining above some thresholds would do."""
+    entropy, right = result.values(arm, "entropy"), result.values(arm, "right")
+    coverage, risk = measures.risk_coverage(entropy, right)
+    keep = np.unique(np.linspace(0, len(risk) - 1, points).astype(int))
+    thresholds = [
+        {
+            "abstain_above": t,
+            "answered": float((entropy <= t).mean()),
+            "wrong_among_answered": float((~right[entropy <= t]).mean()) if (entropy <= t).any() else None,
+        }
+        for t in (0.1, 0.25, 0.5, 0.7, 1.0)
+    ]
+    return {
+        "arm": arm,
+        "task": result.cell.task,
+        "frames": result.cell.frames,
+        "difficulty": result.cell.difficulty,
+        "coverage": coverage[keep].tolist(),
+        "risk": risk[keep].tolist(),
+        "area": measures.area_under_risk(entropy, right),
+        "wrong": float((~right).mean()),
+        "thresholds": thresholds,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which settings are varied
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rule_temperature(groups: int) -> float:
+    """ln 2 / ln(2 G): the temperature at which G groups that know nothing weigh as much as half a group that knows one
+    of two needles (its entropy is ln 2 lower)."""
+    return math.log(2) / math.log(2 * groups)
+
+
+def temperature_arms(config: AdaptTokenConfig, groups: int) -> dict[str, Arm]:
+    """Temperatures, the rule for G groups, and adaptive temperatures."""
+    arms = {f"{t:g}": {"temperature": t, "temperature_target": 0.0} for t in TEMPERATURES}
+    arms["rule"] = {"temperature": rule_temperature(groups), "temperature_target": 0.0}
+    arms |= {f"target {t:g}": {"temperature_target": t} for t in TARGETS}
+    return {name: Arm("adapttoken", dataclasses.replace(config, **fields)) for name, fields in arms.items()}
+
+
+def lite_arms(config: AdaptTokenConfig) -> dict[str, Arm]:
+    """Stop rules over thresholds; the names are "rule groups threshold order"."""
+    arms = {}
+    for rule, counts in (("groups", (1, 2, 3)), ("rerun", (2, 4, 8))):
+        for order in ("sequential", "bit_reversed"):
+            for count in counts if order == "sequential" else counts[1:2]:
+                for t in STOP_ENTROPIES:
+                    changed = dataclasses.replace(
+                        config, stop_rule=rule, stop_groups=count, stop_entropy=t, group_order=order
+                    )
+                    arms[f"{rule} {count} {t:g} {order}"] = Arm("lite", changed)
+    return arms
+
+
+def _pruning(kernel: str, scale: float, over_selection: float) -> dict[str, Any]:
+    return {"over_selection": over_selection, "proximity": kernel, "proximity_scale": scale}
+
+
+# (what is varied, label, fields); a label with an asterisk is what the paper says or implies.
+REPLAYED: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("certainty", "neg_entropy *", {"certainty": "neg_entropy"}),
+    ("certainty", "option_entropy", {"certainty": "option_entropy"}),
+    ("certainty", "max_probability", {"certainty": "max_probability"}),
+    ("certainty", "deepconf", {"certainty": "deepconf"}),
+    *(
+        ("certainty, two groups aimed at", form, {"certainty": form, "temperature_target": 2.0})
+        for form in ("neg_entropy", "option_entropy", "max_probability", "deepconf")
+    ),
+    ("final positions", "original *", {"final_positions": "original"}),
+    ("final positions", "compact", {"final_positions": "compact"}),
+    ("redundancy", "off, over-selection 1", {"over_selection": 1.0}),
+    ("redundancy", "exponential 2 s, 1.1 *", _pruning("exponential", 2.0, 1.1)),
+    ("redundancy", "exponential 0.5 s, 1.1", _pruning("exponential", 0.5, 1.1)),
+    ("redundancy", "exponential 8 s, 1.1", _pruning("exponential", 8.0, 1.1)),
+    ("redundancy", "window 2 s, 1.1", _pruning("window", 2.0, 1.1)),
+    ("redundancy", "exponential 2 s, 1.25", _pruning("exponential", 2.0, 1.25)),
+    ("redundancy", "exponential 2 s, 1.5", _pruning("exponential", 2.0, 1.5)),
+    ("redundancy", "exponential 2 s, 2", _pruning("exponential", 2.0, 2.0)),
+    ("coverage floor", "0 *", {"coverage": 0.0}),
+    ("coverage floor", "0.05", {"coverage": 0.05}),
+    ("coverage floor", "0.1", {"coverage": 0.1}),
+    ("coverage floor", "0.25", {"coverage": 0.25}),
+    ("attention debias", "off *", {"debias": False}),
+    ("attention debias", "on", {"debias": True}),
+)
+
+
+def scanned(layers: int) -> list[tuple[str, str, dict[str, Any]]]:
+    """The same for settings that need a scan of their own, for a decoder of that many layers."""
+    reductions = [(heads, text) for heads in ("max", "mean") for text in ("max", "mean")]
+    return [
+        *(("reference layer", str(layer), {"reference_layer": layer}) for layer in range(layers)),
+        *(
+            (
+                "relevance, heads then text",
+                f"{h}, {t}" + (" *" if h == t == "max" else ""),
+                {"relevance_heads": h, "relevance_text": t},
+            )
+            for h, t in reductions
+        ),
+        ("query rows", "after_vision *", {"relevance_queries": "after_vision"}),
+        ("query rows", "question", {"relevance_queries": "question"}),
+        ("query rows", "last", {"relevance_queries": "last"}),
+        ("group positions", "compact *", {"group_positions": "compact"}),
+        ("group positions", "real_time", {"group_positions": "real_time"}),
+        ("similarity", "projector *", {"similarity": "projector"}),
+        ("similarity", "reference_layer", {"similarity": "reference_layer"}),
+    ]
+
+
+def contiguous_arm(config: AdaptTokenConfig) -> Arm:
+    """Groups of neighbouring slots: not an option of the library, because nothing speaks for it."""
+    return Arm("adapttoken", config, contiguous=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def choose(model: Model, size: Size, config: AdaptTokenConfig, on_progress: Progress) -> dict[str, Any]:
+    """Settles one setting after the other on the validation split, starting from the paper's values with a low
+    temperature (at the paper's own one, with many groups, everything else is at chance).
+
+    Returns:
+      "settings": the fields that differ from the paper's; "steps": every candidate's accuracy per cell.
+    """
+    current = dataclasses.replace(paper_settings(config), temperature=0.1)
+    steps: list[dict] = []
+    lengths = [f for f in size.frames if f in size.detail_frames] or [size.frames[0]]
+    cells = [
+        size.cell(task, f, size.choice_questions, split="validation", seed=0) for task in size.tasks for f in lengths
+    ]
+    for name in ("reference layer", "relevance, heads then text", "query rows", "group positions"):
+        variants = [each for each in scanned(model.config.text.layers) if each[0] == name]
+        shots = _shots(model, cells, [_changed(current, v) for v in variants], on_progress)
+        current = _step(model, cells, shots, variants, current, steps)
+    shots = _shots(model, cells, [current], on_progress)
+    for name in ("temperature", "final positions", "certainty", "redundancy", "coverage floor", "attention debias"):
+        current = _step(model, cells, shots, _candidates(name), current, steps)
+    current = _choose_stop(model, cells, shots, current, steps)
+    default = paper_settings(config)
+    names = [f.name for f in dataclasses.fields(current) if f.name not in MODEL_FIELDS or f.name == "reference_layer"]
+    settings = {n: getattr(current, n) for n in names if getattr(current, n) != getattr(default, n)}
+    return {"settings": settings | {"reference_layer": current.reference_layer}, "steps": steps}
+
+
+def _changed(config, variant) -> AdaptTokenConfig:
+    return dataclasses.replace(config, **variant[2])
+
+
+def _candidates(name: str):
+    if name == "temperature":
+        fixed = [("temperature", f"{t:g}", {"temperature": t, "temperature_target": 0.0}) for t in TEMPERATURES]
+        return fixed + [("temperature", f"target {t:g}", {"temperature_target": t}) for t in TARGETS]
+    return [each for each in REPLAYED if each[0] == name]
+
+
+def _shots(model, cells, configs, on_progress) -> list[list]:
+    """Scans of all validation videos, kept in memory without their pictures."""
+    arms = {str(i): Arm("adapttoken", config) for i, config in enumerate(configs)}
+    kept = []
+    for place, cell in enumerate(cells):
+        on_progress("choose: scans", place, len(cells))
+        numbers = range(count_videos(cell))
+        kept.append([shot.without_frames() for number in numbers for shot in shoot(model, cell, number, arms)])
+    return kept
+
+
+def _step(model, cells, shots, variants, current, steps) -> AdaptTokenConfig:
+    """Tries variants, notes them, and returns the settings with the best one, or the present one if it is as good."""
+    arms = {label: Arm("adapttoken", _changed(current, (name, label, fields))) for name, label, fields in variants}
+    results = [answer_shots(model, cell, found, arms) for cell, found in zip(cells, shots, strict=True)]
+    accuracy = {label: [float(r.values(label, "right").mean()) for r in results] for label in arms}
+    mean = {label: float(np.mean(values)) for label, values in accuracy.items()}
+    best = preferred(mean)
+    steps.append(
+        {
+            "setting": variants[0][0],
+            "chosen": best,
+            "cells": [[c.task, c.frames] for c in cells],
+            "accuracy": accuracy,
+            "mean": mean,
+        }
+    )
+    return arms[best].config
+
+
+def preferred(mean: Mapping[str, float]) -> str:
+    """The label to choose: the one with an asterisk (else the first), unless another one is clearly better."""
+    best = next((label for label in mean if "*" in label), next(iter(mean)))
+    for label in mean:
+        if mean[label] > mean[best] + _WORTH:
+            best = label
+    return best
+
+
+def _choose_stop(model, cells, shots, current, steps) -> AdaptTokenConfig:
+    """The stop rule that visits the fewest groups while no cell loses more than a point to the full run."""
+    arms = {"full": Arm("adapttoken", current)} | lite_arms(current)
+    results = [answer_shots(model, cell, found, arms) for cell, found in zip(cells, shots, strict=True)]
+    table = {}
+    for name in arms:
+        loss = [float(r.values("full", "right").mean() - r.values(name, "right").mean()) for r in results]
+        share = [float(r.values(name, "visited").mean()) for r in results]
+        table[name] = {"largest_loss": max(loss), "share": float(np.mean(share)), "loss": loss, "shares": share}
+    safe = [name for name in arms if table[name]["largest_loss"] <= 0.01]
+    best = min(safe, key=lambda name: table[name]["share"])
+    steps.append({"setting": "stop rule", "chosen": best, "cells": [[c.task, c.frames] for c in cells], "table": table})
+    return current if best == "full" else arms[best].config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The study proper
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rows_only(model, size: Size, config, names, on_progress: Progress) -> list[dict]:
+    """The main table alone."""
+    arms, rows = main_arms(config, names), []
+    for task in size.tasks:
+        for frames in size.frames:
+            stage = f"{task}, {frames} frames"
+            result = run_cell(
+                model, size.cell(task, frames), arms, lambda *done, stage=stage: on_progress(stage, *done)
+            )
+            rows += [row(result, name) for name in names]
+    return rows
+
+
+def main_section(model, size: Size, config, names, on_progress: Progress) -> dict[str, Any]:
+    """The main table and everything that is replayed from the same scans."""
+    out = {"rows": [], "groups": [], "temperature": [], "lite": [], "replayed": [], "options": [], "risk": []}
+    for task in size.tasks:
+        for frames in size.frames:
+            _main_cell(model, size, config, names, size.cell(task, frames), out, on_progress)
+    return out
+
+
+def _main_cell(model, size, config, names, cell: Cell, out, on_progress) -> None:
+    groups = -(-cell.frames // (2 * config.slots_per_group))
+    sets = {"": main_arms(config, tuple(dict.fromkeys((*names, "adapttoken", "uniform"))))}
+    sets["tau"] = temperature_arms(config, groups)
+    if cell.frames in size.detail_frames:
+        sets["lite"] = lite_arms(config)
+        sets["replayed"] = _replayed_arms(config, REPLAYED)
+        sets["option"] = option_arms(config)
+    arms = {f"{kind}/{name}" if kind else name: arm for kind, own in sets.items() for name, arm in own.items()}
+    stage = f"{cell.task}, {cell.frames} frames"
+    result = run_cell(model, cell, arms, lambda done, total: on_progress(stage, done, total))
+    where = {"task": cell.task, "frames": cell.frames}
+    out["rows"] += [row(result, name) for name in names]
+    out["groups"].append(group_statistics(result))
+    out["risk"] += [risk_curve(result, name) for name in ("adapttoken", "uniform")]
+    out["temperature"].append(
+        where
+        | {"groups": groups, "accuracy": {n: float(result.values(f"tau/{n}", "right").mean()) for n in sets["tau"]}}
+    )
+    out["lite"] += [
+        where | _named_stop(name) | against(result, f"lite/{name}", "adapttoken") for name in sets.get("lite", ())
+    ]
+    for kind, key in (("replayed", "replayed"), ("option", "options")):
+        out[key] += [
+            where
+            | dict(zip(("setting", "value"), name.split(": "), strict=True))
+            | against(result, f"{kind}/{name}", "adapttoken")
+            for name in sets.get(kind, ())
+        ]
+    if "option" in sets:
+        out["options"] += [where | each for each in consensus_as_warning(result)]
+
+
+def _replayed_arms(config, variants) -> dict[str, Arm]:
+    return {f"{each[0]}: {each[1]}": Arm("adapttoken", _changed(config, each)) for each in variants}
+
+
+def _named_stop(name: str) -> dict[str, Any]:
+    rule, count, threshold, order = name.split()
+    return {"rule": rule, "stop_groups": int(count), "stop_entropy": float(threshold), "order": order}
+
+
+def option_arms(config: AdaptTokenConfig) -> dict[str, Arm]:
+    """The cheap options beyond the paper that are not settings of `REPLAYED`."""
+    change = lambda **fields: dataclasses.replace(config, **fields)
+    loose = {"stop_rule": "groups", "stop_groups": 1, "stop_entropy": 0.5, "stop_agreement": False}
+    return {
+        "consensus: instead of a final pass": Arm("consensus", config),
+        "pooled evidence: instead of a final pass": Arm("pooled", config),
+        "lite, one certain group: sequential": Arm("lite", change(**loose, group_order="sequential")),
+        "lite, one certain group: bit_reversed": Arm("lite", change(**loose, group_order="bit_reversed")),
+        "lite, one certain group: blind gain 0.5": Arm("lite", change(**loose, stop_gain=0.5)),
+        "lite, one certain group: blind gain 1": Arm("lite", change(**loose, stop_gain=1.0)),
+        "lite, one certain group: give up after 8": Arm("lite", change(**loose, give_up_groups=8)),
+    }
+
+
+def consensus_as_warning(result: CellResult) -> list[dict[str, Any]]:
+    """Accuracy of the final answer where the groups' consensus, or their pooled evidence, agrees and where not."""
+    rows, right = [], result.values("adapttoken", "right")
+    for name in ("consensus", "pooled evidence"):
+        agrees = result.values(f"option/{name}: instead of a final pass", "option") == result.values(
+            "adapttoken", "option"
+        )
+        rows.append(
+            {
+                "setting": f"{name} as a warning",
+                "value": "disagrees",
+                "warned": float((~agrees).mean()),
+                "accuracy_agreeing": float(right[agrees].mean()) if agrees.any() else None,
+                "accuracy_warned": float(right[~agrees].mean()) if (~agrees).any() else None,
+            }
+        )
+    return rows
+
+
+def scanned_section(model, size: Size, config, on_progress: Progress) -> list[dict]:
+    """Settings that need scans of their own, and contiguous groups."""
+    frames = size.detail_frames[-1] if size.detail_frames[-1] in size.frames else size.frames[-1]
+    base, rows = {"base": Arm("adapttoken", config)}, []
+    arms = base | _replayed_arms(config, scanned(model.config.text.layers))
+    arms["groups: contiguous"] = contiguous_arm(config)
+    for task in size.tasks:
+        cell = size.cell(task, frames, min(size.questions, size.scan_questions))
+        stage = f"{task}, settings of the scan"
+        result = run_cell(model, cell, arms, lambda *done, stage=stage: on_progress(stage, *done))
+        rows += [
+            {"task": task, "frames": frames, **dict(zip(("setting", "value"), name.split(": "), strict=True))}
+            | against(result, name, "base")
+            | _needles_found(result, name)
+            for name in arms
+            if name != "base"
+        ]
+    return rows
+
+
+def _needles_found(result: CellResult, arm: str) -> dict[str, Any]:
+    return {
+        "needles_in_prompt": float(np.mean(result.values(arm, "found").astype(bool))),
+        "questions": len(result.answers[arm]),
+    }
+
+
+def hard_section(model, size: Size, config, on_progress: Progress) -> dict[str, list]:
+    """The main arms on the other difficulties, reported as they are."""
+    arms, out = main_arms(config, ("uniform", "flexselect", "certain", "adapttoken", "lite")), {"rows": [], "risk": []}
+    for difficulty in ("easy", "hard", "extreme"):
+        for task in size.tasks:
+            stage = f"{task}, {difficulty}"
+            cell = size.cell(task, size.hard_frames, difficulty=difficulty)
+            result = run_cell(model, cell, arms, lambda *done, stage=stage: on_progress(stage, *done))
+            out["rows"] += [row(result, name) for name in arms]
+            out["risk"].append(risk_curve(result, "adapttoken"))
+    return out
+
+
+def seconds_section(model, size: Size, config, on_progress: Progress) -> list[dict]:
+    """Wall seconds of `answer` itself, one video after the other, after a first run that compiles."""
+    rows, frames = [], size.hard_frames
+    methods = {name: arm for name, arm in main_arms(config).items() if name in _TIMED}
+    for task in size.tasks:
+        cell, spent = size.cell(task, frames, size.timed_videos + 1, per_video=1), {name: [] for name in methods}
+        for number in range(cell.questions):
+            on_progress(f"{task}, seconds", number, cell.questions)
+            footage = shoot(model, cell, number, {"a": Arm("adapttoken", config)})[0].cases.popitem()[1].footage
+            for name, arm in methods.items():
+                spent[name].append(_timed(model, footage, arm))
+        rows += [
+            {"task": task, "frames": frames, "arm": name, "videos": size.timed_videos}
+            | {key: float(np.mean([each[key] for each in runs[1:]])) for key in runs[0]}
+            for name, runs in spent.items()
+        ]
+    return rows
+
+
+_TIMED = ("uniform", "flexselect", "adapttoken", "lite", "lite_groups", "lite_rerun")
+
+
+def _timed(model, footage, arm: Arm) -> dict[str, float]:
+    asked, begin = footage.scene.question, time.perf_counter()
+    config = dataclasses.replace(arm.config, max_frames=len(footage.frames.images))
+    result = adapttoken_jax.answer(model, footage.frames, asked.text, asked.options, config, arm.method)
+    total = time.perf_counter() - begin
+    spent = result.cost.seconds
+    share = result.stop.groups_visited / max(result.stop.groups_total, 1)
+    return {
+        "total": total,
+        "encode": spent.decode + spent.vision,
+        "groups": spent.groups,
+        "final": spent.final,
+        "groups_visited_share": share,
+    }
+
+
+def torch_section(model, size: Size, config, on_progress: Progress) -> dict[str, Any] | None:
+    """The method in PyTorch on the exported directory: how many answers are the same. None without PyTorch."""
+    try:
+        from adapttoken_jax.parity import compare, pytorch_method
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        return None
+    theirs = pytorch_method.load_model(model.path)
+    same, right, total, frames = 0, [0, 0], 0, size.detail_frames[0]
+    for task in size.tasks:
+        cell = size.cell(task, frames, size.torch_questions // len(size.tasks), per_video=1)
+        for number in range(cell.questions):
+            on_progress(f"{task}, PyTorch", number, cell.questions)
+            footage = shoot(model, cell, number, {"a": Arm("adapttoken", config)})[0].cases.popitem()[1].footage
+            asked = footage.scene.question
+            ours = adapttoken_jax.answer(model, footage.frames, asked.text, asked.options, config, trace=True)
+            inputs = compare.method_inputs(model, footage.tokens.clip, ours.trace, asked.text, asked.options)
+            other = pytorch_method.run(theirs, inputs, config)
+            mine = footage.prompt.letters.index(ours.option)
+            same, total = same + np.array_equal(ours.trace["answer_ids"], other["answer_ids"]), total + 1
+            right = [right[0] + (mine == asked.correct), right[1] + (other["option"] == asked.correct)]
+    return {
+        "questions": total,
+        "frames": frames,
+        "identical": same,
+        "share": same / total,
+        "accuracy": right[0] / total,
+        "accuracy_torch": right[1] / total,
+    }
+
+
+def by_key(rows: Sequence[Mapping[str, Any]], **wanted) -> list[Mapping[str, Any]]:
+    """Rows that have these values."""
+    return [each for each in rows if all(each[key] == value for key, value in wanted.items())]

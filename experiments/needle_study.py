@@ -1,0 +1,224 @@
+"""Measures the method on needle videos: one command makes every table, plot and page of evidence.
+
+    python -m experiments.needle_study --output=docs
+    python -m experiments.needle_study --task=pair --frames=1024 --questions=400 --arms=uniform,adapttoken --json=-
+
+With `--output` everything is measured: settings chosen on validation videos, all arms on test videos, ablations, stop
+rules, options, times, PyTorch; `evidence.md` and the directory `evidence` appear there. Without it only the main table
+is, with the settings of the model's preset. Every setting of the method is a flag, as in `adapttoken answer`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+
+import jax
+from absl import app, flags, logging
+
+import adapttoken_jax as at
+from adapttoken_jax import cli, result
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.needle import DIFFICULTIES
+from adapttoken_jax.needle.study import cells, document, layers, plots, sections, targets
+from adapttoken_jax.progress import Progress
+
+_MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or the bundled model's name.")
+_TASK = flags.DEFINE_enum("task", "all", ["single", "pair", "all"], "Which questions.")
+_FRAMES = flags.DEFINE_list("frames", ["64", "256", "1024", "2048", "10000"], "Lengths of the videos, in frames.")
+_QUESTIONS = flags.DEFINE_integer("questions", 400, "Questions per task and length.", lower_bound=1)
+_PER_VIDEO = flags.DEFINE_integer("questions_per_video", 4, "Variants of a video.", lower_bound=1, upper_bound=4)
+_SEED = flags.DEFINE_integer("seed", 0, "Which videos of the split: each seed has its own.", lower_bound=0)
+_SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "Which videos.")
+_DIFFICULTY = flags.DEFINE_enum("difficulty", "normal", list(DIFFICULTIES), "Difficulty of the videos.")
+_ARMS = flags.DEFINE_list("arms", list(sections.ARMS), "Arms of the main table.")
+_JSON = flags.DEFINE_string("json", None, "Write the numbers here; - for stdout.")
+_OUTPUT = flags.DEFINE_string("output", None, "Measure everything and write evidence.md and evidence/ here.")
+_SECTIONS = flags.DEFINE_list(
+    "sections", ["layers", "choose", "main", "scanned", "hard", "seconds", "torch"],
+    "With --output: what to measure; the rest is kept from the last time.",
+)  # fmt: skip
+_QUICK = flags.DEFINE_bool("quick", False, "Fewer lengths and questions: a look in minutes, no evidence.")
+_DEBUG = flags.DEFINE_bool("debug", False, "Show a traceback with an error.")
+for _setting in cli.setting_flags():
+    if _setting.name != "seed":  # of sampling, which a study does not do
+        _setting.define(flags.FLAGS)
+
+
+def study_size() -> sections.Size:
+    """How much to measure, from the flags.
+
+    Raises:
+      UserError: a number of frames that is none.
+    """
+    try:
+        frames = tuple(int(text) for text in _FRAMES.value)
+    except ValueError:
+        raise UserError(f"--frames={','.join(_FRAMES.value)}: give numbers, separated by commas") from None
+    size = sections.Size(
+        tasks=("single", "pair") if _TASK.value == "all" else (_TASK.value,),
+        frames=frames,
+        questions=_QUESTIONS.value,
+        seed=_SEED.value,
+        split=_SPLIT.value,
+        difficulty=_DIFFICULTY.value,
+        per_video=_PER_VIDEO.value,
+    )
+    return dataclasses.replace(size, **_LITTLE) if _QUICK.value else size
+
+
+_LITTLE = {
+    "frames": (64, 256), "questions": 40, "detail_frames": (256,), "scan_questions": 16, "choice_questions": 16,
+    "hard_frames": 256, "timed_videos": 2, "torch_questions": 8,
+}  # fmt: skip
+
+
+def study(model, size: sections.Size, config, progress) -> dict:
+    """Everything, section by section; each is written as soon as it is there.
+
+    Raises:
+      UserError: a section that does not exist or that was never measured, or a replay that is not what `answer` does.
+    """
+    directory = pathlib.Path(_OUTPUT.value)
+    store = directory / "evidence" / "study.json"
+    store.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
+    todo = {
+        "layers": lambda: layers_section(model, size, chosen, progress),
+        "choose": lambda: sections.choose(model, size, config, progress),
+        "main": lambda: sections.main_section(model, size, chosen, _ARMS.value, progress),
+        "scanned": lambda: sections.scanned_section(model, size, chosen, progress),
+        "hard": lambda: sections.hard_section(model, size, chosen, progress),
+        "seconds": lambda: sections.seconds_section(model, size, chosen, progress),
+        "torch": lambda: sections.torch_section(model, size, chosen, progress),
+    }
+    unknown = set(_SECTIONS.value) - set(todo)
+    if unknown:
+        raise UserError(f"--sections={','.join(sorted(unknown))}: choose from {', '.join(todo)}")
+    found["about"] = about(model, size, checked(model, size, config, progress))
+    for name in [name for name in todo if name in _SECTIONS.value]:
+        settings = found["choose"]["settings"] if "choose" in found else {}
+        chosen = dataclasses.replace(sections.paper_settings(config), **settings) if settings else config
+        found["settings"] = dataclasses.asdict(chosen)
+        begin = time.perf_counter()
+        found[name] = todo[name]()
+        found.setdefault("wall_seconds", {})[name] = time.perf_counter() - begin
+        with result.atomic_file(store) as file:
+            file.write((json.dumps(result.plain_json(found), indent=1) + "\n").encode("utf-8"))
+    return found
+
+
+def layers_section(model, size: sections.Size, config, progress) -> dict:
+    """The layer probe on validation videos of the first task."""
+    cell = size.cell(size.tasks[0], size.detail_frames[0], size.choice_questions, split="validation", seed=0)
+    footage = (
+        each for number in range(cells.count_videos(cell)) for each in cells.film_video(model, cell, number, config)
+    )
+    progress("layers", 0, 1)
+    tried = range(model.config.text.layers)
+    rows = layers.probe_layers(model, map(layers.scene_needles, footage), config, tried, (4, 8, 16))
+    return {"rows": rows, "proposed": layers.proposed_layer(rows)}
+
+
+def about(model, size: sections.Size, check: cells.Check) -> dict:
+    """What was measured, with which model, where."""
+    versions = result.library_versions()
+    directory = pathlib.Path(model.path)
+    return {
+        "command": "python -m experiments.needle_study " + " ".join(sys.argv[1:]),
+        "model": _MODEL.value,
+        "parameters": int(sum(leaf.size for leaf in jax.tree.leaves(model.module))),
+        "model_bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
+        "versions": ", ".join(f"{name} {versions[name]}" for name in ("python", "jax", "numpy")),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "check": f"{check.options} of {check.answers} answers the same, {check.tokens} from the very same tokens",
+        **{name: getattr(size, name) for name in ("split", "difficulty", "questions", "per_video", "seed")},
+    }
+
+
+def checked(model, size: sections.Size, config, progress) -> cells.Check:
+    """Holds the replay against `answer` on videos of the shortest length.
+
+    Raises:
+      RuntimeError: they differ.
+    """
+    progress("check", 0, 1)
+    arms = sections.main_arms(config, [name for name in sections.ARMS if name not in ("attention", "certain")])
+    parts = [cells.check_replay(model, size.cell(task, min(size.frames)), arms, videos=1) for task in size.tasks]
+    check = cells.Check(*(sum(getattr(p, n) for p in parts) for n in ("answers", "options", "tokens")),
+                        max(p.entropy for p in parts))  # fmt: skip
+    if not check.holds:
+        raise RuntimeError(f"the replay is not what adapttoken_jax.answer does: {check}")
+    return check
+
+
+def write_page(found: dict) -> None:
+    """evidence.md and the figures."""
+    directory = pathlib.Path(_OUTPUT.value)
+    found["targets"] = targets.check_targets(found)
+    figures = plots.draw_all(found, directory / "evidence")
+    if "layers" in found:
+        plots.draw_layers(found["layers"]["rows"], directory / "evidence" / "layers.png")
+        figures.append("layers.png")
+    with result.atomic_file(directory / "evidence.md") as file:
+        file.write(document.evidence_page(found, figures).encode("utf-8"))
+
+
+def run() -> None:
+    """The whole run, from flags to files.
+
+    Raises:
+      UserError: a flag that cannot be.
+    """
+    size = study_size()
+    unknown = set(_ARMS.value) - set(sections.ARMS)
+    if unknown or not _ARMS.value:
+        raise UserError(f"--arms={','.join(_ARMS.value)}: choose from {', '.join(sections.ARMS)}")
+    if _JSON.value not in (None, "-"):
+        cli.check_output("json", _JSON.value)
+    if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).is_dir():
+        raise UserError(f"--output={_OUTPUT.value}: no such directory; create it first")
+    model = at.load(_MODEL.value)
+    config = at.AdaptTokenConfig.for_model(model.config, **(cli.given_settings(flags.FLAGS) | {"seed": 0}))
+    with Progress() as progress:
+        if _OUTPUT.value:
+            found = study(model, size, config, progress)
+            write_page(found)
+            rows = found.get("main", {}).get("rows", [])
+        else:
+            rows = sections.rows_only(model, size, config, _ARMS.value, progress)
+            found = {"rows": rows}
+    show(rows, found)
+
+
+def show(rows: list[dict], found: dict) -> None:
+    """Prints the main table, or writes all numbers as JSON."""
+    text = json.dumps(result.plain_json({**found, "rows": rows}), indent=1) + "\n"
+    if _JSON.value and _JSON.value != "-":
+        with result.atomic_file(_JSON.value) as file:
+            file.write(text.encode("utf-8"))
+    names = ("arm", "task", "frames", "questions", "accuracy", "accuracy_low", "accuracy_high", "groups_visited_share")
+    short = [
+        {name: round(row[name], 4) if isinstance(row[name], float) else row[name] for name in names} for row in rows
+    ]
+    sys.stdout.write(text if _JSON.value == "-" else cli.table(short))
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]}")
+    logging.set_verbosity(logging.WARNING)  # JAX tells which accelerators it looked for
+    try:
+        run()
+    except UserError as error:
+        if _DEBUG.value:
+            raise
+        print(f"needle_study: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,146 @@
+"""Finds the decoder layer whose attention points at the evidence: the reference layer of a checkpoint.
+
+    python -m experiments.probe_layer --model=needle --json=layers.json --plot=layers.png
+    python -m experiments.probe_layer --model=DIR --data=needles.jsonl --json=-
+
+Takes generated needle videos, or with `--data` any videos whose evidence is known: one JSON object per line with
+"video" (a path, from the file's directory if relative), "question", "options" if there are any, and "needles", a list
+of {"start", "stop"} in seconds with "box": [top, left, bottom, right] as shares of the frame. For every layer it prints
+how many of the needle's tokens are among the most relevant ones of their group, and proposes the best layer.
+
+Every layer costs a pass over the groups that show a needle; `--layers` restricts them.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+
+from absl import app, flags, logging
+
+import adapttoken_jax as at
+from adapttoken_jax import cli
+from adapttoken_jax.encoding import encode_video
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.needle import DIFFICULTIES, SPLITS, TASKS
+from adapttoken_jax.needle.study import layers, plots
+from adapttoken_jax.needle.study.cells import Cell, count_videos, film_video
+from adapttoken_jax.needle.study.scans import Footage
+from adapttoken_jax.pipeline import plan_run
+from adapttoken_jax.progress import Progress
+from adapttoken_jax.prompt import build_prompt
+from adapttoken_jax.result import atomic_file, plain_json
+
+_MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or the bundled model's name.")
+_DATA = flags.DEFINE_string("data", None, "Videos with known evidence, JSON lines, instead of generated ones.")
+_TASK = flags.DEFINE_enum("task", "single", list(TASKS), "Questions of the generated videos.")
+_FRAMES = flags.DEFINE_integer("frames", 256, "Frames of a generated video.", lower_bound=2)
+_QUESTIONS = flags.DEFINE_integer("questions", 200, "Generated questions.", lower_bound=1)
+_PER_VIDEO = flags.DEFINE_integer("questions_per_video", 4, "Variants of a video.", lower_bound=1, upper_bound=4)
+_SEED = flags.DEFINE_integer("seed", 0, "Which generated videos.", lower_bound=0)
+_SPLIT = flags.DEFINE_enum("split", "validation", list(SPLITS), "Split of the generated videos.")
+_DIFFICULTY = flags.DEFINE_enum("difficulty", "normal", list(DIFFICULTIES), "Difficulty of the generated videos.")
+_LAYERS = flags.DEFINE_list("layers", None, "Layers to try; all by default.")
+_TAKEN = flags.DEFINE_list("taken", ["4", "8", "16"], "Tokens taken per group, beside as many as show the needle.")
+_JSON = flags.DEFINE_string("json", None, "Write the numbers here; - for stdout.")
+_PLOT = flags.DEFINE_string("plot", None, "Write the figure here, as PNG.")
+_DEBUG = flags.DEFINE_bool("debug", False, "Show a traceback with an error.")
+for _setting in cli.setting_flags():
+    if _setting.name != "seed":  # of sampling, which a probe does not do
+        _setting.define(flags.FLAGS)
+
+
+def generated(model, config, progress) -> Iterator[layers.Needles]:
+    """The needles of generated videos."""
+    cell = Cell(
+        _TASK.value, _FRAMES.value, _QUESTIONS.value, _SEED.value, _SPLIT.value, _DIFFICULTY.value, _PER_VIDEO.value
+    )
+    for number in range(count_videos(cell)):
+        progress("videos", number, count_videos(cell))
+        yield from map(layers.scene_needles, film_video(model, cell, number, config))
+
+
+def given(model, config, progress) -> Iterator[layers.Needles]:
+    """The needles of `--data`.
+
+    Raises:
+      UserError: no such file, or a line that is not as it must be.
+    """
+    path = pathlib.Path(_DATA.value)
+    if not path.is_file():
+        raise UserError(f"--data={path}: no such file")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, line in enumerate(lines, 1):
+        progress("videos", number - 1, len(lines))
+        video, question, options, boxes = _read_line(line, f"--data={path}, line {number}")
+        plan = plan_run(model.config, str(path.parent / video), config, "adapttoken")
+        prompt = build_prompt(model.tokenizer, question, options)
+        yield layers.boxed_needles(Footage(None, None, encode_video(model, plan.clip), prompt), boxes)
+
+
+def _read_line(line: str, where: str):
+    try:
+        content = json.loads(line)
+        boxes = [tuple(map(float, (n["start"], n["stop"], *n["box"]))) for n in content["needles"]]
+        if not all(len(box) == 6 for box in boxes):
+            raise ValueError("a box has four numbers")
+        return content["video"], content["question"], content.get("options"), boxes
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{where}: "video", "question" and "needles" are needed ({error!r})') from None
+
+
+def _numbers(flag, largest: int) -> list[int]:
+    try:
+        numbers = [int(text) for text in flag.value]
+    except ValueError:
+        numbers = [-1]
+    if not numbers or not all(0 <= number <= largest for number in numbers):
+        raise UserError(f"--{flag.name}={','.join(flag.value)}: give numbers up to {largest}, separated by commas")
+    return numbers
+
+
+def probe() -> None:
+    """The whole run, from flags to files."""
+    for name, flag in (("json", _JSON), ("plot", _PLOT)):
+        if flag.value not in (None, "-"):
+            cli.check_output(name, flag.value)
+    model = at.load(_MODEL.value)
+    last = model.config.text.layers - 1
+    tried = _numbers(_LAYERS, last) if _LAYERS.value else list(range(last + 1))
+    settings = cli.given_settings(flags.FLAGS) | {"seed": 0}
+    config = at.AdaptTokenConfig.for_model(model.config, **settings)
+    with Progress() as progress:
+        questions = (given if _DATA.value else generated)(model, config, progress)
+        rows = layers.probe_layers(model, questions, config, tried, _numbers(_TAKEN, 10**6))
+    if not rows:
+        raise UserError("--data: no needle was found in any sampled frame; check times and boxes")
+    show(rows, layers.proposed_layer(rows))
+
+
+def show(rows: list[dict], best: int) -> None:
+    """Prints the table or writes the files."""
+    text = json.dumps(plain_json({"proposed": best, "rows": rows}), indent=2) + "\n"
+    if _PLOT.value:
+        plots.draw_layers(rows, _PLOT.value)
+    if _JSON.value and _JSON.value != "-":
+        with atomic_file(_JSON.value) as file:
+            file.write(text.encode("utf-8"))
+    sys.stdout.write(text if _JSON.value == "-" else cli.table(rows) + f"\nproposed reference layer: {best}\n")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]}")
+    logging.set_verbosity(logging.WARNING)  # JAX tells which accelerators it looked for
+    try:
+        probe()
+    except UserError as error:
+        if _DEBUG.value:
+            raise
+        print(f"probe_layer: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,105 @@
+"""The layer probe: recall by hand, needles given as boxes, and relevance as `answer` reports it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import adapttoken_jax as at
+from adapttoken_jax.needle import scene, write_mp4
+from adapttoken_jax.needle.study import layers
+from adapttoken_jax.needle.study.cells import Cell, film_video
+from tests.needle.study_model import SETTINGS, settings, small_model, write_small_model
+
+
+@pytest.fixture(scope="module")
+def footage():
+    model = small_model()
+    return model, film_video(model, Cell("pair", 48, 2, per_video=2, split="validation"), 0, settings(model))
+
+
+def test_recall_by_hand():
+    relevance = np.array([[0.9, 0.1, 0.8, 0.2], [0.4, 0.3, 0.2, np.nan]])
+    shows = np.array([[True, True, False, False], [False, False, True, False]])
+    assert layers.recall(relevance, shows, None).tolist() == [0.5, 0.0]
+    assert layers.recall(relevance, shows, 3).tolist() == [0.5, 1.0]
+    assert layers.recall(relevance, shows, 9).tolist() == [1.0, 1.0]
+
+
+def test_needles_of_a_scene_are_its_boxes(footage):
+    _, shots = footage
+    for each in shots:
+        boxes = [
+            (n.start / 4, (n.stop - 1) / 4, *(np.array([n.cell[0], n.cell[1], n.cell[0] + 1, n.cell[1] + 1]) / 2))
+            for n in each.scene.needles
+        ]
+        own, given = layers.scene_needles(each), layers.boxed_needles(each, boxes)
+        # A slot counts where its middle lies inside: one that shares its two frames with others may drop at an end.
+        assert (given.shows <= own.shows).all() and own.shows.sum() - given.shows.sum() <= 2 * len(boxes)
+        for slot, token in zip(*np.nonzero(own.shows), strict=True):
+            assert any(each.scene.visible_in_cells([slot], [token // 2], [token % 2]))
+        assert own.shows.sum() == sum(len(n.slots) for n in each.scene.needles)
+
+
+def test_recall_is_that_of_the_relevance_in_a_result(footage):
+    model, shots = footage
+    rows = layers.probe_layers(model, map(layers.scene_needles, shots), settings(model), [0, 1], [2])
+    assert {(r["layer"], r["taken"]) for r in rows} == {(0, "needle"), (0, 2), (1, "needle"), (1, 2)}
+    for row in rows:
+        found = []
+        for each in shots:
+            asked = each.scene.question
+            config = settings(model, reference_layer=row["layer"])
+            result = at.answer(model, each.frames, asked.text, asked.options, config)
+            shows = layers.scene_needles(each).shows
+            for group, relevance in zip(result.groups, result.relevance, strict=True):
+                own = shows[list(group.slots)].reshape(-1)
+                if own.any():
+                    taken = own.sum() if row["taken"] == "needle" else row["taken"]
+                    best = np.argsort(-relevance[: len(own)], kind="stable")[:taken]
+                    found.append(own[best].sum() / own.sum())
+        assert row["recall"] == pytest.approx(np.mean(found)) and row["groups"] == len(found)
+
+
+def test_the_proposal_is_the_best_layer_and_the_lower_one_of_equals():
+    rows = [{"layer": i, "taken": t, "recall": r} for i, r in enumerate((0.2, 0.9, 0.9, 0.4)) for t in ("needle", 8)]
+    assert layers.proposed_layer(rows) == 1
+
+
+def _run(*arguments):
+    command = [sys.executable, "-m", "experiments.probe_layer", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_reads_videos_with_boxes(tmp_path):
+    made = scene(5, "validation", 32)
+    write_mp4(made, tmp_path / "video.mp4")
+    (needle,) = made.needles
+    line = {
+        "video": "video.mp4", "question": made.question.text, "options": made.question.options,
+        "needles": [{"start": needle.start / 4, "stop": needle.stop / 4, "box": [0, 0, 1, 1]}],
+    }  # fmt: skip
+    (tmp_path / "needles.jsonl").write_text(json.dumps(line) + "\n")
+    given = [f"--{name}={value}" for name, value in SETTINGS.items() if name != "reference_layer"]
+    files = [f"--data={tmp_path / 'needles.jsonl'}", f"--plot={tmp_path / 'layers.png'}", "--json=-"]
+    done = _run(f"--model={write_small_model(tmp_path / 'model')}", *files, "--taken=16", *given)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["proposed"] in (0, 1) and {r["layer"] for r in found["rows"]} == {0, 1}
+    assert all(r["recall"] == 1.0 for r in found["rows"] if r["taken"] == 16), "16 tokens are the whole group"
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_are_one_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"video": "v.mp4"}\n')
+    model = write_small_model(tmp_path / "model")
+    for arguments, message in (
+        ([f"--model={model}", f"--data={tmp_path / 'bad.jsonl'}"], f"--data={tmp_path / 'bad.jsonl'}, line 1:"),
+        ([f"--model={model}", "--layers=0,9"], "--layers=0,9: give numbers up to 1"),
+    ):
+        done = _run(*arguments)
+        assert (
+            done.returncode == 2 and done.stderr.startswith(f"probe_layer: {message}") and done.stderr.count("\n") == 1
+        )
