@@ -97,7 +97,10 @@ def test_the_version_is_one_line(capsys):
     [
         ("answr", "adapttoken: unknown command 'answr', did you mean 'answer'?; see adapttoken --help"),
         ("evaluate-it-all", "adapttoken: unknown command 'evaluate-it-all'; see adapttoken --help"),
-        ("--model", "adapttoken: --model: a command comes first (demo, answer, convert, compare); see adapttoken --help"),
+        (
+            "--model",
+            "adapttoken: --model: a command comes first (demo, answer, convert, compare); see adapttoken --help",
+        ),
     ],
 )
 def test_an_unknown_command_is_one_line(capsys, word, words):
