@@ -25,7 +25,7 @@ from adapttoken_jax.needle import DIFFICULTIES
 from adapttoken_jax.needle.study import cells, document, layers, plots, sections, targets
 from adapttoken_jax.progress import Progress
 
-_MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or the bundled model's name.")
+_MODEL = flags.DEFINE_string("model", None, "Checkpoint directory, as train_needle exports one.", required=True)
 _TASK = flags.DEFINE_enum("task", "all", ["single", "pair", "all"], "Which questions.")
 _FRAMES = flags.DEFINE_list("frames", ["64", "256", "1024", "2048", "10000"], "Lengths of the videos, in frames.")
 _QUESTIONS = flags.DEFINE_integer("questions", 400, "Questions per task and length.", lower_bound=1)

@@ -758,3 +758,9 @@ def test_an_option_is_the_letter_answered_or_the_most_probable_one():
 def test_mistakes_are_named(model, fields, method, error, words):
     with pytest.raises(error, match=words):
         oracle.run(model, make_inputs(), make_config(**fields), method)
+
+
+@pytest.mark.parametrize("given", [{"debias": True}, {"coverage": 0.1}, {"give_up_groups": 2}, {"stop_rule": "rerun"}])
+def test_options_beyond_the_paper_are_refused(model, given):
+    with pytest.raises(UserError, match=f"--{next(iter(given))}"):
+        oracle.run(model, make_inputs(), make_config(**given), "lite")
