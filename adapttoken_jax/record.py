@@ -12,6 +12,7 @@ from adapttoken_jax.selection import option_consensus
 
 
 def make_result(run: Run, outcome: Outcome, trace) -> result.Result:
+    """The `Result` of one concluded run; `trace` is what `make_trace` gave, or None."""
     selected, final = outcome.selected, outcome.reply
     text, option = read_answer(run.model, run.prompt, final)
     slots, rows, cols = selected.tokens.T
