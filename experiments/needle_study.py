@@ -9,8 +9,8 @@ is, with the settings of the model's preset. Every setting of the method is a fl
 """
 
 import dataclasses
+import hashlib
 import json
-import os
 import pathlib
 import sys
 import time
@@ -22,7 +22,7 @@ import adapttoken_jax as at
 from adapttoken_jax import cli, result
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import DIFFICULTIES
-from adapttoken_jax.needle.study import cells, document, layers, plots, sections, targets
+from adapttoken_jax.needle.study import cells, document, lab, layers, plots, sections, targets
 from adapttoken_jax.progress import Progress
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory, as train_needle exports one.", required=True)
@@ -41,6 +41,7 @@ _SECTIONS = flags.DEFINE_list(
     "With --output: what to measure; the rest is kept from the last time.",
 )  # fmt: skip
 _QUICK = flags.DEFINE_bool("quick", False, "Fewer lengths and questions: a look in minutes, no evidence.")
+_PROCESSES = flags.DEFINE_integer("processes", 0, "Processes that measure; 0: one per core on a CPU.", lower_bound=0)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show a traceback with an error.")
 for _setting in cli.setting_flags():
     if _setting.name != "seed":  # of sampling, which a study does not do
@@ -75,31 +76,31 @@ _LITTLE = {
 }  # fmt: skip
 
 
-def study(model, size: sections.Size, config, progress) -> dict:
+def study(own: lab.Lab, size: sections.Size, config) -> dict:
     """Everything, section by section; each is written as soon as it is there.
 
     Raises:
-      UserError: a section that does not exist or that was never measured, or a replay that is not what `answer` does.
+      UserError: a section that does not exist.
+      RuntimeError: the replay is not what `answer` does.
     """
-    directory = pathlib.Path(_OUTPUT.value)
-    store = directory / "evidence" / "study.json"
-    store.parent.mkdir(parents=True, exist_ok=True)
+    store = pathlib.Path(_OUTPUT.value) / "evidence" / "study.json"
+    store.parent.mkdir(exist_ok=True)
     found = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
     todo = {
-        "layers": lambda: layers_section(model, size, chosen, progress),
-        "choose": lambda: sections.choose(model, size, config, progress),
-        "main": lambda: sections.main_section(model, size, chosen, _ARMS.value, progress),
-        "scanned": lambda: sections.scanned_section(model, size, chosen, progress),
-        "hard": lambda: sections.hard_section(model, size, chosen, progress),
-        "seconds": lambda: sections.seconds_section(model, size, chosen, progress),
-        "torch": lambda: sections.torch_section(model, size, chosen, progress),
+        "layers": lambda: layers_section(own, size, chosen),
+        "choose": lambda: sections.choose(own, size, config),
+        "main": lambda: sections.main_section(own, size, chosen, _ARMS.value),
+        "scanned": lambda: sections.scanned_section(own, size, chosen),
+        "hard": lambda: sections.hard_section(own, size, chosen),
+        "seconds": lambda: sections.seconds_section(own, size, chosen),
+        "torch": lambda: sections.torch_section(own, size, chosen),
     }
     unknown = set(_SECTIONS.value) - set(todo)
     if unknown:
         raise UserError(f"--sections={','.join(sorted(unknown))}: choose from {', '.join(todo)}")
-    found["about"] = about(model, size, checked(model, size, config, progress))
+    found["about"] = about(own.model, size, checked(own.model, size, config))
     for name in [name for name in todo if name in _SECTIONS.value]:
-        settings = found["choose"]["settings"] if "choose" in found else {}
+        settings = found["choose"]["settings"] if "choose" in found else None
         chosen = dataclasses.replace(sections.paper_settings(config), **settings) if settings else config
         found["settings"] = dataclasses.asdict(chosen)
         begin = time.perf_counter()
@@ -110,13 +111,12 @@ def study(model, size: sections.Size, config, progress) -> dict:
     return found
 
 
-def layers_section(model, size: sections.Size, config, progress) -> dict:
+def layers_section(own: lab.Lab, size: sections.Size, config) -> dict:
     """The layer probe on validation videos of the first task."""
     cell = size.cell(size.tasks[0], size.detail_frames[0], size.choice_questions, split="validation", seed=0)
-    footage = (
-        each for number in range(cells.count_videos(cell)) for each in cells.film_video(model, cell, number, config)
-    )
-    progress("layers", 0, 1)
+    numbers, model = range(cells.count_videos(cell)), own.model
+    footage = (each for number in numbers for each in cells.film_video(model, cell, number, config))
+    own.on_progress("layers", 0, len(numbers))
     tried = range(model.config.text.layers)
     rows = layers.probe_layers(model, map(layers.scene_needles, footage), config, tried, (4, 8, 16))
     return {"rows": rows, "proposed": layers.proposed_layer(rows)}
@@ -125,30 +125,32 @@ def layers_section(model, size: sections.Size, config, progress) -> dict:
 def about(model, size: sections.Size, check: cells.Check) -> dict:
     """What was measured, with which model, where."""
     versions = result.library_versions()
-    directory = pathlib.Path(model.path)
+    files = [path for path in pathlib.Path(model.path).rglob("*") if path.is_file()]
     return {
-        "command": "python -m experiments.needle_study " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m experiments.needle_study", *sys.argv[1:]]),
         "model": _MODEL.value,
         "parameters": int(sum(leaf.size for leaf in jax.tree.leaves(model.module))),
-        "model_bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
+        "model_bytes": sum(path.stat().st_size for path in files),
+        "weights": hashlib.sha256(
+            b"".join(p.read_bytes() for p in sorted(files) if p.suffix == ".safetensors")
+        ).hexdigest(),
         "versions": ", ".join(f"{name} {versions[name]}" for name in ("python", "jax", "numpy")),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": lab.usable_cores(),
         "check": f"{check.options} of {check.answers} answers the same, {check.tokens} from the very same tokens",
         **{name: getattr(size, name) for name in ("split", "difficulty", "questions", "per_video", "seed")},
     }
 
 
-def checked(model, size: sections.Size, config, progress) -> cells.Check:
+def checked(model, size: sections.Size, config) -> cells.Check:
     """Holds the replay against `answer` on videos of the shortest length.
 
     Raises:
       RuntimeError: they differ.
     """
-    progress("check", 0, 1)
     arms = sections.main_arms(config, [name for name in sections.ARMS if name not in ("attention", "certain")])
     parts = [cells.check_replay(model, size.cell(task, min(size.frames)), arms, videos=1) for task in size.tasks]
-    check = cells.Check(*(sum(getattr(p, n) for p in parts) for n in ("answers", "options", "tokens")),
-                        max(p.entropy for p in parts))  # fmt: skip
+    counts = (sum(getattr(part, name) for part in parts) for name in ("answers", "options", "tokens"))
+    check = cells.Check(*counts, max(part.entropy for part in parts))
     if not check.holds:
         raise RuntimeError(f"the replay is not what adapttoken_jax.answer does: {check}")
     return check
@@ -182,13 +184,14 @@ def run() -> None:
         raise UserError(f"--output={_OUTPUT.value}: no such directory; create it first")
     model = at.load(_MODEL.value)
     config = at.AdaptTokenConfig.for_model(model.config, **(cli.given_settings(flags.FLAGS) | {"seed": 0}))
-    with Progress() as progress:
+    processes = _PROCESSES.value or lab.default_processes()
+    with Progress() as progress, lab.Lab(model, processes, progress) as own:
         if _OUTPUT.value:
-            found = study(model, size, config, progress)
+            found = study(own, size, config)
             write_page(found)
             rows = found.get("main", {}).get("rows", [])
         else:
-            rows = sections.rows_only(model, size, config, _ARMS.value, progress)
+            rows = sections.rows_only(own, size, config, _ARMS.value)
             found = {"rows": rows}
     show(rows, found)
 

@@ -4,13 +4,15 @@ Letters: n questions, G groups.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 import adapttoken_jax
 from adapttoken_jax import scan
 from adapttoken_jax.config import METHODS, AdaptTokenConfig
+from adapttoken_jax.encoding import VisualTokens
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.loading import Model
 from adapttoken_jax.needle.scenes import scene
@@ -57,6 +59,13 @@ class Arm:
         hidden = self.config.similarity == "reference_layer"
         return (*(getattr(self.config, name) for name in SCAN_FIELDS), hidden, self.contiguous)
 
+    @functools.cached_property
+    def selection_key(self) -> tuple:
+        """Arms with the same one select the same tokens from the same groups."""
+        stopping = ("stop_", "give_up_", "group_order")
+        fields = [f.name for f in dataclasses.fields(self.config) if not f.name.startswith(stopping)]
+        return (self.method.replace("lite", "adapttoken"), *(getattr(self.config, name) for name in fields))
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -97,11 +106,19 @@ class CellResult:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One question with the log of one scan; blind: entropy of the answer to the question alone, nats."""
+    """One question with the log of one scan.
+
+    Attributes:
+      blind: entropy of the answer to the question alone, nats.
+      uniform: the video as the arm `uniform` sees it, if there is one.
+      selected: what was selected before, by groups and settings: many stop rules ask the same.
+    """
 
     footage: Footage
     log: Log
     blind: float
+    uniform: VisualTokens | None
+    selected: dict = dataclasses.field(default_factory=dict, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,29 +130,9 @@ class Shot:
     blind: float
 
     def without_frames(self) -> "Shot":
-        """A light copy for arms that need no further pictures (all but `uniform`)."""
+        """A light copy: no arm needs the pictures any more."""
         bare = lambda case: dataclasses.replace(case, footage=case.footage.without_frames())
         return dataclasses.replace(self, cases={key: bare(case) for key, case in self.cases.items()})
-
-
-def run_cell(
-    model: Model, cell: Cell, arms: Mapping[str, Arm], on_progress: Callable[[int, int], None] | None = None
-) -> CellResult:
-    """Answers every question of a cell by every arm; no more than a few videos are held.
-
-    Raises:
-      UserError: videos so short that there is one group only, or of an odd number of frames.
-    """
-    videos, parts = count_videos(cell), []
-    for start in range(0, videos, _VIDEOS_AT_ONCE):
-        numbers = range(start, min(start + _VIDEOS_AT_ONCE, videos))
-        shots = [shot for number in numbers for shot in shoot(model, cell, number, arms)]
-        parts.append(answer_shots(model, cell, shots, arms))
-        if on_progress:
-            on_progress(min(cell.questions, (numbers[-1] + 1) * cell.per_video), cell.questions)
-    join = lambda name: np.concatenate([getattr(part, name) for part in parts])
-    answers = {name: [each for part in parts for each in part.answers[name]] for name in arms}
-    return CellResult(cell, join("video"), answers, *map(join, ("entropy", "shown", "agrees", "blind")))
 
 
 def count_videos(cell: Cell) -> int:
@@ -143,10 +140,41 @@ def count_videos(cell: Cell) -> int:
     return -(-cell.questions // cell.per_video)
 
 
-def shoot(model: Model, cell: Cell, number: int, arms: Mapping[str, Arm]) -> list[Shot]:
-    """Renders, encodes and scans one video for all that the arms need: one `Shot` per question."""
+def run_cell(model: Model, cell: Cell, arms: Mapping[str, Arm]) -> CellResult:
+    """Answers every question of a cell by every arm; no more than a few videos are held.
+
+    Raises:
+      UserError: videos so short that there is one group only, or of an odd number of frames.
+    """
+    return join_results([run_videos(model, cell, numbers, arms) for numbers in parts_of(cell)])
+
+
+def parts_of(cell: Cell) -> list[range]:
+    """The numbers of a cell's videos, in parts that are held in memory together."""
+    videos = count_videos(cell)
+    return [range(start, min(start + _VIDEOS_AT_ONCE, videos)) for start in range(0, videos, _VIDEOS_AT_ONCE)]
+
+
+def run_videos(model: Model, cell: Cell, numbers: Sequence[int], arms: Mapping[str, Arm]) -> CellResult:
+    """The part of a cell that these videos are."""
+    return answer_shots(model, cell, [shot for n in numbers for shot in shoot(model, cell, n, arms)], arms)
+
+
+def join_results(parts: Sequence[CellResult]) -> CellResult:
+    """One result from the parts of a cell."""
+    join = lambda name: np.concatenate([getattr(part, name) for part in parts])
+    answers = {name: [each for part in parts for each in part.answers[name]] for name in parts[0].answers}
+    return CellResult(parts[0].cell, join("video"), answers, *map(join, ("entropy", "shown", "agrees", "blind")))
+
+
+def shoot(model: Model, cell: Cell, number: int, arms: Mapping[str, Arm], frames: bool = False) -> list[Shot]:
+    """Renders, encodes and scans one video for all that the arms need: one `Shot` per question.
+
+    `frames`: keep the pictures, which the arms do not need any more.
+    """
     footage = film_video(model, cell, number, next(iter(arms.values())).config)
-    return [Shot(number, *each) for each in _cases(model, footage, arms)]
+    shots = [Shot(number, *each) for each in _cases(model, footage, arms)]
+    return shots if frames else [shot.without_frames() for shot in shots]
 
 
 def answer_shots(model: Model, cell: Cell, shots: Sequence[Shot], arms: Mapping[str, Arm]) -> CellResult:
@@ -183,7 +211,12 @@ def _cases(model: Model, footage: Sequence[Footage], arms: Mapping[str, Arm]) ->
     config = next(iter(arms.values())).config
     blind = scan.blind_replies(model, footage[0].tokens, [footage[0].prompt], config)[0].entropy
     logs = {key: log_scans(model, footage, arm.config, arm.contiguous) for key, arm in scans.items()}
-    return [({key: Case(each, logs[key][place], blind) for key in scans}, blind) for place, each in enumerate(footage)]
+    sampled = [arm.config for arm in arms.values() if arm.method == "uniform"]
+    uniform = [uniform_tokens(model, each, sampled[0]) if sampled else None for each in footage]
+    return [
+        ({key: Case(each, logs[key][place], blind, uniform[place]) for key in scans}, blind)
+        for place, each in enumerate(footage)
+    ]
 
 
 def answer_by(model: Model, case: Case, arm: Arm):
@@ -221,7 +254,7 @@ def _by_groups(case: Case, arm: Arm):
 
 
 def _by_uniform(model: Model, case: Case, arm: Arm):
-    video = uniform_tokens(model, case.footage, arm.config)
+    video = case.uniform
     tokens = video.coordinates(np.arange(video.clip.grid[0]))
     reply = yield Prompted(video, case.footage.prompt, tokens, arm.config, renumber=False)
     frames = video.clip.frame_indices
@@ -257,7 +290,10 @@ def _not_due() -> float:
 def _ask(case: Case, arm: Arm, groups: np.ndarray):
     """Steps 8 to 11 over some groups: (reply, tokens)."""
     video, prompt = case.footage.tokens, case.footage.prompt
-    tokens = replay.select(video, case.log.take(groups), prompt, arm.config, arm.method).tokens
+    key = groups.tobytes(), arm.selection_key
+    if key not in case.selected:
+        case.selected[key] = replay.select(video, case.log.take(groups), prompt, arm.config, arm.method).tokens
+    tokens = case.selected[key]
     reply = yield Prompted(video, prompt, tokens, arm.config, arm.config.final_positions == "compact")
     return reply, tokens
 
@@ -295,7 +331,7 @@ class Check:
 def check_replay(model: Model, cell: Cell, arms: Mapping[str, Arm], videos: int = 2) -> Check:
     """Answers some questions of a cell by `adapttoken_jax.answer` too. Arms that it does not have are left out."""
     real = {n: arm for n, arm in arms.items() if arm.method in METHODS and not arm.contiguous}
-    shots = [shot for number in range(videos) for shot in shoot(model, cell, number, real)]
+    shots = [shot for number in range(videos) for shot in shoot(model, cell, number, real, frames=True)]
     rows = [_compare(model, shot.cases[arm.scan_key], arm) for shot in shots for arm in real.values()]
     same, tokens, entropy = zip(*rows, strict=True)
     return Check(len(rows), sum(same), sum(tokens), max(entropy))

@@ -6,18 +6,16 @@ Each function returns plain numbers, ready for JSON. Shares are in 0..1, entropi
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 import adapttoken_jax
 from adapttoken_jax.config import AdaptTokenConfig
-from adapttoken_jax.loading import Model
 from adapttoken_jax.needle.study import measures
-from adapttoken_jax.needle.study.cells import Arm, Cell, CellResult, answer_shots, count_videos, run_cell, shoot
-
-Progress = Callable[[str, int, int], None]
+from adapttoken_jax.needle.study.cells import Arm, Cell, CellResult, film_video
+from adapttoken_jax.needle.study.lab import Lab
 
 # Settings that belong to the model and its videos, not to the method: the paper's values are another model's.
 MODEL_FIELDS = frozenset(
@@ -41,7 +39,7 @@ ARMS = ("uniform", "attention", "flexselect", "certain", "paper", "adapttoken", 
 
 TEMPERATURES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.4, 0.7, 1.0, 2.0)
 TARGETS = (1.0, 1.5, 2.0, 3.0, 4.0)
-STOP_ENTROPIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
+STOP_ENTROPIES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 _BINS = np.linspace(0.0, 1.6, 41)
 # A setting replaces the one before it in the list only if it is right this much more often.
 _WORTH = 0.005
@@ -206,9 +204,9 @@ def temperature_arms(config: AdaptTokenConfig, groups: int) -> dict[str, Arm]:
 def lite_arms(config: AdaptTokenConfig) -> dict[str, Arm]:
     """Stop rules over thresholds; the names are "rule groups threshold order"."""
     arms = {}
-    for rule, counts in (("groups", (1, 2, 3)), ("rerun", (2, 4, 8))):
+    for rule, counts in (("groups", (1, 2, 3)), ("rerun", (4, 8))):
         for order in ("sequential", "bit_reversed"):
-            for count in counts if order == "sequential" else counts[1:2]:
+            for count in counts if order == "sequential" else counts[:1]:
                 for t in STOP_ENTROPIES:
                     changed = dataclasses.replace(
                         config, stop_rule=rule, stop_groups=count, stop_entropy=t, group_order=order
@@ -283,7 +281,7 @@ def contiguous_arm(config: AdaptTokenConfig) -> Arm:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def choose(model: Model, size: Size, config: AdaptTokenConfig, on_progress: Progress) -> dict[str, Any]:
+def choose(lab: Lab, size: Size, config: AdaptTokenConfig) -> dict[str, Any]:
     """Settles one setting after the other on the validation split, starting from the paper's values with a low
     temperature (at the paper's own one, with many groups, everything else is at chance).
 
@@ -296,52 +294,49 @@ def choose(model: Model, size: Size, config: AdaptTokenConfig, on_progress: Prog
     cells = [
         size.cell(task, f, size.choice_questions, split="validation", seed=0) for task in size.tasks for f in lengths
     ]
-    for name in ("reference layer", "relevance, heads then text", "query rows", "group positions"):
-        variants = [each for each in scanned(model.config.text.layers) if each[0] == name]
-        shots = _shots(model, cells, [_changed(current, v) for v in variants], on_progress)
-        current = _step(model, cells, shots, variants, current, steps)
-    shots = _shots(model, cells, [current], on_progress)
-    for name in ("temperature", "final positions", "certainty", "redundancy", "coverage floor", "attention debias"):
-        current = _step(model, cells, shots, _candidates(name), current, steps)
-    current = _choose_stop(model, cells, shots, current, steps)
+    variants = [*scanned(lab.model.config.text.layers), *_temperature_candidates(), *REPLAYED]
+    for name in (
+        "reference layer",
+        "relevance, heads then text",
+        "query rows",
+        "group positions",
+        "temperature",
+        "final positions",
+        "certainty",
+        "redundancy",
+        "coverage floor",
+        "attention debias",
+    ):
+        current = _step(lab, cells, [each for each in variants if each[0] == name], current, steps)
+    current = _choose_stop(lab, cells, current, steps)
     default = paper_settings(config)
-    names = [f.name for f in dataclasses.fields(current) if f.name not in MODEL_FIELDS or f.name == "reference_layer"]
+    names = [f.name for f in dataclasses.fields(current) if f.name not in MODEL_FIELDS]
     settings = {n: getattr(current, n) for n in names if getattr(current, n) != getattr(default, n)}
-    return {"settings": settings | {"reference_layer": current.reference_layer}, "steps": steps}
+    return {"settings": {"reference_layer": current.reference_layer} | settings, "steps": steps}
 
 
 def _changed(config, variant) -> AdaptTokenConfig:
     return dataclasses.replace(config, **variant[2])
 
 
-def _candidates(name: str):
-    if name == "temperature":
-        fixed = [("temperature", f"{t:g}", {"temperature": t, "temperature_target": 0.0}) for t in TEMPERATURES]
-        return fixed + [("temperature", f"target {t:g}", {"temperature_target": t}) for t in TARGETS]
-    return [each for each in REPLAYED if each[0] == name]
+def _temperature_candidates():
+    fixed = [("temperature", f"{t:g}", {"temperature": t, "temperature_target": 0.0}) for t in TEMPERATURES]
+    return fixed + [("temperature", f"target {t:g}", {"temperature_target": t}) for t in TARGETS]
 
 
-def _shots(model, cells, configs, on_progress) -> list[list]:
-    """Scans of all validation videos, kept in memory without their pictures."""
-    arms = {str(i): Arm("adapttoken", config) for i, config in enumerate(configs)}
-    kept = []
-    for place, cell in enumerate(cells):
-        on_progress("choose: scans", place, len(cells))
-        numbers = range(count_videos(cell))
-        kept.append([shot.without_frames() for number in numbers for shot in shoot(model, cell, number, arms)])
-    return kept
-
-
-def _step(model, cells, shots, variants, current, steps) -> AdaptTokenConfig:
+def _step(lab, cells, variants, current, steps) -> AdaptTokenConfig:
     """Tries variants, notes them, and returns the settings with the best one, or the present one if it is as good."""
+    name = variants[0][0]
     arms = {label: Arm("adapttoken", _changed(current, (name, label, fields))) for name, label, fields in variants}
-    results = [answer_shots(model, cell, found, arms) for cell, found in zip(cells, shots, strict=True)]
+    # The current settings come first: the next steps find their scans kept.
+    every = {"current": Arm("adapttoken", current)} | arms
+    results = [lab.measure(cell, every, f"choose: {name}", keep=True) for cell in cells]
     accuracy = {label: [float(r.values(label, "right").mean()) for r in results] for label in arms}
     mean = {label: float(np.mean(values)) for label, values in accuracy.items()}
     best = preferred(mean)
     steps.append(
         {
-            "setting": variants[0][0],
+            "setting": name,
             "chosen": best,
             "cells": [[c.task, c.frames] for c in cells],
             "accuracy": accuracy,
@@ -360,10 +355,10 @@ def preferred(mean: Mapping[str, float]) -> str:
     return best
 
 
-def _choose_stop(model, cells, shots, current, steps) -> AdaptTokenConfig:
+def _choose_stop(lab, cells, current, steps) -> AdaptTokenConfig:
     """The stop rule that visits the fewest groups while no cell loses more than a point to the full run."""
     arms = {"full": Arm("adapttoken", current)} | lite_arms(current)
-    results = [answer_shots(model, cell, found, arms) for cell, found in zip(cells, shots, strict=True)]
+    results = [lab.measure(cell, arms, "choose: stop rule", keep=True) for cell in cells]
     table = {}
     for name in arms:
         loss = [float(r.values("full", "right").mean() - r.values(name, "right").mean()) for r in results]
@@ -380,29 +375,27 @@ def _choose_stop(model, cells, shots, current, steps) -> AdaptTokenConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def rows_only(model, size: Size, config, names, on_progress: Progress) -> list[dict]:
+def rows_only(lab: Lab, size: Size, config, names) -> list[dict]:
     """The main table alone."""
     arms, rows = main_arms(config, names), []
     for task in size.tasks:
         for frames in size.frames:
             stage = f"{task}, {frames} frames"
-            result = run_cell(
-                model, size.cell(task, frames), arms, lambda *done, stage=stage: on_progress(stage, *done)
-            )
+            result = lab.measure(size.cell(task, frames), arms, stage)
             rows += [row(result, name) for name in names]
     return rows
 
 
-def main_section(model, size: Size, config, names, on_progress: Progress) -> dict[str, Any]:
+def main_section(lab: Lab, size: Size, config, names) -> dict[str, Any]:
     """The main table and everything that is replayed from the same scans."""
     out = {"rows": [], "groups": [], "temperature": [], "lite": [], "replayed": [], "options": [], "risk": []}
     for task in size.tasks:
         for frames in size.frames:
-            _main_cell(model, size, config, names, size.cell(task, frames), out, on_progress)
+            _main_cell(lab, size, config, names, size.cell(task, frames), out)
     return out
 
 
-def _main_cell(model, size, config, names, cell: Cell, out, on_progress) -> None:
+def _main_cell(lab, size, config, names, cell: Cell, out) -> None:
     groups = -(-cell.frames // (2 * config.slots_per_group))
     sets = {"": main_arms(config, tuple(dict.fromkeys((*names, "adapttoken", "uniform"))))}
     sets["tau"] = temperature_arms(config, groups)
@@ -412,7 +405,7 @@ def _main_cell(model, size, config, names, cell: Cell, out, on_progress) -> None
         sets["option"] = option_arms(config)
     arms = {f"{kind}/{name}" if kind else name: arm for kind, own in sets.items() for name, arm in own.items()}
     stage = f"{cell.task}, {cell.frames} frames"
-    result = run_cell(model, cell, arms, lambda done, total: on_progress(stage, done, total))
+    result = lab.measure(cell, arms, stage)
     where = {"task": cell.task, "frames": cell.frames}
     out["rows"] += [row(result, name) for name in names]
     out["groups"].append(group_statistics(result))
@@ -478,16 +471,16 @@ def consensus_as_warning(result: CellResult) -> list[dict[str, Any]]:
     return rows
 
 
-def scanned_section(model, size: Size, config, on_progress: Progress) -> list[dict]:
+def scanned_section(lab: Lab, size: Size, config) -> list[dict]:
     """Settings that need scans of their own, and contiguous groups."""
     frames = size.detail_frames[-1] if size.detail_frames[-1] in size.frames else size.frames[-1]
     base, rows = {"base": Arm("adapttoken", config)}, []
-    arms = base | _replayed_arms(config, scanned(model.config.text.layers))
+    arms = base | _replayed_arms(config, scanned(lab.model.config.text.layers))
     arms["groups: contiguous"] = contiguous_arm(config)
     for task in size.tasks:
         cell = size.cell(task, frames, min(size.questions, size.scan_questions))
         stage = f"{task}, settings of the scan"
-        result = run_cell(model, cell, arms, lambda *done, stage=stage: on_progress(stage, *done))
+        result = lab.measure(cell, arms, stage)
         rows += [
             {"task": task, "frames": frames, **dict(zip(("setting", "value"), name.split(": "), strict=True))}
             | against(result, name, "base")
@@ -505,30 +498,30 @@ def _needles_found(result: CellResult, arm: str) -> dict[str, Any]:
     }
 
 
-def hard_section(model, size: Size, config, on_progress: Progress) -> dict[str, list]:
+def hard_section(lab: Lab, size: Size, config) -> dict[str, list]:
     """The main arms on the other difficulties, reported as they are."""
     arms, out = main_arms(config, ("uniform", "flexselect", "certain", "adapttoken", "lite")), {"rows": [], "risk": []}
     for difficulty in ("easy", "hard", "extreme"):
         for task in size.tasks:
             stage = f"{task}, {difficulty}"
             cell = size.cell(task, size.hard_frames, difficulty=difficulty)
-            result = run_cell(model, cell, arms, lambda *done, stage=stage: on_progress(stage, *done))
+            result = lab.measure(cell, arms, stage)
             out["rows"] += [row(result, name) for name in arms]
             out["risk"].append(risk_curve(result, "adapttoken"))
     return out
 
 
-def seconds_section(model, size: Size, config, on_progress: Progress) -> list[dict]:
+def seconds_section(lab: Lab, size: Size, config) -> list[dict]:
     """Wall seconds of `answer` itself, one video after the other, after a first run that compiles."""
     rows, frames = [], size.hard_frames
     methods = {name: arm for name, arm in main_arms(config).items() if name in _TIMED}
     for task in size.tasks:
         cell, spent = size.cell(task, frames, size.timed_videos + 1, per_video=1), {name: [] for name in methods}
         for number in range(cell.questions):
-            on_progress(f"{task}, seconds", number, cell.questions)
-            footage = shoot(model, cell, number, {"a": Arm("adapttoken", config)})[0].cases.popitem()[1].footage
+            lab.on_progress(f"{task}, seconds", number, cell.questions)
+            footage = film_video(lab.model, cell, number, config)[0]
             for name, arm in methods.items():
-                spent[name].append(_timed(model, footage, arm))
+                spent[name].append(_timed(lab.model, footage, arm))
         rows += [
             {"task": task, "frames": frames, "arm": name, "videos": size.timed_videos}
             | {key: float(np.mean([each[key] for each in runs[1:]])) for key in runs[0]}
@@ -556,7 +549,12 @@ def _timed(model, footage, arm: Arm) -> dict[str, float]:
     }
 
 
-def torch_section(model, size: Size, config, on_progress: Progress) -> dict[str, Any] | None:
+# The PyTorch version has the paper's steps alone.
+_PAPER_STEPS = {"temperature_target": 0.0, "coverage": 0.0, "debias": False, "stop_rule": "groups", "stop_gain": 0.0,
+                "give_up_groups": 0}  # fmt: skip
+
+
+def torch_section(lab: Lab, size: Size, config) -> dict[str, Any] | None:
     """The method in PyTorch on the exported directory: how many answers are the same. None without PyTorch."""
     try:
         from adapttoken_jax.parity import compare, pytorch_method
@@ -564,13 +562,14 @@ def torch_section(model, size: Size, config, on_progress: Progress) -> dict[str,
         if error.name not in ("torch", "transformers"):
             raise
         return None
-    theirs = pytorch_method.load_model(model.path)
+    config = dataclasses.replace(config, **_PAPER_STEPS)
+    model, theirs = lab.model, pytorch_method.load_model(lab.model.path)
     same, right, total, frames = 0, [0, 0], 0, size.detail_frames[0]
     for task in size.tasks:
         cell = size.cell(task, frames, size.torch_questions // len(size.tasks), per_video=1)
         for number in range(cell.questions):
-            on_progress(f"{task}, PyTorch", number, cell.questions)
-            footage = shoot(model, cell, number, {"a": Arm("adapttoken", config)})[0].cases.popitem()[1].footage
+            lab.on_progress(f"{task}, PyTorch", number, cell.questions)
+            footage = film_video(model, cell, number, config)[0]
             asked = footage.scene.question
             ours = adapttoken_jax.answer(model, footage.frames, asked.text, asked.options, config, trace=True)
             inputs = compare.method_inputs(model, footage.tokens.clip, ours.trace, asked.text, asked.options)
