@@ -107,7 +107,7 @@ def study(own: lab.Lab, size: sections.Size, config) -> dict:
         found[name] = todo[name]()
         found.setdefault("wall_seconds", {})[name] = time.perf_counter() - begin
         with result.atomic_file(store) as file:
-            file.write((json.dumps(result.plain_json(found), indent=1) + "\n").encode("utf-8"))
+            file.write(document.json_lines(found).encode("utf-8"))
     return found
 
 

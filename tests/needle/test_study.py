@@ -239,10 +239,12 @@ def test_a_setting_is_replaced_only_by_a_clearly_better_one():
 
 
 def test_the_rule_for_the_temperature():
-    """At it, G groups that know nothing weigh half of one that knows one of two needles."""
+    """At it, G groups that know nothing weigh a given share of one that has ruled out half of the options."""
     for groups in (4, 64, 625):
-        temperature = sections.rule_temperature(groups)
-        assert groups * np.exp(-np.log(4) / temperature) == pytest.approx(np.exp(-np.log(2) / temperature) / 2)
+        for factor in (2, 8):
+            temperature = sections.rule_temperature(groups, factor)
+            nothing, half = np.exp(-np.log(4) / temperature), np.exp(-np.log(2) / temperature)
+            assert groups * nothing == pytest.approx(half / factor)
 
 
 def test_published_settings_are_the_defaults_of_the_method(model):
@@ -274,13 +276,20 @@ def little_study(model):
 def test_the_page_says_what_was_measured(little_study, tmp_path):
     figures = plots.draw_all(little_study, tmp_path)
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in figures)
-    page = document.evidence_page(json.loads(json.dumps(little_study)), figures)
+    page = document.evidence_page(json.loads(document.json_lines(little_study)), figures)
     row = next(r for r in little_study["main"]["rows"] if r["arm"] == "adapttoken")
     assert f"| AdaptToken | {100 * row['accuracy']:.1f} ({100 * row['accuracy_low']:.1f}–" in page
     assert "(evidence/risk.png)" not in page, "a figure that was not drawn is shown"
     assert all(f"(evidence/{name})" in page for name in figures)
     widths = [line.count("|") for line in page.split("\n\n")[-1].strip().splitlines()]
     assert len(set(widths)) == 1
+
+
+def test_the_numbers_on_disk_are_the_numbers_measured(little_study):
+    text = document.json_lines(little_study | {"odd": {"a": {"b": {"c": float("nan")}}, "none": []}})
+    assert json.loads(text)["odd"] == {"a": {"b": {"c": None}}, "none": []}
+    assert json.loads(text)["main"] == json.loads(json.dumps(little_study["main"]))
+    assert max(map(len, text.splitlines())) < 5000, "a table is on one line"
 
 
 def test_group_figures_add_up(little_study):

@@ -1,11 +1,13 @@
 """The page of evidence, written from the study's JSON: no number in it was typed."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapttoken_jax.needle.study.plots import ARM_NAMES, TITLES
-from adapttoken_jax.needle.study.sections import by_key, rule_temperature
+from adapttoken_jax.needle.study.sections import by_key
+from adapttoken_jax.result import plain_json
 
 
 def evidence_page(study: Mapping[str, Any], figures: Sequence[str]) -> str:
@@ -26,6 +28,21 @@ def evidence_page(study: Mapping[str, Any], figures: Sequence[str]) -> str:
     paragraphs = "\n\n".join(part.strip("\n") for part in parts).split("\n\n")
     drawn = lambda text: not text.startswith("![") or text.rsplit("evidence/", 1)[1].strip(")\n") in figures
     return "\n\n".join(filter(drawn, paragraphs)) + "\n"
+
+
+def json_lines(found: Mapping[str, Any]) -> str:
+    """The study as JSON, with a line per row of every table; numbers that are not finite become null."""
+    show = lambda value: json.dumps(plain_json(value), allow_nan=False)
+
+    def part(value, indent):
+        if isinstance(value, dict) and indent < 2:
+            inside = ",\n".join(f"{' ' * indent} {show(key)}: {part(each, indent + 1)}" for key, each in value.items())
+            return f"{{\n{inside}\n{' ' * indent}}}"
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n" + ",\n".join("  " + show(each) for each in value) + f"\n{' ' * indent}]"
+        return show(value)
+
+    return part(found, 0) + "\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -92,7 +109,7 @@ def _main_parts(study) -> list[str]:
     main = study["main"]
     parts = [_accuracy_part(study), _entropy_part(main), _temperature_part(main)]
     if main["replayed"]:
-        parts += [_lite_part(main), _ablation_part(main), _options_part(main)]
+        parts += [*_recommended_part(study), _lite_part(main), _ablation_part(main), _options_part(main)]
     return [*parts, _risk_part(study)]
 
 
@@ -178,42 +195,23 @@ the group's answer being right. Groups that see nothing are right by chance, whi
 
 
 def _temperature_part(main) -> str:
+    rows = main["temperature"]
+    names = list(rows[0]["accuracy"])
     out = """## Temperature and the number of groups
 
-Accuracy in % over the temperature of the budget's softmax, with certainty as the configuration has it. "Rule" is ln \
-2 / ln(2 G) \
-for G groups; "target" is `temperature_target`, which solves for the temperature per question.
+Accuracy in % over the temperature of the budget's softmax, with certainty as the configuration has it. "Rule c" is \
+τ = ln 2 / ln(c G) for G groups: G groups that know nothing then weigh 1/c of one that has ruled out half of the \
+options. "Target" is `temperature_target`, which solves for the temperature question by question.
 
 ![Accuracy over temperature](evidence/temperature.png)
 """
-    for task in dict.fromkeys(each["task"] for each in main["temperature"]):
-        own = sorted(by_key(main["temperature"], task=task), key=lambda each: each["groups"])
-        names = list(own[0]["accuracy"])
-        lines = [
-            (e["groups"], f"{rule_temperature(e['groups']):.3f}", *(_percent(e["accuracy"][n]) for n in names))
-            for e in own
-        ]
-        out += f"\n{TITLES[task].capitalize()}:\n\n" + table(("groups", "rule's τ", *names), lines) + "\n"
-    widest = []
-    for groups in sorted({each["groups"] for each in main["temperature"]}):
-        own = by_key(main["temperature"], groups=groups)
-        mean = {n: sum(e["accuracy"][n] for e in own) / len(own) for n in own[0]["accuracy"]}
-        fixed = {float(n): v for n, v in mean.items() if n.replace(".", "", 1).isdigit()}
-        good = [t for t, v in fixed.items() if v >= max(mean.values()) - 0.01]
-        widest.append(
-            (
-                groups,
-                f"{min(good):g} to {max(good):g}" if good else "none",
-                f"{rule_temperature(groups):.3f}",
-                _percent(max(mean.values())),
-                _percent(mean["rule"]),
-            )
-        )
-    return (
-        out
-        + "\nBoth tasks together, the temperatures within a point of the best:\n\n"
-        + table(("groups", "temperatures", "rule's τ", "best", "rule"), widest)
-    )
+    for task in dict.fromkeys(each["task"] for each in rows):
+        own = sorted(by_key(rows, task=task), key=lambda each: each["groups"])
+        lines = [(e["groups"], *(_percent(e["accuracy"].get(n)) for n in names)) for e in own]
+        out += f"\n{TITLES[task].capitalize()}:\n\n" + table(("groups", *names), lines) + "\n"
+    lost = {n: max(max(e["accuracy"].values()) - e["accuracy"][n] for e in rows if n in e["accuracy"]) for n in names}
+    line = [_percent(lost[n]) for n in names]
+    return out + "\nPoints lost to the best of its line, in the worst line of both tables:\n\n" + table(names, [line])
 
 
 def _lite_part(main) -> str:
@@ -275,6 +273,40 @@ library.
 
 {_variations(study["scanned"])}"""
     ]
+
+
+def _recommended_part(study) -> list[str]:
+    """For every setting that was varied: the recommended value, and what the others would cost."""
+    rows = study["main"]["replayed"] + study.get("scanned", [])
+    if not rows:
+        return []
+    lines = [
+        _verdict(study, setting, by_key(rows, setting=setting)) for setting in dict.fromkeys(e["setting"] for e in rows)
+    ]
+    return [
+        f"""## What is recommended where the paper leaves a choice
+
+From the tables below: the largest loss and the largest gain in any cell when a setting takes another value than the \
+recommended one, in points. "Matters" means that some difference exceeds both its 95 % half-width and one point. An \
+asterisk marks the published or implied value; the temperature has a part of its own.
+
+{table(("setting", "recommended", "largest loss", "largest gain", ""), lines)}"""
+    ]
+
+
+def _verdict(study, setting: str, rows) -> tuple:
+    same = [e["value"] for e in rows if e["gain"] == e["half_width"] == 0]
+    chosen = next((e["chosen"] for e in study.get("choose", {}).get("steps", []) if e["setting"] == setting), None)
+    worst, best = min(rows, key=lambda e: e["gain"]), max(rows, key=lambda e: e["gain"])
+    matters = any(abs(e["gain"]) > max(e["half_width"], 0.01) for e in rows)
+    show = lambda e, sign: f"{100 * e['gain']:+.1f} ({e['value']})" if sign * e["gain"] > 0 else "none"
+    return (
+        setting,
+        chosen or next(iter(dict.fromkeys(same)), "as before"),
+        show(worst, -1),
+        show(best, 1),
+        "matters" if matters else "no measurable difference",
+    )
 
 
 def _options_part(main) -> str:

@@ -174,7 +174,7 @@ def _temperature(rows):
             axis.plot(list(fixed), list(fixed.values()), marker="o", color=colour, label=f"{each['groups']} groups")
             axis.plot(
                 [rule_temperature(each["groups"])],
-                [each["accuracy"]["rule"]],
+                [each["accuracy"]["rule 2"]],
                 marker="*",
                 markersize=11,
                 color=colour,

@@ -39,6 +39,7 @@ ARMS = ("uniform", "attention", "flexselect", "certain", "paper", "adapttoken", 
 
 TEMPERATURES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.4, 0.7, 1.0, 2.0)
 TARGETS = (1.0, 1.5, 2.0, 3.0, 4.0)
+RULES = (0.5, 2.0, 8.0)
 STOP_ENTROPIES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 _BINS = np.linspace(0.0, 1.6, 41)
 # A setting replaces the one before it in the list only if it is right this much more often.
@@ -187,16 +188,17 @@ def risk_curve(result: CellResult, arm: str, points: int = 50) -> dict[str, Any]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def rule_temperature(groups: int) -> float:
-    """ln 2 / ln(2 G): the temperature at which G groups that know nothing weigh as much as half a group that knows one
-    of two needles (its entropy is ln 2 lower)."""
-    return math.log(2) / math.log(2 * groups)
+def rule_temperature(groups: int, factor: float = 2.0) -> float:
+    """ln 2 / ln(factor G): the temperature at which G groups that know nothing weigh together as much as 1 / factor of
+    a group that has ruled out half of the options (its entropy is ln 2 lower)."""
+    return math.log(2) / math.log(factor * groups)
 
 
 def temperature_arms(config: AdaptTokenConfig, groups: int) -> dict[str, Arm]:
     """Temperatures, the rule for G groups, and adaptive temperatures."""
     arms = {f"{t:g}": {"temperature": t, "temperature_target": 0.0} for t in TEMPERATURES}
-    arms["rule"] = {"temperature": rule_temperature(groups), "temperature_target": 0.0}
+    rules = {f"rule {c:g}": {"temperature": rule_temperature(groups, c), "temperature_target": 0.0} for c in RULES}
+    arms |= {name: fields for name, fields in rules.items() if 0 < fields["temperature"] < 10}
     arms |= {f"target {t:g}": {"temperature_target": t} for t in TARGETS}
     return {name: Arm("adapttoken", dataclasses.replace(config, **fields)) for name, fields in arms.items()}
 
