@@ -186,7 +186,7 @@ class ClipMaker:
 
     def _hints(self, question, built, visible) -> list[tuple]:
         """(position, candidate ids, belief) of the keys in the question and of the values in the options."""
-        word = lambda text: self.tokenizer.encode(" " + text)[0]  # noqa: E731
+        word = lambda text: self.tokenizer.encode(" " + text)[0]
         values = [part for part in question.parts if part.needle is not None]
         start, stop = built.question_span
         found = []

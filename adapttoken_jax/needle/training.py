@@ -66,7 +66,7 @@ class Schedule:
 
 def optimizer(schedule: Schedule) -> optax.GradientTransformation:
     """AdamW with gradient clipping; weight decay on kernels and embeddings only."""
-    decayed = lambda values: jax.tree_util.tree_map_with_path(  # noqa: E731
+    decayed = lambda values: jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key.endswith(("kernel", "embedding", "head")), values
     )
     adamw = optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.01, mask=decayed)
@@ -131,7 +131,7 @@ def read_logits(model: Qwen25VL, context, block: QuestionBlock) -> tuple[jax.Arr
         model.text.embed(block.ids), block.position_ids, block.valid, context, tail, 0, return_layers=True
     )
     early = found["layers"][min(_HINT_LAYER, model.config.text.layers - 1)]
-    at = lambda x, labels: model.text.logits(jnp.take_along_axis(x, labels.read[..., None], 2))  # noqa: E731
+    at = lambda x, labels: model.text.logits(jnp.take_along_axis(x, labels.read[..., None], 2))
     return at(hidden, block.answer), at(early, block.hints)
 
 
