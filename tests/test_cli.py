@@ -293,7 +293,9 @@ def test_ctrl_c_ends_the_process_with_130_and_no_traceback():
         "sys.exit(cli.main(['try'], [cli.Command('try', '', (cli.Flag('debug', bool, '', 'General'),), run)]))"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+    # Whoever runs the tests in the background has Ctrl-C ignored, and a child would inherit that.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([sys.executable, "-c", code], preexec_fn=heard, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20)[1] == "adapttoken try: interrupted\n"
