@@ -14,6 +14,7 @@ import optax
 
 from adapttoken_jax import geometry, parameters
 from adapttoken_jax.config import ModelConfig, TextConfig, VisionConfig
+from adapttoken_jax.errors import UserError
 from adapttoken_jax.model.qwen import Qwen25VL
 from adapttoken_jax.needle.clips import Batch, Labels, QuestionBlock
 from adapttoken_jax.needle.render import FrameTable, render_planes
@@ -22,20 +23,30 @@ from adapttoken_jax.needle.render import FrameTable, render_planes
 MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32)
 
+_HEAD = 32
 _HINT_LAYER = 1  # 0-based: early enough for two more layers to build on what it says
 
 
 def needle_config(tokenizer, width: int = 128, layers: int = 4, ff: int = 384, vision_width: int = 96) -> ModelConfig:
-    """Sizes of the needle model. Windows are one visual token wide, so that window attention is part of the picture."""
+    """Sizes of the needle model. Windows are one visual token wide, so that window attention is part of the picture.
+
+    Heads are 32 wide and fill `width` exactly: transformers derives their size and ignores `head_dim` in config.json.
+
+    Raises:
+      UserError: `width` is no multiple of 32.
+    """
+    heads = width // _HEAD
+    if width < _HEAD or width % _HEAD:
+        raise UserError(f"--width={width}: must be a multiple of {_HEAD}, the width of a head")
     vision = VisionConfig(
         layers=3, width=vision_width, heads=4, ff=256, out_width=width, full_attention_layers=(1,), window=28
     )
     text = TextConfig(
         layers=layers,
         width=width,
-        heads=4,
-        kv_heads=2,
-        head_dim=32,
+        heads=heads,
+        kv_heads=heads // 2 if heads % 2 == 0 else heads,
+        head_dim=_HEAD,
         ff=ff,
         vocab=tokenizer.tokenizer.get_vocab_size(),
         mrope_sections=(4, 6, 6),

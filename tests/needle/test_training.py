@@ -155,3 +155,9 @@ def _train(run, workdir) -> list[dict]:
 def test_bad_phases_are_named(text):
     with pytest.raises(UserError, match="--phase"):
         train_needle.parse_phase(text)
+
+
+@pytest.mark.parametrize("width", [16, 100])
+def test_widths_that_heads_do_not_fill_are_named(width):
+    with pytest.raises(UserError, match=f"--width={width}"):
+        training.needle_config(_TOKENIZER, width=width)
