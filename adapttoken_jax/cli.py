@@ -449,7 +449,7 @@ class Command:
 
 
 COMMANDS = (
-    Command("demo", "answers questions about a generated video with a generated, untrained model", _DEMO_FLAGS, _demo),
+    Command("demo", "answers questions about a generated video", _DEMO_FLAGS, _demo),
     Command("answer", "answers a question about a video", _ANSWER_FLAGS, _answer),
     Command("convert", "turns Hugging Face safetensors into an Orbax checkpoint, and back", _CONVERT_FLAGS, _convert),
     Command("compare", "runs PyTorch beside this library, stage by stage (needs torch)", _COMPARE_FLAGS, _compare),
