@@ -39,8 +39,8 @@ _PHASES = flags.DEFINE_multi_string(
         # One slot, everything near and clear, and some questions that can be read instead of seen: the letters are
         # learned here or not at all.
         "steps=800,slots=1,choice=2,open=2,pair_share=0.1,seen_share=0.9,reading_share=0.2,grade=0.1,hints=0.5",
-        "steps=400,slots=2,choice=2,open=1,pair_share=0.5,seen_share=0.8,reading_share=0.1,grade=0.5,hints=0.5",
-        "steps=1600,slots=8,choice=2,open=1,pair_share=0.5,seen_share=0.7,grade=1.0,hints=0.3",
+        "steps=500,slots=2,choice=2,open=1,pair_share=0.5,seen_share=0.8,reading_share=0.1,grade=0.5,hints=0.5",
+        "steps=1300,slots=8,choice=2,open=1,pair_share=0.5,seen_share=0.7,grade=0.7,hints=0.3",
     ],
     "one part of the curriculum, in order: steps and fields of `ClipSettings` as name=value, comma-separated",
 )

@@ -166,10 +166,9 @@ class ClipMaker:
             words, answer = self._open_words(question, visible), self.tokenizer.encode(question.answer)
         words = [*words, ((self.end,), (1.0,), False)]
         suffix = len(built.suffix_ids)
-        text, after = layout.text_start, max(layout.last, layout.text_start + suffix - 1) + 1
         return _Row(
             ids=[*built.suffix_ids, *answer],
-            positions=np.concatenate([text + np.arange(suffix), after + np.arange(len(answer))]),
+            positions=layout.text_start + np.arange(suffix + len(answer)),
             labels=[(suffix - 1 + i, ids, belief) for i, (ids, belief, _) in enumerate(words)],
             value=[depends for _, _, depends in words],
             hints=self._hints(question, built, visible),
@@ -204,7 +203,7 @@ class ClipMaker:
 
     def _longest(self, choice: bool) -> dict[str, int]:
         """Most tokens, labels and hints of any question: one shape for all batches."""
-        layout = Layout(np.zeros(0, int), np.zeros(0, bool), np.zeros((3, 0), int), 0, 0)
+        layout = Layout(np.zeros(0, int), np.zeros(0, bool), np.zeros((3, 0), int), 0)
         rows = [self._row(question, (True,) * len(question.keys), layout) for question in questions.examples(choice)]
         return {name: max(len(getattr(row, name)) for row in rows) for name in ("ids", "labels", "hints")}
 
@@ -338,14 +337,13 @@ class Layout:
     """Where the visual tokens of a clip stand.
 
     order: int32 [V]; kept: bool [V], by place; position_ids: int32 [3, S] with the prefix; text_start: first id of the
-    text after them; last: the largest id before that text.
+    text after them.
     """
 
     order: np.ndarray
     kept: np.ndarray
     position_ids: np.ndarray
     text_start: int
-    last: int
 
 
 def draw_layout(rng: np.random.Generator, settings: ClipSettings, prefix: int) -> Layout:
@@ -365,8 +363,7 @@ def draw_layout(rng: np.random.Generator, settings: ClipSettings, prefix: int) -
     rule = "hf5" if rng.random() < 0.2 else "legacy"
     side = max(settings.size) // 14
     start = geometry.text_start(rule, prefix, visual[:, kept], side, side, 2)
-    last = int(visual[:, kept].max(initial=prefix - 1))
-    return Layout(order.astype(np.int32), kept, np.concatenate([before, visual], 1), start, last)
+    return Layout(order.astype(np.int32), kept, np.concatenate([before, visual], 1), start)
 
 
 def _keep_share(rng, grade: float) -> float:
