@@ -3,7 +3,8 @@
     python -m experiments.train_needle --workdir runs/needle --export runs/needle-model
 
 A run that was stopped goes on where its last checkpoint stands when the same command is given again, with the same
-batches and the same numbers. `metrics.jsonl` in the work directory has one line per logged step.
+batches and the same numbers. `metrics.jsonl` in the work directory has one line per logged step, `training.json` there
+and in the exported directory says how the model came about.
 """
 
 import concurrent.futures
@@ -11,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from adapttoken_jax.needle import training
 from adapttoken_jax.needle.clips import ClipMaker, ClipSettings
 from adapttoken_jax.needle.export import export
 from adapttoken_jax.needle.tokenizer import chat_tokenizer
+from adapttoken_jax.result import atomic_file, library_versions
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints and metrics; made if missing", required=True)
 _EXPORT = flags.DEFINE_string("export", None, "Hugging Face directory to write at the end; must not exist yet")
@@ -38,9 +41,9 @@ _PHASES = flags.DEFINE_multi_string(
     [
         # One slot, everything near and clear, and some questions that can be read instead of seen: the letters are
         # learned here or not at all.
-        "steps=800,slots=1,choice=2,open=2,pair_share=0.1,seen_share=0.9,reading_share=0.2,grade=0.1,hints=0.5",
-        "steps=500,slots=2,choice=2,open=1,pair_share=0.5,seen_share=0.8,reading_share=0.1,grade=0.5,hints=0.5",
-        "steps=1300,slots=8,choice=2,open=1,pair_share=0.5,seen_share=0.7,grade=0.7,hints=0.3",
+        "steps=700,slots=1,choice=2,open=2,pair_share=0.3,seen_share=0.9,reading_share=0.2,grade=0.1,hints=0.5",
+        "steps=400,slots=2,choice=2,open=1,pair_share=0.5,seen_share=0.8,reading_share=0.1,grade=0.5,hints=0.5",
+        "steps=1400,slots=8,choice=2,open=1,pair_share=0.5,seen_share=0.7,grade=0.7,hints=0.3",
     ],
     "one part of the curriculum, in order: steps and fields of `ClipSettings` as name=value, comma-separated",
 )
@@ -215,6 +218,40 @@ def restore(manager: ocp.CheckpointManager, state: training.TrainState) -> tuple
     return training.TrainState(**found), manager.latest_step()
 
 
+def note_start(workdir: pathlib.Path) -> dict:
+    """How this run began: its command, seed, curriculum, commit and versions. A resumed run keeps its first note."""
+    path = workdir / "training.json"
+    if not path.exists():
+        command = "python -m experiments.train_needle"
+        given = [f"--{flag.name}={flag.value}" for flag in (_SEED, _CLIPS, _PEAK, _WIDTH, _LAYERS)]
+        note = {
+            "command": " ".join([command, *given]),
+            "seed": _SEED.value,
+            "phases": _PHASES.value,
+            "commit": commit(),
+            "versions": library_versions(),
+        }
+        write_json(path, note)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, with "+changes" if files differ from it; None outside of a repository."""
+    git = lambda *words: subprocess.run(
+        ["git", *words], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    """Writes a file of indented JSON."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode("utf-8"))
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]}")
@@ -225,9 +262,12 @@ def main(argv):
             raise UserError(f"--export={_EXPORT.value}: already exists; name a new directory")
         workdir.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+        note = note_start(workdir)
         values = train(run, workdir)
         if _EXPORT.value:
             export(_EXPORT.value, run.config, values)
+            last = json.loads(_lines(workdir / "metrics.jsonl")[-1])
+            write_json(pathlib.Path(_EXPORT.value) / "training.json", note | {"last": last})
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -35,7 +35,7 @@ class ClipSettings:
 
     slots: per clip. choice, open: questions per clip of either kind. pair_share: share of questions about two needles.
     seen_share: how often a question is about a needle that is seen, as far as there is one. reading_share: share of
-    the multiple-choice questions that need no video. hints: weight of the hints in the loss.
+    the multiple-choice questions that need no video. hints: weight of the hints and matches in the loss.
     grade: 0 only clear pictures full of sprites that are kept whole; 1 all that `DIFFICULTIES` and the method do to
     them. size: pixels.
     """
@@ -74,7 +74,9 @@ class QuestionBlock(NamedTuple):
     ids: int32 [B, Q, T] prompt suffix, then the answer without its end; position_ids: int32 [B, Q, 3, T];
     valid: bool [B, Q, T]. answer: the tokens that follow; value: bool [B, Q, A], True where one of them depends on what
     is seen. hints: what words of the prompt stand for, learned from an early layer: a key for its value, the words
-    of an option for its letter. Answers need these facts first, and they are found far sooner with a push.
+    of an option for its letter. matches: which words of the options are right, learned one layer later: the option's
+    letter for a right one, the end token for a wrong one. Answers need these facts first, and they are found far sooner
+    with a push.
     """
 
     ids: Any
@@ -83,6 +85,7 @@ class QuestionBlock(NamedTuple):
     answer: Labels
     value: Any
     hints: Labels
+    matches: Labels
 
 
 class Batch(NamedTuple):
@@ -165,13 +168,14 @@ class ClipMaker:
         else:
             words, answer = self._open_words(question, visible), self.tokenizer.encode(question.answer)
         words = [*words, ((self.end,), (1.0,), False)]
-        suffix = len(built.suffix_ids)
+        suffix, stated = len(built.suffix_ids), self._stated(question, built, visible)
         return _Row(
             ids=[*built.suffix_ids, *answer],
             positions=layout.text_start + np.arange(suffix + len(answer)),
             labels=[(suffix - 1 + i, ids, belief) for i, (ids, belief, _) in enumerate(words)],
             value=[depends for _, _, depends in words],
-            hints=self._hints(question, built, visible),
+            hints=self._key_hints(question, built, visible) + [(at, [letter], [1.0]) for at, letter, _ in stated],
+            matches=[(at, [letter, self.end], [p, 1 - p]) for at, letter, p in stated],
         )
 
     def _open_words(self, question, visible):
@@ -183,8 +187,8 @@ class ClipMaker:
             found.append((ids, list(belief.values()), part.needle is not None))
         return found
 
-    def _hints(self, question, built, visible) -> list[tuple]:
-        """(position, candidate ids, belief) of the keys in the question and of the values in the options."""
+    def _key_hints(self, question, built, visible) -> list[tuple]:
+        """(position, candidate ids, belief) of the keys in the question."""
         word = lambda text: self.tokenizer.encode(" " + text)[0]
         values = [part for part in question.parts if part.needle is not None]
         start, stop = built.question_span
@@ -193,19 +197,30 @@ class ClipMaker:
             belief = {part.word: 1.0} if visible[part.needle] else dict.fromkeys(part.values, 1 / len(part.values))
             place = start + built.suffix_ids[start:stop].index(word(key))
             found.append((place, [word(w) for w in belief], list(belief.values())))
-        all_values, letter = {word(value) for value in VALUES[question.asked]}, None
-        for place in range(stop, len(built.suffix_ids)):
-            token = built.suffix_ids[place]
-            letter = token if token in built.letter_ids else letter
-            if letter is not None and token in all_values:
-                found.append((place, [letter], [1.0]))
         return found
+
+    def _stated(self, question, built, visible) -> list[tuple]:
+        """(position, the option's letter, belief that it is right) of each value in the options."""
+        words = {self.tokenizer.encode(" " + value)[0] for value in VALUES[question.asked]}
+        after = built.question_span[1]
+        places = [after + i for i, token in enumerate(built.suffix_ids[after:]) if token in words]
+        said = [
+            (letter, value, needle)
+            for letter, belief in zip(built.letter_ids, question.beliefs, strict=bool(question.options))
+            for needle, value in enumerate(belief)
+        ]
+        truth = question.beliefs[question.correct] if question.options else ()
+        known = [{truth[n]} if visible[n] else {belief[n] for belief in question.beliefs} for n in range(len(truth))]
+        return [
+            (place, letter, (value in known[needle]) / len(known[needle]))
+            for place, (letter, value, needle) in zip(places, said, strict=bool(question.options))
+        ]
 
     def _longest(self, choice: bool) -> dict[str, int]:
         """Most tokens, labels and hints of any question: one shape for all batches."""
         layout = Layout(np.zeros(0, int), np.zeros(0, bool), np.zeros((3, 0), int), 0)
         rows = [self._row(question, (True,) * len(question.keys), layout) for question in questions.examples(choice)]
-        return {name: max(len(getattr(row, name)) for row in rows) for name in ("ids", "labels", "hints")}
+        return {name: max(len(getattr(row, name)) for row in rows) for name in ("ids", "labels", "hints", "matches")}
 
     def _block(self, clips: Sequence[list["_Row"]], longest: dict[str, int], hint_weight: float) -> QuestionBlock:
         """Pads [B][Q] rows to a `QuestionBlock`."""
@@ -217,6 +232,7 @@ class ClipMaker:
             answer=_empty_labels(shape, longest["labels"]),
             value=np.zeros((*shape, longest["labels"]), bool),
             hints=_empty_labels(shape, longest["hints"]),
+            matches=_empty_labels(shape, longest["matches"]),
         )
         for place, row in (((b, q), row) for b, rows in enumerate(clips) for q, row in enumerate(rows)):
             block.ids[place][: len(row.ids)] = row.ids
@@ -225,17 +241,19 @@ class ClipMaker:
             block.value[place][: len(row.value)] = row.value
             _fill_labels(block.answer, place, row.labels, 1.0)
             _fill_labels(block.hints, place, row.hints, hint_weight)
+            _fill_labels(block.matches, place, row.matches, hint_weight)
         return block
 
 
 class _Row(NamedTuple):
-    """One question. Labels and hints are (position, candidate ids, belief)."""
+    """One question. Labels, hints and matches are (position, candidate ids, belief)."""
 
     ids: list
     positions: np.ndarray
     labels: list
     value: list
     hints: list
+    matches: list
 
 
 def _empty_labels(shape, count) -> Labels:

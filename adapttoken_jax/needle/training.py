@@ -24,7 +24,7 @@ MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 _HEAD = 32
-_HINT_LAYER = 1  # 0-based: early enough for two more layers to build on what it says
+_HINT_LAYER, _MATCH_LAYER = 1, 2  # 0-based: each is there for the layers after it to build on
 
 
 def needle_config(tokenizer, width: int = 128, layers: int = 4, ff: int = 384, vision_width: int = 96) -> ModelConfig:
@@ -135,15 +135,16 @@ def context_of(model: Qwen25VL, planes: jax.Array, batch: Batch, prefix_ids: tup
 
 
 def read_logits(model: Qwen25VL, context, block: QuestionBlock) -> tuple[jax.Array, jax.Array]:
-    """Logits at the positions that a block reads: of answers [B, Q, A, V], and of hints [B, Q, I, V] after layer 1."""
+    """Logits at the positions that a block reads: of answers [B, Q, A, V], of hints [B, Q, I, V] after layer 1, and of
+    matches [B, Q, J, V] after layer 2."""
     clips, count, length = block.ids.shape
     tail = model.text.empty_tail(clips, count, length, jnp.float32)
     hidden, _, found = model.text.extend(
         model.text.embed(block.ids), block.position_ids, block.valid, context, tail, 0, return_layers=True
     )
-    early = found["layers"][min(_HINT_LAYER, model.config.text.layers - 1)]
+    early = [found["layers"][min(layer, model.config.text.layers - 1)] for layer in (_HINT_LAYER, _MATCH_LAYER)]
     at = lambda x, labels: model.text.logits(jnp.take_along_axis(x, labels.read[..., None], 2))
-    return at(hidden, block.answer), at(early, block.hints)
+    return at(hidden, block.answer), at(early[0], block.hints), at(early[1], block.matches)
 
 
 def losses(config: ModelConfig, prefix_ids: tuple[int, ...], values, planes: jax.Array, batch: Batch):
@@ -152,10 +153,11 @@ def losses(config: ModelConfig, prefix_ids: tuple[int, ...], values, planes: jax
     context = context_of(model, planes, batch, prefix_ids)
     found = {}
     for name, block in batch.blocks.items():
-        answer, hints = read_logits(model, context, block)
-        found[name] = block_metrics(answer, block) | {"hints": _mean(excess(hints, block.hints), block.hints.weight)}
+        answer, *early = read_logits(model, context, block)
+        means = [_mean(excess(x, labels), labels.weight) for x, labels in zip(early, block[-2:], strict=True)]
+        found[name] = block_metrics(answer, block) | dict(zip(("hints", "matches"), means, strict=True))
     total = sum(
-        metrics["excess"] + metrics["hints"] * jnp.max(batch.blocks[name].hints.weight)
+        metrics["excess"] + jnp.max(batch.blocks[name].hints.weight) * (metrics["hints"] + metrics["matches"])
         for name, metrics in found.items()
     )
     metrics = {f"{name}_{key}": value for name, metrics in found.items() for key, value in metrics.items()}

@@ -61,7 +61,7 @@ def test_prompts_are_those_of_build_prompt_and_labels_read_their_answer(batch):
 
 def test_every_belief_is_a_distribution(batch):
     for block in batch.blocks.values():
-        for labels in (block.answer, block.hints):
+        for labels in (block.answer, block.hints, block.matches):
             assert np.allclose(labels.beliefs.sum(-1), labels.weight > 0)
 
 
@@ -92,6 +92,35 @@ def test_hints_follow_what_is_seen_as_answers_do(batch):
     for b, _, q in _questions(block):
         hints = block.hints.beliefs[b, q].max(-1)[block.hints.weight[b, q] > 0]
         assert sorted(hints) == sorted(of_answers[b, q][block.value[b, q]])
+
+
+def test_a_match_is_the_belief_in_the_options_that_say_the_same(batch):
+    """Read as text: every word of an option is right as often as the options with that word in that place are."""
+    names, block = {*needle.COLOURS, *needle.SHAPES}, batch.blocks["choice"]
+    for b, ids, q in _questions(block):
+        lines = [line.split() for line in _TOKENIZER.decode(ids).split("assistant")[0].split("\n")]
+        options = {
+            words[0].rstrip("."): [w for w in words if w in names]
+            for words in lines
+            if words and words[0][0] in "ABCDE"
+        }
+        answer = {
+            _TOKENIZER.decode([t]).strip(): p
+            for t, p in zip(block.answer.targets[b, q, 0], block.answer.beliefs[b, q, 0], strict=True)
+        }
+        expected = [
+            (letter, word, sum(answer[other] for other, said in options.items() if said[place] == word))
+            for letter, words in options.items()
+            for place, word in enumerate(words)
+        ]
+        found = [
+            (_TOKENIZER.decode([targets[0]]).strip(), _TOKENIZER.decode([ids[place]]).strip(), beliefs[0])
+            for place, targets, beliefs, weight in zip(*(field[b, q] for field in block.matches), strict=True)
+            if weight
+        ]
+        assert [each[:2] for each in found] == [each[:2] for each in expected]
+        assert np.allclose([each[2] for each in found], [each[2] for each in expected])
+    assert batch.blocks["open"].matches.weight.shape[-1] == 0
 
 
 def test_labels_follow_the_pixels_that_are_kept():

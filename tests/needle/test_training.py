@@ -55,6 +55,7 @@ def test_block_metrics_of_literal_logits():
         ),
         value=jnp.asarray([[[True, True, False]]]),
         hints=None,
+        matches=None,
     )
     found = training.block_metrics(jnp.asarray([[[sure, half, half]]]), block)
     expected = {"excess": 0.0, "accuracy": 1.0, "entropy_known": 0.0, "entropy_open": np.log(2), "gap": 0.0}
