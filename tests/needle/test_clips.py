@@ -102,7 +102,7 @@ def test_a_match_is_the_belief_in_the_options_that_say_the_same(batch):
         options = {
             words[0].rstrip("."): [w for w in words if w in names]
             for words in lines
-            if words and words[0][0] in "ABCDE"
+            if words and words[0].rstrip(".") in tuple("ABCDE")
         }
         answer = {
             _TOKENIZER.decode([t]).strip(): p
