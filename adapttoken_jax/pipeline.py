@@ -17,7 +17,7 @@ from adapttoken_jax.config import METHODS, AdaptTokenConfig, ModelConfig, read_m
 from adapttoken_jax.encoding import Progress, VisualTokens, encode_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.loading import Model
-from adapttoken_jax.prompt import Prompt, build_prompt, check_question
+from adapttoken_jax.prompt import Ask, Prompt, build_prompt, check_question
 from adapttoken_jax.record import make_result, make_trace
 from adapttoken_jax.run import Outcome, Plan, Run, Selected
 from adapttoken_jax.scan import ContextTokens, Visit, agreed_answer, blind_replies, final_reply, visit_groups
@@ -71,7 +71,7 @@ def _check_minimum(config: AdaptTokenConfig, groups: int) -> None:
 def answer(
     model: Model,
     video,
-    question: str | Sequence[str],
+    question: str | Ask | Sequence[str | Ask],
     options: Sequence | None = None,
     config: AdaptTokenConfig | None = None,
     method: str = "adapttoken",
@@ -87,7 +87,8 @@ def answer(
     Args:
       model: from `load`.
       video: a path, or `video.Frames` in memory.
-      question: one question, or a list of them; the video is then encoded and scanned once for all.
+      question: one question, or a list of them; the video is then encoded and scanned once for all. An `Ask` is put
+        to the letter and brings its own options.
       options: the answer options of the question (None: an open question); for a list of questions, one entry each.
       config: None is the model's preset; `AdaptTokenConfig.for_model` starts from it.
       method: one of `config.METHODS`.
@@ -105,8 +106,9 @@ def answer(
       UserError: something about the video, the question or the settings that the user can mend.
     """
     begin = time.perf_counter()
-    questions = [question] if isinstance(question, str) else list(question)
-    choices = [options] if isinstance(question, str) else list(options or [None] * len(questions))
+    single = isinstance(question, (str, Ask))
+    questions = [question] if single else list(question)
+    choices = [options] if single else list(options or [None] * len(questions))
     if not questions or len(choices) != len(questions):
         raise UserError(f"options: give one entry per question ({len(questions)}), None for an open one")
     config = AdaptTokenConfig.for_model(model.config) if config is None else config.resolve(model.config)
@@ -119,7 +121,7 @@ def answer(
     results = [_answered(run, begin, trace) for run in runs]
     if abstain_above is not None:
         results = [result.abstain(each, abstain_above) for each in results]
-    return results[0] if isinstance(question, str) else results
+    return results[0] if single else results
 
 
 def _check_limits(abstain_above: float | None, deadline: float | None) -> None:
