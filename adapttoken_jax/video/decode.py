@@ -3,18 +3,24 @@
 The wanted frames are known before decoding starts. Between two of them the decoder either runs on or, when the next
 one lies beyond the current group of pictures, jumps to the key frame before it. Frames are recognised by their
 timestamps, so a jump that lands elsewhere is noticed and undone.
+
+PyAV is imported where a file is read: frames in memory need no decoder.
 """
+
+from __future__ import annotations
 
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.video.probe import Orientation, VideoInfo, open_video
+
+if TYPE_CHECKING:
+    import av
 
 # A jump empties the decoder's pipeline, which was measured to cost as much as decoding 8 to 15 frames of 720p.
 SEEK_FRAMES = 16
@@ -41,8 +47,11 @@ class FrameReader:
         self, info: VideoInfo, wanted: Iterable[int], threads: int = 0, cancelled: Callable[[], bool] = lambda: False
     ):
         self._info, self._threads, self._cancelled = info, threads, cancelled
-        # A frame converted by itself sets up a converter each time, which for small pictures costs more than decoding.
-        self._to_rgb = VideoReformatter()
+        if info.frames is None:
+            from av.video.reformatter import VideoReformatter
+
+            # Without one, each frame would set up its own, which for small pictures costs more than decoding.
+            self._to_rgb = VideoReformatter()
         self._keys = np.arange(info.total) if info.pts is None else info.pts
         self._wanted = {int(self._keys[index]) for index in wanted}
         self._file = contextlib.ExitStack()
@@ -106,6 +115,8 @@ class FrameReader:
             self._open()
 
     def _seek(self, start: int) -> None:
+        from av import FFmpegError
+
         if self._container is None:
             self._open()
         target = int(self._keys[start])
@@ -113,7 +124,7 @@ class FrameReader:
             self._container.seek(target, stream=self._stream)
             packets = self._container.demux(self._stream)
             first = next(packets)
-        except av.FFmpegError:
+        except FFmpegError:
             first = None
         if first is None or not first.is_keyframe or first.pts is None or first.pts > target:
             self._seekable = False  # the index of this file misleads: read on without it
@@ -129,6 +140,8 @@ class FrameReader:
 
     def _decode(self, packets) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yields (key, frame) in display order, where the key is the pts or, without usable pts, a running count."""
+        from av import FFmpegError
+
         counted, count = self._info.pts is None, 0
         context = self._stream.codec_context
         # H.264 marks the pictures that no other one refers to; unwanted ones of these need not be decoded. The
@@ -145,7 +158,7 @@ class FrameReader:
                 for frame in packet.decode():
                     yield (count if counted else frame.pts), frame
                     count += 1
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             reason = (error.strerror or type(error).__name__).lower()
             where = f"after {self._time(max(self._position, 0)):.2f} s"
             message = f"{self._info.name}: cannot be decoded {where} ({reason}); copy or download the file again"
