@@ -118,7 +118,7 @@ def answer(
     tokens = encode_video(model, plan.clip, trace, on_progress)
     time_is_up = lambda: deadline is not None and time.perf_counter() - begin >= deadline
     runs = scan_video(model, plan, tokens, prompts, config, method, time_is_up, on_progress)
-    results = [_answered(run, begin, trace) for run in runs]
+    results = [answered(run, begin, trace) for run in runs]
     if abstain_above is not None:
         results = [result.abstain(each, abstain_above) for each in results]
     return results[0] if single else results
@@ -171,15 +171,22 @@ def conclude(run: Run) -> Outcome:
     """Steps 8 to 11 for one question."""
     everything = run.video.coordinates(np.arange(run.plan.clip.grid[0]))
     empty = np.zeros(0)
-    selected = select(run) if run.scan else Selected(empty, empty.astype(int), everything, everything)
-    renumber = run.config.final_positions == "compact" and run.scan is not None
+    return answer_from(run, select(run) if run.scan else Selected(empty, empty.astype(int), everything, everything))
+
+
+def answer_from(run: Run, selected: Selected) -> Outcome:
+    """Step 11: the answer from these tokens of the video. Where they are all of it there is nothing to renumber."""
+    renumber = run.config.final_positions == "compact" and len(selected.tokens) < run.plan.tokens
     ids = run.video.position_ids(selected.tokens, len(run.prompt.prefix_ids), renumber)
     context = ContextTokens(run.video.gather(selected.tokens), ids)
     return Outcome(selected, ids, final_reply(run.model, run.video, context, run.prompt, run.config))
 
 
-def _answered(run: Run, begin: float, trace: bool) -> result.Result:
-    """The result of a scanned run; where the stop rule has just asked over the same visits, that answer stands."""
+def answered(run: Run, begin: float, trace: bool = False) -> result.Result:
+    """The result of a scanned run that began at `begin` (seconds of `time.perf_counter`).
+
+    Where the stop rule has just asked over the same visits, that answer stands.
+    """
     final_begin = time.perf_counter()
     outcome = run.asked.get(len(run.scan.visits)) if run.scan else None
     outcome = outcome or conclude(run)
