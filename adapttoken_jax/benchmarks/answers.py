@@ -106,10 +106,14 @@ def _at_the_ends(text: str) -> list[tuple[int, int, str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def vlmevalkit_prefixes(response: str, item: Item) -> Letters:
-    """The first of the benchmark's letters after the known beginnings, else the option whose text is said."""
-    letters = "ABCDE" if len(item.options) > 4 else "ABCD"
-    return _first_letter(response, _VLMEVALKIT_PREFIXES, letters) or _inferred(response, item)
+def vlmevalkit(response: str, item: Item) -> Letters:
+    """The first of A to D after the known beginnings, else the option whose text is said."""
+    return _first_letter(response, _VLMEVALKIT_PREFIXES, "ABCD") or _inferred(response, item)
+
+
+def vlmevalkit_longvideobench(response: str, item: Item) -> Letters:
+    """The same with A to E, whether the question has five options or four."""
+    return _first_letter(response, _VLMEVALKIT_PREFIXES, "ABCDE") or _inferred(response, item)
 
 
 def vlmevalkit_mlvu(response: str, item: Item) -> Letters:

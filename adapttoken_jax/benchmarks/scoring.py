@@ -135,19 +135,19 @@ SCORERS: dict[str, dict[str, Scorer]] = {
         "official": Scorer(answers.videomme_official, unread_counts=False),
         "lmms-eval": Scorer(answers.lmms_eval_ranked),
         "flexselect": Scorer(answers.videomme_official),
-        "VLMEvalKit": Scorer(answers.vlmevalkit_prefixes),
+        "VLMEvalKit": Scorer(answers.vlmevalkit),
     },
     "longvideobench": {
         "official": Scorer(answers.longvideobench_official),
         "lmms-eval": Scorer(answers.longvideobench_official),
         "lmms-eval-guess": Scorer(answers.longvideobench_official, guess_seed=0),
-        "VLMEvalKit": Scorer(answers.vlmevalkit_prefixes),
+        "VLMEvalKit": Scorer(answers.vlmevalkit_longvideobench),
     },
     "lvbench": {
         "official": Scorer(answers.lvbench_official),
         "lmms-eval": Scorer(answers.lmms_eval_ranked),
         "flexselect": Scorer(answers.videomme_official, first_label=True),
-        "VLMEvalKit": Scorer(answers.vlmevalkit_prefixes),
+        "VLMEvalKit": Scorer(answers.vlmevalkit),
     },
     "mlvu": {
         "official": Scorer(answers.mlvu_official, macro="task"),

@@ -72,7 +72,7 @@ READINGS = {
         ("", None),
         ("nothing here", None),
     ],
-    "vlmevalkit_prefixes": [
+    "vlmevalkit": [
         ("Answer: B", "B"),
         ("Option: C", "C"),
         ("it is green", "C"),
@@ -108,10 +108,10 @@ def test_vlmevalkits_second_reading(response, letters):
     assert answers.vlmevalkit_mlvu(response, item()) == letters
 
 
-def test_five_options_have_five_letters_under_vlmevalkit():
-    five = item(("red", "blue", "green", "white", "black"))
-    assert answers.vlmevalkit_prefixes("E", five) == ("E",)
-    assert answers.vlmevalkit_prefixes("E", item()) == ()
+def test_vlmevalkit_knows_five_letters_in_longvideobench_alone():
+    """Even of four options: its E is then a wrong answer."""
+    assert answers.vlmevalkit_longvideobench("Except B", item()) == ("E",)
+    assert answers.vlmevalkit("Except B", item()) == ("B",)
 
 
 def test_what_could_not_be_asked_counts_nowhere():
