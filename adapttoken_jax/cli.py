@@ -434,6 +434,44 @@ def _demo(values: flags.FlagValues) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# evaluate
+# ---------------------------------------------------------------------------------------------------------------------
+
+_METHOD, _MESH, _DTYPE = (next(flag for flag in _ANSWER_FLAGS if flag.name == n) for n in ("method", "mesh", "dtype"))
+_BENCHMARKS = ("videomme", "longvideobench", "lvbench", "mlvu")
+
+_EVALUATE_FLAGS = (
+    Flag("benchmark", str, "which questions", "Input", "NAME", required=True, choices=_BENCHMARKS),
+    Flag("data", str, "directory with the benchmark's files as published", "Input", "DIR", required=True),
+    dataclasses.replace(_MODEL, required=False, help=f"{_MODEL.help} (required without --check)"),
+    Flag("prompt", str, "wording of the questions (default: the benchmark's)", "Questions", "NAME"),
+    Flag("subtitles", bool, "put the subtitles of the sampled frames into the prompt", "Questions"),
+    Flag("limit", int, "ask the first so many questions only", "Questions", "N", low=1),
+    _METHOD,
+    Flag("replay", str, "answer from the tokens that the run in this directory selected", "Method", "DIR"),
+    Flag("workdir", str, "directory of the run, made if missing (required without --check)", "Run", "DIR"),
+    Flag("check", bool, "print what the data directory lacks, and answer nothing", "Run"),
+    Flag("strict", bool, "stop at a missing file or a video that cannot be read", "Run"),
+    Flag("resume", bool, "go on with a run that the directory holds", "Run", default=True, shown_default="true"),
+    Flag("shard", str, "answer part INDEX of COUNT, as 0/4; parts share the work directory", "Run", "INDEX/COUNT"),
+    Flag("distributed", bool, "start jax.distributed; each process answers its part", "Run"),
+    _MESH,
+    _DTYPE,
+    *setting_flags(),
+    _DEBUG,
+)
+
+
+def _evaluate(values: flags.FlagValues) -> int:
+    from adapttoken_jax.evaluation import command
+
+    for flag in () if values.check else ("model", "workdir"):
+        if not values[flag].value:
+            raise UserError(f"--{flag} is required without --check")
+    return command.check(values) if values.check else command.evaluate(values, given_settings(values))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The commands
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -453,6 +491,7 @@ COMMANDS = (
     Command("answer", "answers a question about a video", _ANSWER_FLAGS, _answer),
     Command("convert", "turns Hugging Face safetensors into an Orbax checkpoint, and back", _CONVERT_FLAGS, _convert),
     Command("compare", "runs PyTorch beside this library, stage by stage (needs torch)", _COMPARE_FLAGS, _compare),
+    Command("evaluate", "answers a benchmark's questions and scores them", _EVALUATE_FLAGS, _evaluate),
 )
 
 

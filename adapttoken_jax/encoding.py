@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -74,10 +74,17 @@ class VisualTokens:
         return token_position_ids(start, time_ids(slot, seconds, self.tokens_per_second), row, col)
 
 
-def encode_video(model: Model, clip: Clip, keep_patches: bool = False, on_progress: Progress | None = None):
+def encode_video(
+    model: Model,
+    clip: Clip,
+    keep_patches: bool = False,
+    on_progress: Progress | None = None,
+    chunks: Iterable | None = None,
+):
     """Decodes, resizes and encodes every slot of a clip, a chunk at a time; raw frames are never kept.
 
-    The chunk after the one on the device is decoded meanwhile.
+    The chunk after the one on the device is decoded meanwhile. `chunks` replaces the decoding by what it has already
+    given: the pairs that `read_patches(clip, chunk_slots=chunk_slots(model, clip))` yields.
 
     Returns:
       `VisualTokens`.
@@ -95,8 +102,10 @@ def encode_video(model: Model, clip: Clip, keep_patches: bool = False, on_progre
         waiting.clear()
         seconds["vision"] += time.perf_counter() - begin
 
-    size = min(chunk_slots(model, height * width), round_up(slots, model.wave))
-    for indices, patches in _timed(read_patches(clip, chunk_slots=size), seconds, "decode"):
+    size = chunk_slots(model, clip)
+    if chunks is None:
+        chunks = read_patches(clip, chunk_slots=size)
+    for indices, patches in _timed(chunks, seconds, "decode"):
         padded = np.zeros((size, *patches.shape[1:]), np.float32)
         padded[: len(indices)] = patches
         encoded = encode_slots(model.module, _place(model, padded), height, width)
@@ -111,10 +120,11 @@ def encode_video(model: Model, clip: Clip, keep_patches: bool = False, on_progre
     return VisualTokens(features, clip, vision.merge, vision.tokens_per_second, patches, seconds)
 
 
-def chunk_slots(model: Model, patches_per_slot: int) -> int:
-    """Slots per call of the vision tower, a multiple of the groups that run side by side."""
-    slots = max(1, min(_SLOTS_PER_CHUNK, _PATCHES_PER_CHUNK // patches_per_slot))
-    return round_up(slots, model.wave)
+def chunk_slots(model: Model, clip: Clip) -> int:
+    """Slots of a clip per call of the vision tower, a multiple of the groups that run side by side."""
+    slots, height, width = clip.grid
+    most = max(1, min(_SLOTS_PER_CHUNK, _PATCHES_PER_CHUNK // (height * width)))
+    return min(round_up(most, model.wave), round_up(slots, model.wave))
 
 
 def _place(model: Model, array: np.ndarray):

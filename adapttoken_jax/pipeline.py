@@ -17,7 +17,7 @@ from adapttoken_jax.config import METHODS, AdaptTokenConfig, ModelConfig, read_m
 from adapttoken_jax.encoding import Progress, VisualTokens, encode_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.loading import Model
-from adapttoken_jax.prompt import Prompt, build_prompt, check_question
+from adapttoken_jax.prompt import Ask, Prompt, build_prompt, check_question
 from adapttoken_jax.record import make_result, make_trace
 from adapttoken_jax.run import Outcome, Plan, Run, Selected
 from adapttoken_jax.scan import ContextTokens, Visit, agreed_answer, blind_replies, final_reply, visit_groups
@@ -71,7 +71,7 @@ def _check_minimum(config: AdaptTokenConfig, groups: int) -> None:
 def answer(
     model: Model,
     video,
-    question: str | Sequence[str],
+    question: str | Ask | Sequence[str | Ask],
     options: Sequence | None = None,
     config: AdaptTokenConfig | None = None,
     method: str = "adapttoken",
@@ -87,7 +87,8 @@ def answer(
     Args:
       model: from `load`.
       video: a path, or `video.Frames` in memory.
-      question: one question, or a list of them; the video is then encoded and scanned once for all.
+      question: one question, or a list of them; the video is then encoded and scanned once for all. An `Ask` is put
+        to the letter and brings its own options.
       options: the answer options of the question (None: an open question); for a list of questions, one entry each.
       config: None is the model's preset; `AdaptTokenConfig.for_model` starts from it.
       method: one of `config.METHODS`.
@@ -105,8 +106,9 @@ def answer(
       UserError: something about the video, the question or the settings that the user can mend.
     """
     begin = time.perf_counter()
-    questions = [question] if isinstance(question, str) else list(question)
-    choices = [options] if isinstance(question, str) else list(options or [None] * len(questions))
+    single = isinstance(question, (str, Ask))
+    questions = [question] if single else list(question)
+    choices = [options] if single else list(options or [None] * len(questions))
     if not questions or len(choices) != len(questions):
         raise UserError(f"options: give one entry per question ({len(questions)}), None for an open one")
     config = AdaptTokenConfig.for_model(model.config) if config is None else config.resolve(model.config)
@@ -116,10 +118,10 @@ def answer(
     tokens = encode_video(model, plan.clip, trace, on_progress)
     time_is_up = lambda: deadline is not None and time.perf_counter() - begin >= deadline
     runs = scan_video(model, plan, tokens, prompts, config, method, time_is_up, on_progress)
-    results = [_answered(run, begin, trace) for run in runs]
+    results = [answered(run, begin, trace) for run in runs]
     if abstain_above is not None:
         results = [result.abstain(each, abstain_above) for each in results]
-    return results[0] if isinstance(question, str) else results
+    return results[0] if single else results
 
 
 def _check_limits(abstain_above: float | None, deadline: float | None) -> None:
@@ -169,15 +171,22 @@ def conclude(run: Run) -> Outcome:
     """Steps 8 to 11 for one question."""
     everything = run.video.coordinates(np.arange(run.plan.clip.grid[0]))
     empty = np.zeros(0)
-    selected = select(run) if run.scan else Selected(empty, empty.astype(int), everything, everything)
-    renumber = run.config.final_positions == "compact" and run.scan is not None
+    return answer_from(run, select(run) if run.scan else Selected(empty, empty.astype(int), everything, everything))
+
+
+def answer_from(run: Run, selected: Selected) -> Outcome:
+    """Step 11: the answer from these tokens of the video. Where they are all of it there is nothing to renumber."""
+    renumber = run.config.final_positions == "compact" and len(selected.tokens) < run.plan.tokens
     ids = run.video.position_ids(selected.tokens, len(run.prompt.prefix_ids), renumber)
     context = ContextTokens(run.video.gather(selected.tokens), ids)
     return Outcome(selected, ids, final_reply(run.model, run.video, context, run.prompt, run.config))
 
 
-def _answered(run: Run, begin: float, trace: bool) -> result.Result:
-    """The result of a scanned run; where the stop rule has just asked over the same visits, that answer stands."""
+def answered(run: Run, begin: float, trace: bool = False) -> result.Result:
+    """The result of a scanned run that began at `begin` (seconds of `time.perf_counter`).
+
+    Where the stop rule has just asked over the same visits, that answer stands.
+    """
     final_begin = time.perf_counter()
     outcome = run.asked.get(len(run.scan.visits)) if run.scan else None
     outcome = outcome or conclude(run)

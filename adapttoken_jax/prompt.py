@@ -7,6 +7,7 @@ Design decisions:
 - Control tokens enter as ids. Text from the user is encoded with control tokens switched off, so that a question which
   contains `<|im_end|>` is a question about those characters and cannot close the turn.
 - Every special id comes from the checkpoint.
+- All wordings end in one `Ask`, so that a benchmark's prompt and the project's own become ids in one place.
 """
 
 import dataclasses
@@ -196,31 +197,74 @@ class Prompt:
     options: tuple[str, ...] = ()
 
 
-def build_prompt(
-    tokenizer: ChatTokenizer, question: str, options: Sequence[str] | None = None, system: str | None = None
-) -> Prompt:
-    """The chat prompt of one question about one video.
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What a prompt says, as ready text: for prompts whose wording is not ours, such as a benchmark's.
 
-    An open question is put as it is. With options the text is the question, one line `A. text` per option, and the
-    instruction to answer with the letter. `system` replaces the default system message.
+    Attributes:
+      question: the question itself.
+      before: what the user's turn says between the video and the question.
+      after: what it says after the question, options included.
+      options: the options' texts without their letters, which run from A; empty for an open question.
+      system: replaces the default system message; None keeps it.
+      begin: how the assistant's turn begins. The model goes on from there, and its answer is what it adds.
+    """
+
+    question: str
+    before: str = ""
+    after: str = ""
+    options: tuple[str, ...] = ()
+    system: str | None = None
+    begin: str = ""
+
+    @property
+    def text(self) -> str:
+        """The user's turn after the video."""
+        return self.before + self.question + self.after
+
+
+def plain_ask(question: str, options: Sequence[str] | None = None, system: str | None = None) -> Ask:
+    """The project's own wording: an open question as it is; with options one line `A. text` each and the instruction.
 
     Raises:
-      UserError: an empty question or option, one option alone, more than 26, or text that is not valid Unicode.
+      UserError: as `check_question`.
     """
     check_question(question, options)
     texts = _option_texts(options or ())
-    letters = tuple(string.ascii_uppercase[: len(texts)])
-    span, text_ids = _text_ids(tokenizer, question, letters, texts)
+    lines = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, texts, strict=False)]
+    after = "\n".join(["", *lines, OPTIONS_INSTRUCTION]) if lines else ""
+    return Ask(question, after=after, options=texts, system=system)
+
+
+def build_prompt(
+    tokenizer: ChatTokenizer, question: str | Ask, options: Sequence[str] | None = None, system: str | None = None
+) -> Prompt:
+    """The chat prompt of one question about one video.
+
+    A question in words is put by `plain_ask`; an `Ask` is put to the letter and brings its own options and system
+    message. `system` replaces the default system message.
+
+    Raises:
+      UserError: an empty question or option, one option alone, more than 26, text that is not valid Unicode, or options
+        or a system message beside an `Ask`.
+    """
+    if isinstance(question, Ask):
+        ask = question
+        _check_ask(ask, options, system)
+    else:
+        ask = plain_ask(question, options, system)
+    letters = tuple(string.ascii_uppercase[: len(ask.options)])
+    span, text_ids = _text_ids(tokenizer, ask)
     turn_end = [tokenizer.im_end, *tokenizer.encode("\n")]
     prefix = [
-        *_header(tokenizer, "system", DEFAULT_SYSTEM if system is None else system),
+        *_header(tokenizer, "system", DEFAULT_SYSTEM if ask.system is None else ask.system),
         *turn_end,
         *_header(tokenizer, "user"),
         tokenizer.vision_start,
     ]
-    suffix = [tokenizer.vision_end, *text_ids, *turn_end, *_header(tokenizer, "assistant")]
+    suffix = [tokenizer.vision_end, *text_ids, *turn_end, *_header(tokenizer, "assistant", ask.begin)]
     letter_ids = tuple(_letter_id(tokenizer, letter) for letter in letters)
-    return Prompt(tuple(prefix), tuple(suffix), span, letters, letter_ids, texts)
+    return Prompt(tuple(prefix), tuple(suffix), span, letters, letter_ids, ask.options)
 
 
 def check_question(question: str, options: Sequence[str] | None = None) -> None:
@@ -240,6 +284,13 @@ def check_question(question: str, options: Sequence[str] | None = None) -> None:
             raise UserError(f"--{flag}: the text is not valid UTF-8")
 
 
+def _check_ask(ask: Ask, options: Sequence[str] | None, system: str | None) -> None:
+    for text in (ask.question, ask.text):
+        check_question(text, ask.options)
+    if options or system is not None:
+        raise UserError("options: an Ask brings its own options and system message; give them there")
+
+
 def _option_texts(options: Sequence[str]) -> tuple[str, ...]:
     """The options without letters of their own, if every one of them starts with the letter it would get anyway."""
     matches = [
@@ -255,13 +306,12 @@ def _header(tokenizer: ChatTokenizer, role: str, content: str = "") -> list[int]
     return [tokenizer.im_start, *tokenizer.encode(f"{role}\n{content}")]
 
 
-def _text_ids(tokenizer, question, letters, options) -> tuple[tuple[int, int], list[int]]:
+def _text_ids(tokenizer: ChatTokenizer, ask: Ask) -> tuple[tuple[int, int], list[int]]:
     """Ids of the user's text, and the question's span counted from vision_end, which stands before them."""
-    lines = [f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)]
-    text = "\n".join([question, *lines, OPTIONS_INSTRUCTION] if lines else [question])
-    encoding = tokenizer.tokenizer.encode(text, add_special_tokens=False)
+    begin, end = len(ask.before), len(ask.before) + len(ask.question)
+    encoding = tokenizer.tokenizer.encode(ask.text, add_special_tokens=False)
     # A token may hold the question's last characters and the line break, so the parts are not encoded one by one.
-    inside = [i for i, (start, stop) in enumerate(encoding.offsets) if start < len(question) and stop > 0]
+    inside = [i for i, (start, stop) in enumerate(encoding.offsets) if start < end and stop > begin]
     return (1 + inside[0], 2 + inside[-1]), encoding.ids
 
 

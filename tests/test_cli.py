@@ -96,10 +96,11 @@ def test_the_version_is_one_line(capsys):
     ("word", "words"),
     [
         ("answr", "adapttoken: unknown command 'answr', did you mean 'answer'?; see adapttoken --help"),
-        ("evaluate-it-all", "adapttoken: unknown command 'evaluate-it-all'; see adapttoken --help"),
+        ("transcribe", "adapttoken: unknown command 'transcribe'; see adapttoken --help"),
         (
             "--model",
-            "adapttoken: --model: a command comes first (demo, answer, convert, compare); see adapttoken --help",
+            "adapttoken: --model: a command comes first (demo, answer, convert, compare, evaluate); "
+            "see adapttoken --help",
         ),
     ],
 )

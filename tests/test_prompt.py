@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.prompt import ChatTokenizer, build_prompt, parse_option
+from adapttoken_jax.prompt import Ask, ChatTokenizer, build_prompt, parse_option, plain_ask
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 CORPUS = ["What is the colour of the car?\nA. red\nB. blue\n", "system user assistant helpful " * 3, "Where?\n" * 5]
@@ -109,6 +109,46 @@ def test_a_token_that_holds_the_questions_end_and_the_line_break_belongs_to_the_
     prompt = build_prompt(chat, "Where?", ["red", "blue"])
     last = prompt.suffix_ids[prompt.question_span[1] - 1]
     assert chat.decode([last]) == "?\n"
+
+
+def test_a_ready_text_is_put_to_the_letter(chat):
+    ask = Ask("Where?", "Look well.\n", "\n(A) here\n(B) there\nSay it.", ("here", "there"), "Be brief.", "Best: (")
+    prompt = build_prompt(chat, ask)
+    between = chat.tokenizer.decode([*prompt.prefix_ids, *prompt.suffix_ids], skip_special_tokens=False)
+    assert between == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|><|vision_end|>"
+        "Look well.\nWhere?\n(A) here\n(B) there\nSay it.<|im_end|>\n<|im_start|>assistant\nBest: ("
+    )
+    assert (prompt.letters, prompt.options) == (("A", "B"), ("here", "there"))
+    assert [chat.decode([i]) for i in prompt.letter_ids] == ["A", "B"]
+
+
+def test_the_question_of_a_ready_text_is_where_it_is_said_to_be(chat):
+    """The subtitles before it say the same words."""
+    prompt = build_prompt(chat, Ask("Where is it?", before="Subtitles:\nWhere is it?\n", after="\nSay."))
+    start, stop = prompt.question_span
+    assert chat.decode(prompt.suffix_ids[start:stop]).startswith("Where is it?")
+    assert "Subtitles:\nWhere is it?\n" in chat.decode(prompt.suffix_ids[:start])
+
+
+def test_the_projects_own_wording_is_one_ask_among_others(chat):
+    ask = plain_ask("Which?", ["red", "blue"], "Be brief.")
+    assert ask.text == "Which?\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly."
+    assert build_prompt(chat, ask) == build_prompt(chat, "Which?", ["red", "blue"], system="Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("ask", "given", "words"),
+    [
+        (Ask("Where?"), {"options": ["a", "b"]}, "brings its own options"),
+        (Ask("Where?"), {"system": "Be brief."}, "brings its own options"),
+        (Ask("", before="Look."), {}, "question is empty"),
+        (Ask("Where?", before="\ud800"), {}, "UTF-8"),
+    ],
+)
+def test_a_bad_ready_text_is_a_user_error(chat, ask, given, words):
+    with pytest.raises(UserError, match=words):
+        build_prompt(chat, ask, **given)
 
 
 def test_control_tokens_in_the_users_text_are_characters(chat):

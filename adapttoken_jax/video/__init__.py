@@ -8,7 +8,7 @@ Three presets (`PRESETS`) gather the conventions in which the published preproce
 """
 
 from adapttoken_jax.video.decode import FrameReader
-from adapttoken_jax.video.patches import patch_rows, read_images, read_patches
+from adapttoken_jax.video.patches import SlotImages, patch_rows, read_images, read_patches
 from adapttoken_jax.video.probe import Frames, VideoInfo, probe
 from adapttoken_jax.video.resize import resize_bicubic, resize_pillow
 from adapttoken_jax.video.sampling import PRESETS, Clip, Preset, frame_count, plan_clip, smart_resize
@@ -19,6 +19,7 @@ __all__ = [
     "FrameReader",
     "Frames",
     "Preset",
+    "SlotImages",
     "VideoInfo",
     "frame_count",
     "patch_rows",

@@ -3,22 +3,33 @@
 The wanted frames are known before decoding starts. Between two of them the decoder either runs on or, when the next
 one lies beyond the current group of pictures, jumps to the key frame before it. Frames are recognised by their
 timestamps, so a jump that lands elsewhere is noticed and undone.
+
+PyAV is imported where a file is read: frames in memory need no decoder.
 """
+
+from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.video.probe import Orientation, VideoInfo, open_video
 
+if TYPE_CHECKING:
+    import av
+
 # A jump empties the decoder's pipeline, which was measured to cost as much as decoding 8 to 15 frames of 720p.
 SEEK_FRAMES = 16
 # A frame that a decoder swallows is replaced by the next one, unless that is further away than this.
 _LARGEST_GAP_S = 1.0
+
+
+class Cancelled(Exception):
+    """A reader was told to stop while it looked for a frame."""
 
 
 class FrameReader:
@@ -28,10 +39,19 @@ class FrameReader:
       info: what `probe` found.
       wanted: indices of all frames that will be asked for, in any order. The others need not be decoded at all where
         no other frame depends on them.
+      threads: of the decoder; 0 lets it choose.
+      cancelled: asked before every frame is decoded; `read` raises `Cancelled` once it says yes.
     """
 
-    def __init__(self, info: VideoInfo, wanted: Iterable[int]):
-        self._info = info
+    def __init__(
+        self, info: VideoInfo, wanted: Iterable[int], threads: int = 0, cancelled: Callable[[], bool] = lambda: False
+    ):
+        self._info, self._threads, self._cancelled = info, threads, cancelled
+        if info.frames is None:
+            from av.video.reformatter import VideoReformatter
+
+            # Without one, each frame would set up its own, which for small pictures costs more than decoding.
+            self._to_rgb = VideoReformatter()
         self._keys = np.arange(info.total) if info.pts is None else info.pts
         self._wanted = {int(self._keys[index]) for index in wanted}
         self._file = contextlib.ExitStack()
@@ -57,13 +77,16 @@ class FrameReader:
             if self._info.frames is not None:
                 yield index, self._info.frames.images[index]
             else:
-                yield index, orient(self._frame(index).to_ndarray(format="rgb24"), self._info.orientation)
+                image = self._to_rgb.reformat(self._frame(index), format="rgb24").to_ndarray()
+                yield index, orient(image, self._info.orientation)
 
     def _frame(self, index: int) -> av.VideoFrame:
         self._approach(index)
         self._asked = index
         key = self._keys[index]
         while self._position < 0 or self._current[0] < key:
+            if self._cancelled():
+                raise Cancelled
             self._current = next(self._frames, None)
             if self._current is None:
                 raise UserError(f"{self._info.name}: {self._lost(index)}; copy or download the file again")
@@ -92,6 +115,8 @@ class FrameReader:
             self._open()
 
     def _seek(self, start: int) -> None:
+        from av import FFmpegError
+
         if self._container is None:
             self._open()
         target = int(self._keys[start])
@@ -99,7 +124,7 @@ class FrameReader:
             self._container.seek(target, stream=self._stream)
             packets = self._container.demux(self._stream)
             first = next(packets)
-        except av.FFmpegError:
+        except FFmpegError:
             first = None
         if first is None or not first.is_keyframe or first.pts is None or first.pts > target:
             self._seekable = False  # the index of this file misleads: read on without it
@@ -110,10 +135,13 @@ class FrameReader:
         self._file.close()
         self._container, self._stream = self._file.enter_context(open_video(self._info.path))
         self._stream.thread_type = "AUTO"
+        self._stream.codec_context.thread_count = self._threads
         self._frames, self._position = self._decode(self._container.demux(self._stream)), -1
 
     def _decode(self, packets) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yields (key, frame) in display order, where the key is the pts or, without usable pts, a running count."""
+        from av import FFmpegError
+
         counted, count = self._info.pts is None, 0
         context = self._stream.codec_context
         # H.264 marks the pictures that no other one refers to; unwanted ones of these need not be decoded. The
@@ -130,11 +158,34 @@ class FrameReader:
                 for frame in packet.decode():
                     yield (count if counted else frame.pts), frame
                     count += 1
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             reason = (error.strerror or type(error).__name__).lower()
             where = f"after {self._time(max(self._position, 0)):.2f} s"
             message = f"{self._info.name}: cannot be decoded {where} ({reason}); copy or download the file again"
             raise UserError(message) from None
+
+
+def decoding_cost(info: VideoInfo, order: np.ndarray) -> np.ndarray:
+    """Frames that one reader decodes for each frame of `order`, int64 [n], read one after the other.
+
+    A jump counts as `SEEK_FRAMES` on top of the frames from the key frame on. This is the reader's own policy written
+    down, without the pictures that no other one needs: an upper bound, measured in units of one decoded frame.
+    """
+    order = np.asarray(order, np.int64)
+    if info.frames is not None:
+        return np.zeros(len(order), np.int64)
+    before = np.concatenate([[-1], order[:-1]])
+    start = key_starts(info, order)
+    back = order < before
+    back[:1] = True
+    jump = (back | (start - before > SEEK_FRAMES)) & (start > SEEK_FRAMES) & info.seekable
+    return np.where(jump, SEEK_FRAMES + order - start + 1, np.where(back, order + 1, order - before))
+
+
+def key_starts(info: VideoInfo, order: np.ndarray) -> np.ndarray:
+    """Where decoding has to start for each frame of `order`: the key frame before it, or the first frame. int64 [n]."""
+    starts = np.concatenate([[0], info.keyframes]).astype(np.int64)
+    return starts[np.searchsorted(info.keyframes, order, side="right")]
 
 
 def orient(image: np.ndarray, orientation: Orientation) -> np.ndarray:

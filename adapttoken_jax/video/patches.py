@@ -1,17 +1,15 @@
 """Frames to the rows of numbers that the vision tower reads, chunk by chunk.
 
-No more than one chunk of frames is held: each is resized as soon as it is decoded and the decoded one dropped.
+Each frame is resized as soon as it is decoded and the decoded one dropped. `SlotImages` decodes ahead of its consumer,
+but holds no more than a bounded number of resized frames.
 """
 
-import collections
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from adapttoken_jax.config import VisionConfig
-from adapttoken_jax.video.decode import FrameReader
+from adapttoken_jax.video.ahead import ReadAhead
 from adapttoken_jax.video.resize import RESIZERS
 from adapttoken_jax.video.sampling import PRESETS, Clip
 
@@ -19,8 +17,39 @@ from adapttoken_jax.video.sampling import PRESETS, Clip
 _MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32) * np.float32(255)
 _STD = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32) * np.float32(255)
 
-# Resizing costs about as much as decoding; more threads than this would outrun any decoder.
-_RESIZE_THREADS = min(4, os.cpu_count() or 1)
+# Resized frames that are held at most, in bytes: some 500 of the largest that are usual, enough for 16 cores to decode.
+_BYTES_AHEAD = 2**28
+
+
+class SlotImages(ReadAhead):
+    """Reads slots as the model sees them before normalisation; a context manager.
+
+    Args:
+      clip: from `plan_clip`.
+      slots: in any order. Ascending order costs one pass over the file.
+      ahead: slots read before they are taken, at most; None for as many as `_BYTES_AHEAD` holds.
+
+    Raises:
+      ValueError: a slot that the clip does not have.
+    """
+
+    def __init__(self, clip: Clip, slots: Sequence[int], ahead: int | None = None):
+        frames = clip.slot_frames[_checked(clip, slots)]
+        resize = RESIZERS[PRESETS[clip.preset].resizer]
+        bound = _BYTES_AHEAD // (3 * clip.height * clip.width)
+        self._per_slot = frames.shape[1]
+        super().__init__(
+            clip.info,
+            frames.reshape(-1),
+            lambda image: resize(image, clip.height, clip.width),
+            bound if ahead is None else min(bound, ahead * self._per_slot),
+        )
+        self._shape = (-1, self._per_slot, clip.height, clip.width, 3)
+
+    def take_slots(self, count: int) -> np.ndarray:
+        """The next `count` slots, uint8 [n, t, height, width, 3]; fewer at the end."""
+        images = self.take(count * self._per_slot)
+        return np.stack(images).reshape(self._shape) if images else np.zeros((0, *self._shape[1:]), np.uint8)
 
 
 def read_patches(
@@ -43,9 +72,13 @@ def read_patches(
     if chunk_slots < 1:
         raise ValueError(f"chunk_slots is {chunk_slots}; at least 1 slot is read at a time")
     slots = _checked(clip, slots)
-    starts = range(0, len(slots), chunk_slots)
-    chunks = zip(starts, _images(clip, clip.slot_frames[slots], chunk_slots), strict=True)
-    return ((slots[start : start + chunk_slots], patch_rows(images, clip.vision)) for start, images in chunks)
+    return _chunks_of_patches(clip, slots, chunk_slots)
+
+
+def _chunks_of_patches(clip: Clip, slots: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    with SlotImages(clip, slots) as images:
+        for start in range(0, len(slots), size):
+            yield slots[start : start + size], patch_rows(images.take_slots(size), clip.vision)
 
 
 def read_images(clip: Clip, slots: Sequence[int]) -> np.ndarray:
@@ -55,9 +88,11 @@ def read_images(clip: Clip, slots: Sequence[int]) -> np.ndarray:
       UserError: a file that ends early or is damaged.
       ValueError: a slot that the clip does not have.
     """
-    frames = clip.slot_frames[_checked(clip, slots)][:, :1]
-    chunks = [images[:, 0] for images in _images(clip, frames, 8)]
-    return np.concatenate([np.zeros((0, clip.height, clip.width, 3), np.uint8), *chunks])
+    frames = clip.slot_frames[_checked(clip, slots)][:, 0]
+    resize = RESIZERS[PRESETS[clip.preset].resizer]
+    with ReadAhead(clip.info, frames, lambda image: resize(image, clip.height, clip.width), len(frames)) as images:
+        taken = images.take(len(frames))
+    return np.stack([np.zeros((clip.height, clip.width, 3), np.uint8), *taken])[1:]
 
 
 def patch_rows(images: np.ndarray, vision: VisionConfig) -> np.ndarray:
@@ -81,25 +116,3 @@ def _checked(clip: Clip, slots: Sequence[int] | None) -> np.ndarray:
     if len(slots) and not 0 <= slots.min() <= slots.max() < clip.grid[0]:
         raise ValueError(f"slots {slots.min()} to {slots.max()} asked for; the clip has 0 to {clip.grid[0] - 1}")
     return slots
-
-
-def _images(clip: Clip, frames: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
-    """Yields resized uint8 [n, t, H, W, 3] for `frames` int64 [N, t], `chunk` rows at a time."""
-    with FrameReader(clip.info, np.unique(frames)) as reader, ThreadPoolExecutor(_RESIZE_THREADS) as pool:
-        for start in range(0, len(frames), chunk):
-            rows = frames[start : start + chunk]
-            images = _resized(clip, reader.read(np.unique(rows)), pool)
-            yield np.stack([[images[index].result() for index in row] for row in rows])
-
-
-def _resized(clip: Clip, decoded: Iterator[tuple[int, np.ndarray]], pool: ThreadPoolExecutor) -> dict[int, Future]:
-    """Resizes frames beside the decoder, which waits when the resizers fall behind: decoded frames are large."""
-    resize = RESIZERS[PRESETS[clip.preset].resizer]
-    images: dict[int, Future] = {}
-    waiting: collections.deque[Future] = collections.deque()
-    for index, image in decoded:
-        images[index] = pool.submit(resize, image, clip.height, clip.width)
-        waiting.append(images[index])
-        if len(waiting) > 2 * _RESIZE_THREADS:
-            waiting.popleft().result()
-    return images

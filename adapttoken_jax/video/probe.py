@@ -2,18 +2,24 @@
 
 Headers are not trusted: a frame count may be 0 or count frames that an edit list hides, and a frame rate may be an
 average. The timestamps (pts) of the packets are what a player shows, so everything is derived from them.
+
+PyAV is imported where a file is opened: frames in memory need no decoder.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.sidedata.sidedata import Type as SideDataType
 
 from adapttoken_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import av
 
 # AVI stores no presentation times and its key-frame flags are wrong for some codecs.
 _FORMATS_WITHOUT_PTS = {"avi"}
@@ -21,9 +27,6 @@ _FORMATS_WITHOUT_PTS = {"avi"}
 _SEEKABLE_FORMATS = {"mov", "matroska"}
 # FFmpeg plays text files as a terminal recording.
 _NOT_VIDEO_FORMATS = {"tty"}
-
-# Tags in another encoding than UTF-8 are none of our business; from version 19 on PyAV never fails on them.
-_OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 Orientation = tuple[bool, bool, bool]
 
@@ -97,7 +100,7 @@ class VideoInfo:
         return self.path or "the given frames"
 
 
-def probe(source: "str | os.PathLike | Frames") -> VideoInfo:
+def probe(source: str | os.PathLike | Frames) -> VideoInfo:
     """Reads the timing and shape of a video.
 
     Packets are read once and not decoded, except the first frame (for its orientation). Only where a container has no
@@ -134,10 +137,14 @@ def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.Vide
     Raises:
       UserError: no such file, not a video, or audio only; inside the block, any error of the demuxer or decoder.
     """
+    import av
+
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
+    # Tags in another encoding than UTF-8 are none of our business; from version 19 on PyAV never fails on them.
+    options = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
-        with av.open(path, **_OPEN_OPTIONS) as container:
+        with av.open(path, **options) as container:
             yield container, _video_stream(path, container)
     except av.FFmpegError as error:
         reason = (error.strerror or type(error).__name__).lower()
@@ -145,7 +152,9 @@ def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.Vide
 
 
 def _video_stream(path: str, container) -> av.VideoStream:
-    pictures = av.stream.Disposition.attached_pic
+    from av.stream import Disposition
+
+    pictures = Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
     if not streams and container.streams.audio:
         raise UserError(f"{path}: has audio only; give a file with a video track")
@@ -210,11 +219,13 @@ def _displayed(packets: _Packets) -> tuple[np.ndarray | None, np.ndarray]:
 
 def _check(path: str, container, stream, packets: _Packets) -> None:
     """Refuses a file without frames, one that ends before its header says, and one that cannot be decoded at all."""
+    from av import time_base
+
     got, expected, slack, unit = len(packets.pts), 0, 0, "frames"
     if "mov" in _formats(container):
         expected = len(stream.index_entries)
     elif "matroska" in _formats(container) and container.duration:
-        got, expected, unit = packets.end_s, container.duration / av.time_base, "seconds"
+        got, expected, unit = packets.end_s, container.duration / time_base, "seconds"
         slack = max(1, 0.01 * expected)  # such headers are not exact
     if got + slack < expected:
         raise UserError(f"{path}: ends after {got:.0f} of {expected:.0f} {unit}; copy or download the file again")
@@ -246,7 +257,9 @@ def _count_frames(path: str) -> int:
 
 def _orientation(frame: av.VideoFrame) -> Orientation:
     """Reads the display matrix, which maps a pixel (x, y) to (a x + c y, b x + d y)."""
-    side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    from av.sidedata.sidedata import Type
+
+    side_data = frame.side_data.get(Type.DISPLAYMATRIX)
     if side_data is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(side_data, np.int32)[:5].tolist()

@@ -8,7 +8,6 @@ to uint8 between its two passes with fixed-point weights. On noise they differ b
 import functools
 
 import numpy as np
-from PIL import Image
 
 # Output rows (columns) per matrix product. A weight matrix is a narrow band, so a product over few outputs touches few
 # inputs; smaller blocks than this cost more in calls than they save in arithmetic.
@@ -37,6 +36,8 @@ def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def resize_pillow(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes uint8 [H, W, 3] to uint8 [height, width, 3] with Pillow's BICUBIC, within 1-2 levels of transformers'."""
+    from PIL import Image
+
     picture = Image.fromarray(np.ascontiguousarray(image))
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
 

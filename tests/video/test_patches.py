@@ -8,8 +8,8 @@ import pytest
 
 from adapttoken_jax.config import SIZES, VisionConfig
 from adapttoken_jax.video import (
-    FrameReader,
     Frames,
+    SlotImages,
     patch_rows,
     plan_clip,
     probe,
@@ -18,6 +18,8 @@ from adapttoken_jax.video import (
     resize_bicubic,
 )
 from adapttoken_jax.video import patches as patches_module
+from adapttoken_jax.video.ahead import usable_cores
+from adapttoken_jax.video.resize import RESIZERS
 from tests import media
 
 VISION = SIZES["qwen2.5-vl-7b"].vision
@@ -116,45 +118,26 @@ def test_chunks_do_not_matter(clip, chunk):
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in parts]), all_patches(clip))
 
 
-def test_decoding_waits_for_the_consumer(clip, monkeypatch):
-    """Only one chunk is read at a time, so a video of any length needs the memory of a chunk."""
-    decoded = []
-
-    class CountingReader(FrameReader):
-        def read(self, indices):
-            for index, image in super().read(indices):
-                decoded.append(index)
-                yield index, image
-
-    monkeypatch.setattr(patches_module, "FrameReader", CountingReader)
-    chunks = read_patches(clip, chunk_slots=3)
-    assert decoded == []
-    next(chunks)
-    assert decoded == clip.frame_indices[:6].tolist()
-    next(chunks)
-    assert decoded == clip.frame_indices[:12].tolist()
+def test_nothing_is_decoded_before_the_first_chunk_is_asked_for(clip, monkeypatch):
+    monkeypatch.setattr(patches_module, "SlotImages", lambda *_: pytest.fail("opened too early"))
+    read_patches(clip, chunk_slots=3)
 
 
-def test_few_decoded_frames_wait_for_the_resizer(clip, monkeypatch):
-    """Decoded frames are large; a slow resizer must hold the decoder back, not fill the memory."""
-    threads, events = patches_module._RESIZE_THREADS, []
+def test_slots_ahead_are_bounded_by_count_and_by_bytes(clip, monkeypatch):
+    prepared = []
 
-    class CountingReader(FrameReader):
-        def read(self, indices):
-            for item in super().read(indices):
-                events.append(1)
-                yield item
+    def slow_consumer(ahead):
+        prepared.clear()
+        with SlotImages(clip, range(20), ahead) as images:
+            images.take_slots(2)
+            time.sleep(0.3)
+            return len(prepared)
 
-    def slow(image, height, width):
-        time.sleep(0.01)
-        events.append(-1)
-        return resize_bicubic(image, height, width)
-
-    monkeypatch.setattr(patches_module, "FrameReader", CountingReader)
-    monkeypatch.setitem(patches_module.RESIZERS, "float32", slow)
-    list(read_patches(clip, chunk_slots=20))
-    assert len(events) == 80
-    assert 1 < np.cumsum(events).max() <= 2 * threads + 1
+    monkeypatch.setitem(RESIZERS, "float32", lambda *args: (prepared.append(1), resize_bicubic(*args))[1])
+    threads = usable_cores()  # each may hold one more, which waits to be handed in
+    assert 4 + 6 <= slow_consumer(3) <= 4 + 6 + threads
+    monkeypatch.setattr(patches_module, "_BYTES_AHEAD", 5 * 3 * clip.height * clip.width)
+    assert 4 + 5 <= slow_consumer(None) <= 4 + 5 + threads
 
 
 @pytest.mark.parametrize("slots", [[0, 5, 10, 15], [19, 3, 11, 0], [4, 4, 5, 4], [17], [], list(range(19, -1, -1))])

@@ -1,0 +1,121 @@
+"""Files of JSON lines that survive a crash at any moment, and the signals that end a run between two of them.
+
+A record is on the disk when `append` returns. A process that dies while it writes leaves at most the beginning of a
+line, or some of the lines of one `append`, behind whole ones: the next `Journal` on that file drops them.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from adapttoken_jax.errors import UserError
+
+
+class Journal:
+    """One file of JSON lines, written by one process at a time.
+
+    Raises:
+      UserError: another process writes the file.
+      OSError: the file cannot be written.
+    """
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held until `close`)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise UserError(f"{path}: another process is writing this run; wait for it, or name another") from None
+        self._truncate(self.path.read_bytes().rfind(b"\n") + 1)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Adds records, in one write, and waits until they are on the disk."""
+        lines = "".join(json_line(record) for record in records).encode("utf-8")
+        try:
+            while lines:
+                lines = lines[self._file.write(lines) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def keep_while(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drops the first record that is not wanted, and all after it."""
+        end = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            if not wanted(json.loads(line)):
+                break
+            end += len(line)
+        self._truncate(end)
+
+    def close(self) -> None:
+        """Closes the file and lets other processes write it."""
+        self._file.close()
+
+    def _truncate(self, size: int) -> None:
+        if size != os.fstat(self._file.fileno()).st_size:
+            self._file.truncate(size)
+            os.fsync(self._file.fileno())
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as one line; the same record gives the same bytes."""
+    return json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def read_lines(path) -> list[dict[str, Any]]:
+    """The whole lines of a file; an unfinished last one is left out. A file that does not exist has none.
+
+    Raises:
+      UserError: a line that is not JSON.
+    """
+    path = pathlib.Path(path)
+    content = path.read_bytes() if path.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1].splitlines()
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); remove the run's directory and begin again") from None
+
+
+class Stopped(BaseException):
+    """The process was asked to end: SIGTERM, as before a preemption, or Ctrl-C. Not an error of anything that runs."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """Exit status, as shells have it."""
+        return 128 + self.number
+
+    @property
+    def name(self) -> str:
+        """The signal's name."""
+        return signal.Signals(self.number).name
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Within the block SIGTERM and Ctrl-C raise `Stopped`, once: what it unwinds is not disturbed by a second one."""
+
+    def stop(number, _):
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,75 @@
+"""`--replay`: questions answered again from the visual tokens that an earlier run selected.
+
+Nothing is scanned. The budget may be smaller than it was (the tokens of highest weighted relevance stay), the model
+another one of the same frame geometry, the prompt any. The sampling must be the same, so that a token is where it was.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from adapttoken_jax.config import AdaptTokenConfig
+from adapttoken_jax.encoding import VisualTokens
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.evaluation import workdir
+from adapttoken_jax.evaluation.runner import Answerer
+from adapttoken_jax.evaluation.saved_selection import SavedSelection
+from adapttoken_jax.loading import Model
+from adapttoken_jax.pipeline import answer_from
+from adapttoken_jax.record import make_result
+from adapttoken_jax.result import Result, Stop
+from adapttoken_jax.run import Run, Selected
+
+REASON = "replayed selection"
+
+
+def read_selections(directory) -> dict[str, SavedSelection]:
+    """The selections of a run, by question.
+
+    Raises:
+      UserError: not the directory of a run, or a damaged file.
+    """
+    workdir.read_run(directory)
+    return {
+        name: SavedSelection.from_record(record) for name, record in workdir.read_all(directory, "selections").items()
+    }
+
+
+def replayed(model: Model, config: AdaptTokenConfig, method: str, selections: Mapping[str, SavedSelection]) -> Answerer:
+    """Answers from saved selections.
+
+    The answerer raises `UserError` for a question without a selection, or one of a video sampled otherwise.
+    """
+
+    def answer(plan, tokens, prompts, items, begin):
+        seconds = {**tokens.seconds, "groups": 0.0}
+        runs = [Run(model, plan, tokens, config, method, prompt, seconds=dict(seconds)) for prompt in prompts]
+        chosen = [_chosen(selections, item.id, tokens, config) for item in items]
+        return [_result(run, each, begin) for run, each in zip(runs, chosen, strict=True)]
+
+    return answer
+
+
+def _chosen(selections, name: str, video: VisualTokens, config: AdaptTokenConfig) -> np.ndarray:
+    if name not in selections:
+        raise UserError(f"--replay: the run has no selection for question {name}; finish it first")
+    saved, (slots, _, width) = selections[name], video.clip.grid
+    cols = width // video.merge
+    grid = (slots, video.per_slot // cols, cols)
+    if saved.grid != grid:
+        raise UserError(
+            f"--replay: question {name} was selected from {'x'.join(map(str, saved.grid))} tokens, and the video has "
+            f"{'x'.join(map(str, grid))}; give the settings of sampling that the run had"
+        )
+    return saved.best(config.budget)
+
+
+def _result(run: Run, tokens: np.ndarray, begin: float) -> Result:
+    final = time.perf_counter()
+    nothing = np.zeros(0)
+    outcome = answer_from(run, Selected(nothing, nothing.astype(int), tokens, tokens))
+    now = time.perf_counter()
+    run.seconds.update(final=now - final, total=now - begin)
+    return dataclasses.replace(make_result(run, outcome, None), stop=Stop(False, REASON, 0, 0))

@@ -1,0 +1,72 @@
+"""The records of one question: its line in `samples.jsonl`, and its line in `costs.jsonl`.
+
+A sample holds nothing that differs between two runs of the same thing: no times, no dates, no places. What was measured
+with a clock stands in the costs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from adapttoken_jax.evaluation.localisation import localise
+from adapttoken_jax.result import Result, plain_json
+from adapttoken_jax.video import Clip
+
+
+def answered_sample(number: int, item, result: Result, clip: Clip) -> dict[str, Any]:
+    """The sample of an answered question.
+
+    Args:
+      number: place of the question in the benchmark, from 0.
+      item: the question, a `benchmarks.Item`.
+      clip: the video as sampled.
+
+    Returns:
+      "doc_id", "id", "video_id", "target" (the right letter), "prediction" (the answer's text), "option" (the letter
+      read from it, else the likeliest one), "option_probabilities", "entropy" (nats), "groups", "stop", "visual_tokens"
+      (of the video, candidates, selected, and prefilled in all passes of the question), "flops"; and
+      with a time reference "localisation".
+    """
+    sample = _head(number, item) | {
+        "prediction": result.answer,
+        "option": result.option,
+        "option_probabilities": result.option_probabilities,
+        "entropy": result.entropy,
+        "groups": {"visited": result.stop.groups_visited, "total": result.stop.groups_total},
+        "stop": result.stop.reason,
+        "visual_tokens": {
+            "video": result.video.tokens,
+            "candidates": result.selected.candidates,
+            "selected": result.selected.count,
+            "prefilled": result.cost.visual_tokens_prefilled,
+        },
+        "flops": result.cost.flops,
+    }
+    if item.time_reference is not None:
+        slot_seconds = clip.info.duration_s / clip.grid[0]
+        sample["localisation"] = localise(result, clip.slot_times, slot_seconds, item.time_reference)
+    return plain_json(sample)
+
+
+def broken_sample(number: int, item, reason: str) -> dict[str, Any]:
+    """The sample of a question whose video cannot be read: no prediction, and why in "error"."""
+    return _head(number, item) | {"prediction": None, "option": None, "error": reason}
+
+
+def _head(number: int, item) -> dict[str, Any]:
+    return {"doc_id": number, "id": item.id, "video_id": item.video_id, "target": item.answer}
+
+
+def costs(items: Sequence, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Wall seconds of a video's questions.
+
+    "seconds" are those of the stages: decode (waiting for it), vision and groups once for all questions of the video,
+    final and total for this one. "amortised" is the question's share: the video's stages divided by its questions, and
+    its own final pass.
+    """
+    records = []
+    for item, result in zip(items, results, strict=True):
+        seconds = result.cost.seconds
+        shared = seconds.decode + seconds.vision + seconds.groups
+        record = {"id": item.id, "questions_of_video": len(items), "amortised": shared / len(items) + seconds.final}
+        records.append(plain_json(record | {"seconds": result.to_dict()["cost"]["seconds"]}))
+    return records

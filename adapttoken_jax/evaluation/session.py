@@ -1,0 +1,197 @@
+"""One evaluation from flags to `results.json`: check the data, open the model, go on where the last process stopped."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from adapttoken_jax.benchmarks import BENCHMARKS, PROMPTS, Item, Report, subtitles
+from adapttoken_jax.calibration import model_fingerprint
+from adapttoken_jax.config import AdaptTokenConfig, read_model_config
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.evaluation import interchange, workdir
+from adapttoken_jax.evaluation.outlook import Outlook
+from adapttoken_jax.evaluation.replay import read_selections, replayed
+from adapttoken_jax.evaluation.runner import Video, group_by_video, run_videos, scanned, shard
+from adapttoken_jax.evaluation.summary import summarise
+from adapttoken_jax.evaluation.workdir import RunFiles, Shard
+from adapttoken_jax.loading import Model, load
+from adapttoken_jax.result import atomic_file
+from adapttoken_jax.sharding import MeshShape, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is asked for; the fields are the flags of `adapttoken evaluate`.
+
+    Attributes:
+      settings: the fields of `AdaptTokenConfig` that the user gave.
+      prompt: None is the benchmark's default.
+      shard: "0/4"; None is the whole, or with several JAX processes this one's part.
+      distributed: start `jax.distributed` as the cluster's variables say.
+      replay: directory of a run whose selections are answered again; None to select.
+    """
+
+    benchmark: str
+    data: str
+    model: str
+    workdir: str
+    method: str = "adapttoken"
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prompt: str | None = None
+    subtitles: bool = False
+    limit: int | None = None
+    strict: bool = False
+    resume: bool = True
+    shard: str | None = None
+    distributed: bool = False
+    replay: str | None = None
+    mesh: str | None = None
+    dtype: str | None = None
+
+    @property
+    def prompt_name(self) -> str:
+        """The prompt set.
+
+        Raises:
+          UserError: the benchmark has none of this name.
+        """
+        name = self.prompt or BENCHMARKS[self.benchmark].default_prompt
+        if name not in PROMPTS[self.benchmark]:
+            raise UserError(f"--prompt={name}: {self.benchmark} has {', '.join(PROMPTS[self.benchmark])}")
+        return name
+
+    def flags(self) -> dict[str, Any]:
+        """What `run.json` keeps and a run that goes on is held against."""
+        names = ("benchmark", "data", "model", "method", "subtitles", "limit", "replay", "mesh", "dtype")
+        return {"prompt": self.prompt_name, **{name: getattr(self, name) for name in names}}
+
+
+def check(benchmark: str, data: str, strict: bool = False) -> Report:
+    """What a data directory lacks, without touching a model.
+
+    Raises:
+      UserError: it cannot be read; with `strict`, it lacks anything.
+    """
+    report = BENCHMARKS[benchmark].check(data)
+    if strict:
+        report.require_complete()
+    return report
+
+
+def evaluate(asked: Evaluation) -> dict[str, Any] | None:
+    """Runs an evaluation, or the part of it that is left.
+
+    Returns:
+      The content of `results.json`; None if other shards have work left.
+
+    Raises:
+      UserError: whatever the user can mend, before work where it can be known before.
+      OSError: the work directory cannot be written; nothing that was answered is lost.
+    """
+    part = this_part(asked)
+    items, report = BENCHMARKS[asked.benchmark].load(asked.data)
+    if asked.strict:
+        report.require_complete()
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    items = items[: asked.limit]
+    config = AdaptTokenConfig.for_model(read_model_config(asked.model), **asked.settings)
+    hashes = {"questions": questions_hash(items)}
+    if asked.replay:
+        hashes["selections"] = selections_hash(asked.replay)
+    describe = lambda: workdir.describe_run(asked.flags(), dataclasses.asdict(config), hashes)
+    workdir.check_run(asked.workdir, describe(), asked.resume)
+    model = load_here(asked)
+    hashes["model"] = model_fingerprint(model)
+    run = workdir.begin_run(asked.workdir, describe(), asked.resume)
+    videos = group_by_video(items)
+    with RunFiles(asked.workdir, part, videos) as files:
+        _answer(asked, model, config, files, shard(videos, part.index, part.count))
+        files.refresh(videos)
+        if len(files.samples) < len(items):
+            left = len(items) - len(files.samples)
+            print(f"{left} of {len(items)} questions are left to other shards", file=sys.stderr)
+            return None
+        return finish(asked.workdir, items, [files.samples[item.id] for item in items], report, run)
+
+
+def this_part(asked: Evaluation) -> Shard:
+    """The shard of this process: as asked for, else by its number among the JAX processes."""
+    if asked.distributed:
+        jax.distributed.initialize()
+    if asked.shard:
+        return Shard.parse(asked.shard)
+    return Shard(jax.process_index(), jax.process_count())
+
+
+def load_here(asked: Evaluation) -> Model:
+    """The model, on devices of this host alone: shards share nothing but the work directory."""
+    mesh = make_mesh(MeshShape.parse(asked.mesh), jax.local_devices()) if asked.mesh else None
+    return load(asked.model, mesh=mesh, dtype=asked.dtype)
+
+
+def _answer(asked: Evaluation, model: Model, config, files: RunFiles, videos: Sequence[Video]) -> None:
+    todo = [video for video in videos if not files.has(video)]
+    done = sum(len(video.questions) for video in videos) - sum(len(video.questions) for video in todo)
+    if done:
+        print(f"going on after {done} questions that are done", file=sys.stderr)
+    answerer = scanned(model, config, asked.method)
+    if asked.replay:
+        answerer = replayed(model, config, asked.method, read_selections(asked.replay))
+    with Outlook(todo, config, done) as outlook:
+
+        def write(video, records):
+            files.write(video, records)
+            outlook.video_done(video)
+
+        run_videos(model, todo, wording(asked), config, asked.method, write, answerer=answerer, strict=asked.strict)
+
+
+def wording(asked: Evaluation):
+    """How a question is put: (item, video as sampled) -> `prompt.Ask`, with the subtitles that its frames see."""
+    put = PROMPTS[asked.benchmark][asked.prompt_name]
+
+    def words(item: Item, clip):
+        if not asked.subtitles:
+            return put(item, None)
+        if item.subtitles is None:
+            return put(item, "")
+        return put(item, subtitles.text_at(subtitles.read(item.subtitles, clip.info.duration_s), clip.frame_times))
+
+    return words
+
+
+def questions_hash(items: Sequence[Item]) -> str:
+    """SHA-256 of what is asked: ids, videos' names, questions, options, answers."""
+    digest = hashlib.sha256()
+    for item in items:
+        content = [item.id, item.video_id, item.question, list(item.options), item.answer]
+        digest.update(json.dumps(content, ensure_ascii=False).encode("utf-8"))
+    return digest.hexdigest()
+
+
+def selections_hash(directory) -> str:
+    """SHA-256 of the saved selections of a run."""
+    found = workdir.read_all(directory, "selections")
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def finish(directory, items: Sequence[Item], samples: Sequence[dict], report: Report, run: Mapping) -> dict[str, Any]:
+    """Writes what a whole run leaves: samples in the benchmark's order, results, and the files that other tools read.
+
+    Returns:
+      The content of `results.json`.
+    """
+    directory = pathlib.Path(directory)
+    workdir.write_samples(directory, samples)
+    results = summarise(items, samples, report, run)
+    interchange.write_exports(directory, items, samples, results, run)
+    with atomic_file(directory / "results.json") as file:
+        file.write((json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8"))
+    return results

@@ -1,0 +1,238 @@
+"""The directory of a run: what was asked for, and what has been answered so far.
+
+    run.json           flags, settings, hashes of model and questions, versions, git commit, when it began
+    samples.jsonl      one line per question; samples-0-of-2.jsonl for a shard until all shards are done
+    selections.jsonl   the visual tokens of every question's final prompt, for --replay
+    costs.jsonl        wall seconds
+    results.json       scores, once every question has its line
+
+A sample is what makes a question done. Its lines in the other files are written before it.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.evaluation.journal import Journal, json_line, read_lines
+from adapttoken_jax.evaluation.runner import Records, Video
+from adapttoken_jax.result import atomic_file, library_versions
+
+RUN_VERSION = 1
+
+# Flags that name places and may differ between two parts of one run; hashes tell whether the content is the same.
+_FREE = ("data", "model", "replay")
+# What is hashed -> the flag that names it.
+_HASHED = {"questions": "data", "model": "model", "selections": "replay"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` parts of a run."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Reads "0/4".
+
+        Raises:
+          UserError: anything else.
+        """
+        index, _, count = text.partition("/")
+        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise UserError(f"--shard={text}: write INDEX/COUNT, the first index is 0, as in 0/4")
+        return cls(int(index), int(count))
+
+    @property
+    def suffix(self) -> str:
+        """What the names of this part's files end with."""
+        return "" if self.count == 1 else f"-{self.index}-of-{self.count}"
+
+
+def describe_run(flags: Mapping[str, Any], config: Mapping[str, Any], hashes: Mapping[str, str]) -> dict:
+    """The content of `run.json`: what was asked for, in which surroundings, when it began."""
+    return {
+        "version": RUN_VERSION,
+        "flags": dict(flags),
+        "config": dict(config),
+        "hashes": dict(hashes),
+        "device": jax.local_devices()[0].device_kind,
+        "versions": library_versions(),
+        "git_commit": git_commit(),
+        "begun": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree that this package runs from, "-dirty" if files differ from it; None without."""
+    place = pathlib.Path(__file__).parent
+    run = lambda *words: subprocess.run(["git", *words], cwd=place, capture_output=True, text=True, check=True).stdout
+    try:
+        # Only a tree that has this very file under version control is the source tree.
+        run("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
+        return run("rev-parse", "HEAD").strip() + ("-dirty" if run("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_run(directory, description: Mapping[str, Any], resume: bool = True) -> bool:
+    """Whether a directory holds a run already, which is held against the description.
+
+    Raises:
+      UserError: it cannot be written, holds a run of another configuration, or any run without `resume`.
+    """
+    directory = pathlib.Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={directory}: {error.strerror}; choose a directory that you can write to") from None
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"--workdir={directory}: permission denied; choose a directory that you can write to")
+    if not (directory / "run.json").exists():
+        return False
+    if not resume:
+        raise UserError(f"--workdir={directory}: holds a run; drop --noresume to continue it, or name another")
+    _hold_against(directory, description)
+    return True
+
+
+def begin_run(directory, description: Mapping[str, Any], resume: bool = True) -> dict[str, Any]:
+    """Writes `run.json`; where there is one, as `check_run`.
+
+    Returns:
+      The content of `run.json`, that of the run's beginning where it goes on.
+    """
+    directory = pathlib.Path(directory)
+    if not check_run(directory, description, resume):
+        try:
+            _create(directory / "run.json", json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+        except FileExistsError:  # another shard was faster
+            _hold_against(directory, description)
+    return read_run(directory)
+
+
+def _create(path: pathlib.Path, text: str) -> None:
+    """Writes a file that must not exist yet: of several processes one succeeds, and none sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with atomic_file(partial) as file:
+            file.write(text.encode("utf-8"))
+        os.link(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_run(directory) -> dict[str, Any]:
+    """The content of a directory's `run.json`.
+
+    Raises:
+      UserError: not the directory of a run.
+    """
+    path = pathlib.Path(directory) / "run.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: no run.json; give the directory of an evaluation")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def _hold_against(directory: pathlib.Path, ours: Mapping[str, Any]) -> None:
+    """Raises `UserError` naming the first flag in which the directory's run differs from ours."""
+    theirs = read_run(directory)
+    for part in ("flags", "config"):
+        for name in {**theirs[part], **ours[part]}:
+            then, now = theirs[part].get(name), json.loads(json.dumps(ours[part].get(name)))
+            if then != now and name not in _FREE:
+                raise UserError(
+                    f"--{name}={_shown(now)}: the run in {directory} began with {_shown(then)}; "
+                    "give that, or another --workdir"
+                )
+    for name, digest in ours["hashes"].items():
+        if theirs["hashes"].get(name) != digest:
+            flag = _HASHED[name]
+            raise UserError(
+                f"--{flag}={ours['flags'][flag]}: not the same {name} as when the run in {directory} began; "
+                "give those, or another --workdir"
+            )
+
+
+def _shown(value) -> str:
+    return "nothing" if value is None else str(value)
+
+
+class RunFiles:
+    """The journals of one shard, and what all shards have done. A context manager.
+
+    Attributes:
+      samples: id -> sample of every question that is done, by whatever shard.
+
+    Raises:
+      UserError: another process writes this shard, or a file is damaged.
+    """
+
+    def __init__(self, directory, shard: Shard, videos: Sequence[Video]):
+        """`videos` are all of the benchmark, whichever shard they belong to."""
+        self._directory = pathlib.Path(directory)
+        names = ("samples", "selections", "costs")
+        with contextlib.ExitStack() as stack:
+            self._journals = {
+                name: stack.enter_context(contextlib.closing(Journal(self._path(name, shard)))) for name in names
+            }
+            self._stack = stack.pop_all()
+        self.samples = self._whole_videos(videos)
+        for journal in self._journals.values():
+            journal.keep_while(lambda record: record["id"] in self.samples)
+
+    def __enter__(self) -> "RunFiles":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def _path(self, name: str, shard: Shard) -> pathlib.Path:
+        return self._directory / f"{name}{shard.suffix}.jsonl"
+
+    def _whole_videos(self, videos: Sequence[Video]) -> dict[str, dict]:
+        """Samples of the videos whose every question has one."""
+        found = read_all(self._directory, "samples")
+        ids = [{item.id for _, item in video.questions} for video in videos]
+        return {name: found[name] for own in ids if own <= found.keys() for name in own}
+
+    def has(self, video: Video) -> bool:
+        """Whether all questions of a video are done."""
+        return all(item.id in self.samples for _, item in video.questions)
+
+    def write(self, video: Video, records: Records) -> None:
+        """Adds a video. It is on the disk when this returns."""
+        self._journals["selections"].append(records.selections)
+        self._journals["costs"].append(records.costs)
+        self._journals["samples"].append(records.samples)
+        self.samples |= {sample["id"]: sample for sample in records.samples}
+
+    def refresh(self, videos: Sequence[Video]) -> None:
+        """Sees what other shards have done since."""
+        self.samples = self._whole_videos(videos)
+
+
+def read_all(directory, name: str) -> dict[str, dict]:
+    """Records of a run by question, from the files of all its shards."""
+    files = sorted(pathlib.Path(directory).glob(f"{name}*.jsonl"))
+    return {record["id"]: record for file in files for record in read_lines(file)}
+
+
+def write_samples(directory, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Replaces `samples.jsonl` by all samples, in the order given."""
+    with atomic_file(pathlib.Path(directory) / "samples.jsonl") as file:
+        for sample in samples:
+            file.write(json_line(sample).encode("utf-8"))

@@ -1,0 +1,149 @@
+"""Frames decoded and prepared by several threads, ahead of whoever takes them, and handed out in the order asked for.
+
+The order is cut at key frames into runs. Each thread takes the next run, decodes it with a reader of its own and
+prepares every frame as soon as it is decoded, so that decoded frames, which are large, are never kept. A thread that is
+too far ahead of the consumer waits: the number of prepared images in memory has a bound whatever the video's length.
+"""
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from adapttoken_jax.video.decode import SEEK_FRAMES, Cancelled, FrameReader, decoding_cost, key_starts
+from adapttoken_jax.video.probe import VideoInfo
+
+# Decoding work of a run before another may begin: a thread jumps to each run that it takes, which must stay cheap.
+_RUN_FRAMES = 16 * SEEK_FRAMES
+_IMAGES_PER_RUN = 32  # where there is nothing to decode
+
+Prepare = Callable[[np.ndarray], np.ndarray]
+
+
+class ReadAhead:
+    """A context manager; leaving it stops all threads.
+
+    Args:
+      info: the video.
+      order: int64 [n] frames, in any order; each is handed out once per place it has.
+      prepare: from a decoded image uint8 [H, W, 3] to what is handed out; runs in the reading threads.
+      ahead: most prepared images held, at least 1.
+      threads: None for one per core.
+
+    Attributes:
+      busy_s: seconds that the threads have spent decoding and preparing, summed over them.
+    """
+
+    def __init__(self, info: VideoInfo, order: np.ndarray, prepare: Prepare, ahead: int, threads: int | None = None):
+        self._info, self._order, self._prepare = info, np.asarray(order, np.int64), prepare
+        self._ahead, self._taken, self._closed = max(1, ahead), 0, False
+        self._ready: dict[int, np.ndarray | Exception] = {}
+        self._lock = threading.Lock()
+        self._arrived, self._room = threading.Condition(self._lock), threading.Condition(self._lock)
+        runs = cut_runs(info, self._order)
+        cores = threads or usable_cores()
+        count = max(1, min(cores, len(runs)))
+        self._runs = iter(runs)
+        each = (cores // count,)
+        self._threads = [threading.Thread(target=self._read_runs, args=each, daemon=True) for _ in range(count)]
+        self.busy_s = 0.0
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error):
+        with self._lock:
+            self._closed = True
+            self._room.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def take(self, count: int) -> list[np.ndarray]:
+        """The next `count` images; fewer at the end of the order.
+
+        Raises:
+          UserError: the file ends early or is damaged at one of them.
+        """
+        return [self._take_next() for _ in range(min(count, len(self._order) - self._taken))]
+
+    def _take_next(self) -> np.ndarray:
+        with self._lock:
+            self._arrived.wait_for(lambda: self._taken in self._ready)
+            image = self._ready.pop(self._taken)
+            self._taken += 1
+            self._room.notify_all()
+        if isinstance(image, Exception):
+            raise image
+        return image
+
+    def _read_runs(self, decoder_threads: int) -> None:
+        reader = FrameReader(self._info, self._order, decoder_threads, lambda: self._closed)
+        with reader:
+            while (run := self._next_run()) and self._read_run(reader, run):
+                pass
+
+    def _next_run(self) -> range | None:
+        with self._lock:
+            return next(self._runs, None)
+
+    def _read_run(self, reader: FrameReader, run: range) -> bool:
+        """Hands in the images of a run, or what went wrong in place of one; whether to go on with other runs."""
+        images = self._prepared(reader, run)
+        for place in run:
+            try:
+                image = next(images)
+            except Cancelled:
+                return False
+            except Exception as error:  # raised again in the thread that takes this image
+                self._hand_in(place, error)
+                return False
+            if not self._hand_in(place, image):
+                return False
+        return True
+
+    def _prepared(self, reader: FrameReader, run: range) -> Iterator[np.ndarray]:
+        begin = time.perf_counter()
+        for _, image in reader.read(self._order[run.start : run.stop]):
+            prepared = self._prepare(image)
+            with self._lock:
+                self.busy_s += time.perf_counter() - begin
+            yield prepared
+            begin = time.perf_counter()
+
+    def _hand_in(self, place: int, image: np.ndarray | Exception) -> bool:
+        """Waits until there is room. The earliest image missing always has some, so that the consumer never starves."""
+        with self._lock:
+            self._room.wait_for(lambda: self._closed or place < self._taken + self._ahead)
+            self._ready[place] = image
+            if place == self._taken:
+                self._arrived.notify()
+            return not self._closed
+
+
+def cut_runs(info: VideoInfo, order: np.ndarray) -> list[range]:
+    """Cuts places of `order` into runs that different readers can decode at little more cost than one reader.
+
+    A cut lies where the next frame belongs to another group of pictures than the one before it, or goes back. What is
+    not seekable is not cut except there; what needs no decoding is cut into even parts.
+    """
+    if info.frames is not None:
+        cuts = range(0, len(order), _IMAGES_PER_RUN)
+        return [range(*ends) for ends in itertools.pairwise([*cuts, len(order)])]
+    spent = np.concatenate([[0], np.cumsum(decoding_cost(info, order))])
+    groups = key_starts(info, order) if info.seekable else np.zeros(len(order))
+    apart = 1 + np.flatnonzero((np.diff(groups) > 0) | (np.diff(order) < 0))
+    cuts = [0]
+    for place in apart:
+        if spent[place] - spent[cuts[-1]] >= _RUN_FRAMES:
+            cuts.append(int(place))
+    return [range(*ends) for ends in itertools.pairwise([*cuts, len(order)] if len(order) else cuts)]
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

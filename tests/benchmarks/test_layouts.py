@@ -1,0 +1,271 @@
+"""Loading: each layout gives the questions that it holds, and each flaw is named."""
+
+import pytest
+
+from adapttoken_jax.benchmarks import BENCHMARKS, lvbench
+from adapttoken_jax.benchmarks.options import split_options
+from adapttoken_jax.errors import UserError
+from tests.benchmarks import layouts
+
+
+def test_videomme(tmp_path):
+    items, report = BENCHMARKS["videomme"].load(layouts.videomme(tmp_path))
+    assert [item.id for item in items] == ["001-1", "001-2", "002-1", "003-1", "003-2"]
+    first, last = items[0], items[-1]
+    assert (first.video_id, first.video) == ("video-1", tmp_path / "data" / "video-1.mp4")
+    assert first.question == "What is in video 1, question 1?"
+    assert first.options == ("Apples.", "Candles.", "Berries.", "A (B) sign.") and first.letters == tuple("ABCD")
+    assert first.answer == "A" and items[3].answer == "D"
+    assert first.labels["task_type"] == ("Counting Problem",)
+    assert first.labels["duration × domain"] == ("short / Knowledge",)
+    assert first.subtitles.path == tmp_path / "subtitle" / "video-1.srt" and last.subtitles is None
+    assert first.extra["url"] == "https://example.org/1"
+    assert report.missing_videos == ()
+    assert report.warnings[:2] == ("5 questions instead of the 2700 published", "3 videos instead of the 900 published")
+
+
+@pytest.mark.parametrize("folder", ["data", "video"])
+@pytest.mark.parametrize("suffixes", [(".mp4", ".MP4", ".mkv"), (".mkv", ".mp4", ".MP4")])
+def test_videomme_videos_under_each_name(tmp_path, folder, suffixes):
+    items, _ = BENCHMARKS["videomme"].load(layouts.videomme(tmp_path, folder, suffixes))
+    expected = {f"video-{i}": tmp_path / folder / f"video-{i}{suffix}" for i, suffix in enumerate(suffixes, 1)}
+    assert {item.video_id: item.video for item in items} == expected
+
+
+def test_missing_videos_are_listed_and_refused_only_when_strict(tmp_path):
+    items, report = BENCHMARKS["videomme"].load(layouts.videomme(tmp_path, suffixes=(".mp4", None, None)))
+    assert [item.video is None for item in items] == [False, False, True, True, True]
+    assert report.missing_videos == ("video-2", "video-3")
+    assert "2 of 3 videos are missing, the first is video-2" in report.warnings
+    assert "missing: video-3" in report.table().splitlines()
+    with pytest.raises(UserError, match=r"5 questions instead of the 2700 published \(and \d more\)"):
+        report.require_complete()
+
+
+def test_a_complete_directory_has_no_warning(tmp_path):
+    lengths = ("short", "medium", "long")
+    rows = [
+        row | {"question_id": f"{video}-{number}", "videoID": f"v{video}", "duration": lengths[video % 3]}
+        for video in range(900)
+        for number, row in enumerate(layouts.videomme_rows()[:3])
+    ]
+    layouts.write_parquet(tmp_path / "videomme" / "test-00000-of-00001.parquet", rows)
+    for video in range(900):
+        layouts.write_video(tmp_path / "data" / f"v{video}.mp4")
+    report = BENCHMARKS["videomme"].check(tmp_path)
+    assert report.warnings == () and report.missing_videos == ()
+    report.require_complete()
+    assert report.table().splitlines()[1].split() == ["questions", "2700", "2700"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LongVideoBench
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_longvideobench_json(tmp_path):
+    items, report = BENCHMARKS["longvideobench"].load(layouts.longvideobench(tmp_path, videos=("a",)))
+    assert [item.id for item in items] == ["a_0", "a_1", "b_2"]
+    assert [item.answer for item in items] == ["B", "E", "A"]
+    assert [len(item.options) for item in items] == [4, 5, 4]
+    assert [item.video_id for item in items] == ["a", "a", "b"] and report.missing_videos == ("b",)
+    assert items[0].video == tmp_path / "videos" / "a.mp4" and items[2].video is None
+    assert items[0].duration_s == 11.5
+    assert items[0].labels["duration_group"] == ("15",) and items[1].labels["question_category"] == ("T2O",)
+    assert (items[0].subtitles.path.name, items[0].subtitles.offset_s) == ("a_en.json", 595.0)
+
+
+def test_longvideobench_parquet_holds_the_same_questions_without_the_absent_options(tmp_path):
+    from_json, _ = BENCHMARKS["longvideobench"].load(layouts.longvideobench(tmp_path))
+    (tmp_path / "lvb_val.json").unlink()
+    from_parquet, _ = BENCHMARKS["longvideobench"].load(layouts.longvideobench(tmp_path, layout="parquet"))
+    assert from_parquet == from_json
+
+
+def test_an_absent_option_before_the_right_one_moves_its_letter(tmp_path):
+    row = layouts.longvideobench_rows()[0] | {"candidates": ["red", "N/A", "green", "white"], "correct_choice": 2}
+    layouts.write_json(tmp_path / "lvb_val.json", [row])
+    [item], _ = BENCHMARKS["longvideobench"].load(tmp_path)
+    assert item.options == ("red", "green", "white") and item.answer == "B"
+
+
+@pytest.mark.parametrize("right", [3, 5, -1])
+def test_a_right_choice_that_is_absent_is_refused(tmp_path, right):
+    row = layouts.longvideobench_rows()[0] | {"candidates": ["red", "blue", "green", "N/A"], "correct_choice": right}
+    path = layouts.write_json(tmp_path / "lvb_val.json", [row])
+    with pytest.raises(UserError, match=f"{path}: question a_0 has no option {right}"):
+        BENCHMARKS["longvideobench"].load(tmp_path)
+
+
+def test_a_video_without_subtitles_has_none(tmp_path):
+    layouts.longvideobench(tmp_path)
+    (tmp_path / "subtitles" / "b.json").unlink()
+    items, report = BENCHMARKS["longvideobench"].load(tmp_path)
+    assert [item.subtitles is None for item in items] == [False, False, True]
+    assert ("videos with subtitles", 1, None) in report.counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LVBench
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_lvbench(tmp_path):
+    items, report = BENCHMARKS["lvbench"].load(layouts.lvbench(tmp_path, videos=("second",)))
+    assert [(item.id, item.answer) for item in items] == [("1", "A"), ("2", "B"), ("3", "C")]
+    assert items[0].question == "What colour is it?"
+    assert items[0].options == ("red", "blue", "a (B) flag", "green")
+    assert items[0].labels == {"question_type": ("ER", "KIR"), "type": ("sport",)}
+    assert items[2].labels["question_type"] == ("Sum", "EU", "Rea")
+    assert [item.time_reference for item in items] == [(65.0, 90.0), (3600.0, 3610.0), (0.0, 1800.0)]
+    assert items[0].duration_s == 1800.0
+    assert report.missing_videos == ("first",) and items[2].video == tmp_path / "all_videos" / "second.mp4"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("00:15-00:19", (15.0, 19.0)),
+        ("99:59-100:01", (5999.0, 6001.0)),
+        ("01:02:03-01:02:04", (3723.0, 3724.0)),
+        ("00:15", (15.0, 15.0)),
+        ("00:19-00:15", None),
+        ("whole video", None),
+        ("", None),
+    ],
+)
+def test_time_references(text, seconds):
+    assert lvbench.parse_time_reference(text) == seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MLVU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("root", [".", "MLVU"])
+def test_mlvu(tmp_path, root):
+    items, report = BENCHMARKS["mlvu"].load(layouts.mlvu(tmp_path, root, missing=("order",)))
+    assert len(items) == 14 and len({item.id for item in items}) == 14
+    assert [item.answer for item in items] == ["A", "C"] * 7
+    assert [item.labels["task"][0] for item in items[::2]] == list(layouts.MLVU_TASKS)
+    assert items[0].video == tmp_path / root / "video" / "1_plotQA" / "plotQA_7.mp4"
+    assert items[0].video_id == items[1].video_id == "1_plotQA/plotQA_7.mp4"
+    assert items[0].duration_s == 480.5
+    assert report.missing_videos == ("5_order/order_7.mp4",)
+    assert ("questions of plotQA", 2, 539) in report.counts
+    assert sum(published for what, _, published in report.counts if what.startswith("questions of")) == 2175
+
+
+@pytest.mark.parametrize("style", ["({}) {}", "{}. {}", "{}) {}"])
+def test_mlvu_repacked_holds_the_same_questions(tmp_path, style):
+    published, _ = BENCHMARKS["mlvu"].load(layouts.mlvu(tmp_path / "published"))
+    repacked, report = BENCHMARKS["mlvu"].load(layouts.mlvu_repacked(tmp_path / "repacked", style))
+    asked = lambda items: [
+        (i.id, i.video_id, i.question, i.options, i.answer, i.duration_s, dict(i.labels)) for i in items
+    ]
+    assert asked(repacked) == asked(published)
+    assert report.missing_videos == () and repacked[0].video == tmp_path / "repacked" / "plotQA_7.mp4"
+
+
+def test_an_answer_that_is_no_candidate_is_kept_and_warned_of(tmp_path):
+    """Such a question can only be answered wrongly, as in the published scripts."""
+    rows = layouts.mlvu_rows()["count"]
+    rows[1]["answer"] = "many"
+    layouts.write_json(tmp_path / "json" / "4_count.json", rows)
+    items, report = BENCHMARKS["mlvu"].load(tmp_path)
+    assert [item.answer for item in items] == ["A", ""]
+    assert "1 questions have an answer that is none of their options, the first is 4_count_1" in report.warnings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flaws
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def without(row: dict, column: str) -> dict:
+    return {name: value for name, value in row.items() if name != column}
+
+
+def one_video(row: dict, column: str) -> dict:
+    """An LVBench line whose first question lacks a column."""
+    first, *others = row["qa"]
+    return row | {"qa": [without(first, column), *others]}
+
+
+FLAWS = [
+    ("videomme", "videomme/test-0.parquet", without(layouts.videomme_rows()[0], "options"), "options"),
+    ("videomme", "videomme/test-0.parquet", without(layouts.videomme_rows()[0], "videoID"), "videoID"),
+    ("longvideobench", "lvb_val.json", without(layouts.longvideobench_rows()[0], "candidates"), "candidates"),
+    ("longvideobench", "lvb_val.json", without(layouts.longvideobench_rows()[0], "subtitle_path"), "subtitle_path"),
+    ("lvbench", "video_info.meta.jsonl", without(layouts.lvbench_rows()[0], "video_info"), "video_info"),
+    ("lvbench", "video_info.meta.jsonl", one_video(layouts.lvbench_rows()[0], "answer"), "answer"),
+    ("mlvu", "json/3_ego.json", without(layouts.mlvu_rows()["ego"][0], "candidates"), "candidates"),
+]
+WRITE = {".parquet": layouts.write_parquet, ".json": layouts.write_json, ".jsonl": layouts.write_jsonl}
+
+
+@pytest.mark.parametrize(("benchmark", "name", "row", "column"), FLAWS)
+def test_a_missing_column_is_named_with_its_file(tmp_path, benchmark, name, row, column):
+    path = tmp_path / name
+    WRITE[path.suffix](path, [row])
+    with pytest.raises(UserError) as error:
+        BENCHMARKS[benchmark].load(tmp_path)
+    assert str(error.value).startswith(f"{path}: row 0 has no {column}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "name"),
+    [
+        ("videomme", "videomme/test-0.parquet"),
+        ("longvideobench", "lvb_val.json"),
+        ("lvbench", "video_info.meta.jsonl"),
+        ("mlvu", "json/1_plotQA.json"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{not json}\n[", b'"a text"'])
+def test_an_unreadable_file_is_named(tmp_path, benchmark, name, content):
+    path = layouts.write_video(tmp_path / name, content)
+    with pytest.raises(UserError) as error:
+        BENCHMARKS[benchmark].load(tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_a_directory_without_the_files_is_named(tmp_path, benchmark):
+    with pytest.raises(UserError, match=f"--data={tmp_path}: no .*; download"):
+        BENCHMARKS[benchmark].load(tmp_path)
+    with pytest.raises(UserError, match="no such directory"):
+        BENCHMARKS[benchmark].load(tmp_path / "nowhere")
+
+
+def test_a_question_that_stands_twice_is_refused(tmp_path):
+    rows = layouts.videomme_rows()
+    layouts.write_parquet(tmp_path / "test-0.parquet", [*rows, rows[1]])
+    with pytest.raises(UserError, match="001-2 stands twice"):
+        BENCHMARKS["videomme"].load(tmp_path)
+
+
+def test_a_question_without_options_is_refused(tmp_path):
+    row = layouts.lvbench_rows()[0]
+    row["qa"][1]["question"] = "Why does he stop?"
+    path = layouts.write_jsonl(tmp_path / "video_info.meta.jsonl", [row])
+    with pytest.raises(UserError, match=f"{path}: the question 2 has no"):
+        BENCHMARKS["lvbench"].load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "options"),
+    [
+        ("Which?\n(A) x\n(B) y", "Which?", ("x", "y")),
+        ("Which?\n(A)x\n(B)y\n", "Which?", ("x", "y")),
+        ("Which?\nA. x\nB. B. Smith\nC. z", "Which?", ("x", "B. Smith", "z")),
+        ("Which? (A) x (B) y", "Which?", ("x", "y")),
+        ("Is (A) or (B) first?\n(A) x\n(B) y", "Is (A) or (B) first?", ("x", "y")),
+        ("Which of two\nlines?\n(A) first\nline\n(B) y", "Which of two\nlines?", ("first\nline", "y")),
+        ("Who is (A)?", "Who is (A)?", ()),
+        ("No options", "No options", ()),
+    ],
+)
+def test_options_inside_a_question(text, question, options):
+    assert split_options(text) == (question, options)

@@ -1,0 +1,200 @@
+"""`adapttoken evaluate` from files to files, on a tiny checkpoint and real videos."""
+
+import json
+import re
+import resource
+import shutil
+
+import numpy as np
+import pytest
+
+import adapttoken_jax as at
+from adapttoken_jax import cli
+from adapttoken_jax.benchmarks import BENCHMARKS, PROMPTS, SCORERS
+from adapttoken_jax.evaluation.saved_selection import SavedSelection
+from tests import media, tiny
+from tests.evaluation import bench
+
+SETTINGS = {
+    "max_pixels": 4704,
+    "slots_per_group": 4,
+    "budget": 20,
+    "max_answer_tokens": 2,
+    "max_frames": 24,
+    "fps": 12.0,
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Data, model, and the work directory of a whole run."""
+    directory = tmp_path_factory.mktemp("evaluate")
+    data = bench.write_lvbench(directory / "data")
+    model = tiny.write_checkpoint(directory / "model", tiny.SHAPES["base"])
+    assert cli.main(bench.evaluate_flags(data, model, directory / "whole")) == 0
+    return data, model, directory / "whole"
+
+
+def run(capsys, words, status=0):
+    """Runs a command; its standard output and error."""
+    capsys.readouterr()
+    found = cli.main(words)
+    out, err = capsys.readouterr()
+    assert found == status, err
+    return out, err
+
+
+def lines(workdir, name="samples"):
+    return [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_every_question_is_answered_as_if_asked_alone(places):
+    data, path, whole = places
+    model = at.load(path)
+    config = at.AdaptTokenConfig.for_model(model.config, **SETTINGS)
+    selections = {record["id"]: SavedSelection.from_record(record) for record in lines(whole, "selections")}
+    items, _ = BENCHMARKS["lvbench"].load(data)
+    for item, sample in zip(items, lines(whole), strict=True):
+        alone = at.answer(model, str(item.video), PROMPTS["lvbench"]["lmms-eval"](item, None), config=config)
+        assert (sample["id"], sample["target"]) == (item.id, item.answer)
+        assert (sample["prediction"], sample["option"]) == (alone.answer, alone.option)
+        assert sample["entropy"] == pytest.approx(alone.entropy, rel=1e-4)  # float32, another batch size
+        assert sample["visual_tokens"]["prefilled"] == alone.cost.visual_tokens_prefilled
+        chosen = np.array([alone.selected.slots, alone.selected.rows, alone.selected.cols]).T
+        np.testing.assert_array_equal(selections[item.id].tokens, chosen)
+
+
+def test_results_are_the_samples_scored(places):
+    data, _, whole = places
+    items, _ = BENCHMARKS["lvbench"].load(data)
+    results, samples = json.loads((whole / "results.json").read_text()), lines(whole)
+    for rule, scorer in SCORERS["lvbench"].items():
+        right = [scorer.judge(item, sample["prediction"]).correct for item, sample in zip(items, samples, strict=True)]
+        assert results["scores"][rule]["overall"]["correct"] == sum(right)
+    for name in ("chance", "budget", "selected", "hit"):
+        mean = np.mean([sample["localisation"][name] for sample in samples])
+        assert results["localisation"][name] == pytest.approx(mean)
+    prefilled = [sample["visual_tokens"]["prefilled"] for sample in samples]
+    assert results["cost"]["visual_tokens"] == pytest.approx(np.mean(prefilled))
+    # Two questions per video, and no early stop: the second question's groups are those of the first.
+    scans = [tokens - 20 for tokens in prefilled]
+    assert results["cost"]["visual_tokens_shared"] == pytest.approx(20 + sum(scans[::2]) / len(samples))
+
+
+def test_the_run_says_what_it_was(places):
+    _, _, whole = places
+    run = json.loads((whole / "run.json").read_text())
+    assert run["flags"]["benchmark"] == "lvbench" and run["flags"]["prompt"] == "lmms-eval"
+    assert run["config"]["budget"] == 20 and run["config"]["reference_layer"] == 3
+    assert set(run["hashes"]) == {"questions", "model"} and "jax" in run["versions"] and "git_commit" in run
+    costs = lines(whole, "costs")
+    for cost in costs:
+        seconds = cost["seconds"]
+        shared = seconds["decode"] + seconds["vision"] + seconds["groups"]
+        assert cost["amortised"] == pytest.approx(shared / 2 + seconds["final"])
+
+
+def test_a_corrupt_video_in_the_middle_is_recorded_and_the_rest_goes_on(places, tmp_path, capsys):
+    data, model, whole = places
+    shutil.copytree(data, tmp_path / "data")
+    video = tmp_path / "data" / "all_videos" / "clip1.mp4"
+    media.truncated(video, video, 0.7)
+    out, err = run(capsys, bench.evaluate_flags(tmp_path / "data", model, tmp_path / "run"))
+    assert "1 videos could not be read, the first is clip1" in err and "4 of 6 questions" in err
+    before, after = lines(whole), lines(tmp_path / "run")
+    assert [after[i] for i in (0, 1, 4, 5)] == [before[i] for i in (0, 1, 4, 5)]
+    assert all(after[i]["prediction"] is None and after[i]["error"] for i in (2, 3))
+    assert str(tmp_path) not in after[2]["error"]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [(video["video_id"], video["questions"]) for video in results["broken_videos"]] == [("clip1", 2)]
+    assert results["scores"]["official"]["missing"] == 2 and results["answered"] == 4
+    # Going on does not try again: the run is whole.
+    assert run(capsys, bench.evaluate_flags(tmp_path / "data", model, tmp_path / "run"))[0] == out
+
+
+def test_strict_stops_at_what_is_missing_and_says_so(places, tmp_path, capsys):
+    data, model, _ = places
+    out, err = run(capsys, bench.evaluate_flags(data, model, tmp_path / "run", "--strict"), status=2)
+    assert out == "" and err.count("\n") == 1 and "--strict" in err and not (tmp_path / "run").exists()
+
+
+def test_check_prints_what_is_there_without_model_or_workdir(places, capsys):
+    data, _, _ = places
+    out, err = run(capsys, ["evaluate", "--benchmark=lvbench", f"--data={data}", "--check"])
+    assert re.search(r"questions +6 +1549", out) and err == ""
+    _, err = run(capsys, ["evaluate", "--benchmark=lvbench", f"--data={data}"], status=2)
+    assert "--model is required" in err and err.count("\n") == 1
+
+
+def test_a_changed_flag_is_refused_and_nothing_is_touched(places, tmp_path, capsys):
+    data, model, whole = places
+    shutil.copytree(whole, tmp_path / "run")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for flag in (
+        "--budget=21",
+        "--method=lite",
+        "--prompt=official",
+        "--limit=2",
+        "--subtitles",
+        "--replay=" + str(whole),
+    ):
+        out, err = run(capsys, bench.evaluate_flags(data, model, tmp_path / "run", flag), status=2)
+        assert out == "" and flag.partition("=")[0] in err.splitlines()[-1]
+        assert [line for line in err.splitlines() if not line.startswith("warning: ")] == err.splitlines()[-1:]
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_there(places, tmp_path, capsys, monkeypatch):
+    data, model, whole = places
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # its files are larger than the disk will be
+    shutil.copytree(whole, tmp_path / "run")
+    first_video = "".join((whole / "samples.jsonl").read_text().splitlines(keepends=True)[:2])
+    (tmp_path / "run" / "samples.jsonl").write_text(first_video)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(first_video.encode()) + 100, hard))
+    try:
+        _, err = run(capsys, bench.evaluate_flags(data, model, tmp_path / "run"), status=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "samples.jsonl: File too large" in err.splitlines()[-1]
+    run(capsys, bench.evaluate_flags(data, model, tmp_path / "run"))
+    assert bench.outcome(tmp_path / "run") == bench.outcome(whole)
+
+
+@pytest.mark.parametrize("method", ["uniform", "flexselect", "lite", "full"])
+def test_every_other_arm_runs_and_keeps_its_word(places, tmp_path, capsys, method):
+    data, model, _ = places
+    run(capsys, bench.evaluate_flags(data, model, tmp_path / "run", f"--method={method}", "--limit=2"))
+    samples = lines(tmp_path / "run")
+    assert len(samples) == 2
+    for sample in samples:
+        tokens, found = sample["visual_tokens"], sample["localisation"]
+        if method in ("uniform", "full"):
+            assert found["selected"] == pytest.approx(found["chance"]) == found["budget"]
+            assert tokens["prefilled"] == tokens["selected"] == tokens["video"]
+        else:
+            assert tokens["selected"] == 20 < tokens["video"] and sample["groups"]["total"] == 2
+        assert tokens["selected"] <= 20 or method == "full"
+
+
+def test_replay_answers_again_from_the_same_tokens_or_the_best_of_them(places, tmp_path, capsys):
+    data, model, whole = places
+    same = ("prediction", "option", "entropy", "option_probabilities")
+    run(capsys, bench.evaluate_flags(data, model, tmp_path / "same", f"--replay={whole}"))
+    for before, after in zip(lines(whole), lines(tmp_path / "same"), strict=True):
+        assert {name: before[name] for name in same} == {name: after[name] for name in same}
+        assert after["visual_tokens"]["prefilled"] == 20 and after["stop"] == "replayed selection"
+    run(
+        capsys, bench.evaluate_flags(data, model, tmp_path / "less", f"--replay={whole}", "--budget=7", "--prompt=qwen")
+    )
+    for before, after in zip(lines(whole, "selections"), lines(tmp_path / "less", "selections"), strict=True):
+        before, after = SavedSelection.from_record(before), SavedSelection.from_record(after)
+        np.testing.assert_array_equal(after.tokens, before.tokens[np.isin(before.ranks, range(7))])
+    words = bench.evaluate_flags(data, model, tmp_path / "other", f"--replay={whole}", "--max_frames=12")
+    _, err = run(capsys, words, status=2)
+    assert "give the settings of sampling that the run had" in err.splitlines()[-1]
+
+
+def test_the_command_knows_the_benchmarks(places):
+    listed = next(flag for flag in cli._EVALUATE_FLAGS if flag.name == "benchmark")
+    assert set(listed.choices) == set(BENCHMARKS)

@@ -1,0 +1,137 @@
+"""Journals and run directories, without a model: every way in which a file can be cut short."""
+
+import json
+import os
+import resource
+
+import pytest
+
+from adapttoken_jax.benchmarks import Item
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.evaluation import workdir
+from adapttoken_jax.evaluation.journal import Journal, read_lines
+from adapttoken_jax.evaluation.runner import Records, group_by_video, shard
+
+
+def items(videos=3, questions=2):
+    return [Item(f"{v}-{q}", f"v{v}", None, "What?", ("a", "b"), "A") for v in range(videos) for q in range(questions)]
+
+
+def records(video):
+    lines = [{"id": item.id, "é": 1} for _, item in video.questions]
+    return Records(lines, [{"id": line["id"], "tokens": 1} for line in lines], [{"id": line["id"]} for line in lines])
+
+
+def open_files(directory, videos, part="0/1"):
+    return workdir.RunFiles(directory, workdir.Shard.parse(part), videos)
+
+
+def test_a_run_cut_at_any_byte_of_its_samples_goes_on_to_the_same_files(tmp_path):
+    videos = group_by_video(items())
+    names = ("samples", "selections", "costs")
+    with open_files(tmp_path, videos) as files:
+        for video in videos:
+            files.write(video, records(video))
+    whole = {name: (tmp_path / f"{name}.jsonl").read_bytes() for name in names}
+    ends = [i + 1 for i, byte in enumerate(whole["samples"]) if byte == ord("\n")]
+    for size in range(len(whole["samples"]) + 1):
+        (tmp_path / "samples.jsonl").write_bytes(whole["samples"][:size])
+        with open_files(tmp_path, videos) as files:
+            done = [video for video in videos if files.has(video)]
+            assert len(done) == sum(end <= size for end in ends) // 2
+            assert len(files.samples) == 2 * len(done)
+            for video in videos[len(done) :]:
+                files.write(video, records(video))
+        assert {name: (tmp_path / f"{name}.jsonl").read_bytes() for name in names} == whole
+
+
+def test_two_processes_cannot_write_one_journal(tmp_path):
+    journal = Journal(tmp_path / "samples.jsonl")
+    with pytest.raises(UserError, match="another process is writing"):
+        Journal(tmp_path / "samples.jsonl")
+    journal.close()
+    Journal(tmp_path / "samples.jsonl").close()
+
+
+def test_a_full_disk_loses_nothing_that_was_written(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    journal = Journal(path)
+    journal.append([{"id": "first"}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            journal.append([{"id": "second"}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.close()
+    assert caught.value.filename == str(path) and not path.read_bytes().endswith(b"\n")
+    assert read_lines(path) == [{"id": "first"}]
+    journal = Journal(path)
+    journal.append([{"id": "second"}])
+    journal.close()
+    assert path.read_text() == '{"id": "first"}\n{"id": "second"}\n'
+
+
+def test_shards_partition_the_videos_and_see_one_another(tmp_path):
+    videos = group_by_video(items(5))
+    parts = [shard(videos, i, 2) for i in range(2)]
+    assert [[video.id for video in part] for part in parts] == [["v0", "v2", "v4"], ["v1", "v3"]]
+    for index, part in enumerate(parts):
+        with open_files(tmp_path, videos, f"{index}/2") as files:
+            for video in part:
+                files.write(video, records(video))
+            assert len(files.samples) == (6, 10)[index]
+    assert sorted(file.name for file in tmp_path.glob("samples*")) == ["samples-0-of-2.jsonl", "samples-1-of-2.jsonl"]
+
+
+@pytest.mark.parametrize("text", ["2", "2/2", "-1/2", "a/b", "1/", "/2", "0/0"])
+def test_a_shard_that_is_none(text):
+    with pytest.raises(UserError, match=f"--shard={text}"):
+        workdir.Shard.parse(text)
+
+
+def description(**changed):
+    flags = {"prompt": "official", "data": "/a", "model": "/m", "limit": None, "replay": None} | changed
+    return workdir.describe_run(flags, {"budget": 20}, {"questions": "q", "model": "m"})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d["flags"].update(prompt="qwen"), "--prompt=qwen: the run in .* began with official"),
+        (lambda d: d["flags"].update(limit=3), "--limit=3: the run in .* began with nothing"),
+        (lambda d: d["config"].update(budget=21), "--budget=21: the run in .* began with 20"),
+        (lambda d: d["hashes"].update(questions="other"), "--data=/a: not the same questions"),
+        (lambda d: d["hashes"].update(model="other"), "--model=/m: not the same model"),
+    ],
+)
+def test_another_configuration_is_refused_by_name(tmp_path, change, words):
+    begun = workdir.begin_run(tmp_path / "run", description())
+    other = description(data="/elsewhere")  # a place may change
+    assert workdir.begin_run(tmp_path / "run", other) == begun
+    other = description()
+    change(other)
+    with pytest.raises(UserError, match=words):
+        workdir.begin_run(tmp_path / "run", other)
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == begun
+
+
+def test_without_resume_a_run_is_not_touched(tmp_path):
+    workdir.begin_run(tmp_path, description())
+    with pytest.raises(UserError, match="drop --noresume"):
+        workdir.begin_run(tmp_path, description(), resume=False)
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+@pytest.mark.parametrize("place", ["/proc/run", "file/run", "file"])
+def test_a_directory_that_cannot_be_is_one_line(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--workdir=.*choose a directory that you can write to$"):
+        workdir.check_run(tmp_path / place, description())
+
+
+def test_damage_in_the_middle_is_reported_not_dropped(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"id": "a"}\n{"id"\n{"id": "b"}\n')
+    with pytest.raises(UserError, match=r"samples\.jsonl: damaged"):
+        open_files(tmp_path, group_by_video(items()))

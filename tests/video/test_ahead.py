@@ -1,0 +1,154 @@
+"""`ReadAhead`: the same images in the same order whatever the file, the order and the number of threads."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.video import FrameReader, Frames, ahead, probe
+from adapttoken_jax.video.ahead import ReadAhead, cut_runs
+from adapttoken_jax.video.decode import SEEK_FRAMES, decoding_cost
+from tests import media
+from tests.video.test_decode import CountingReader, decode_everything
+
+FRAMES = 96
+UNEVEN = np.cumsum(np.random.default_rng(0).integers(20, 200, FRAMES)).tolist()
+FILES = {
+    "b_frames.mp4": lambda path: media.write(path, FRAMES, bf="3", **{"b-pyramid": "normal"}),
+    "open_gop.mp4": lambda path: media.open_gop(path, FRAMES),
+    "open_gop.mkv": lambda path: media.open_gop(path, FRAMES),
+    "variable.mkv": lambda path: media.write(path, FRAMES, milliseconds=UNEVEN, bf="2"),
+    "one_group.mp4": lambda path: media.write(path, FRAMES, gop=1000, sc_threshold="0"),
+    "stream.ts": lambda path: media.write(path, FRAMES),
+    "counted.avi": lambda path: media.write(path, FRAMES, codec="mpeg4", bf="2"),
+}
+ORDERS = {
+    "all": np.arange(FRAMES),
+    "groups": np.concatenate([np.arange(start, FRAMES, 24) for start in (0, 12, 5)]),
+    "repeats and returns": np.array([3, 3, 90, 91, 2, 2, 50, 95, 95]),
+    "one": np.array([41]),
+    "none": np.array([], int),
+}
+
+
+@pytest.fixture(scope="module", params=FILES)
+def film(request, tmp_path_factory):
+    path = FILES[request.param](tmp_path_factory.mktemp("film") / request.param)
+    return probe(path), decode_everything(path)
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("threads", [1, 5])
+def test_equals_the_straight_pass(film, order, threads, monkeypatch):
+    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+    info, expected = film
+    with ReadAhead(info, order, np.array, 4, threads) as images:
+        parts = [images.take(count) for count in (2, 1, 1000)]
+    got = [image for part in parts for image in part]
+    assert len(got) == len(order)
+    for index, image in zip(order, got, strict=True):
+        np.testing.assert_array_equal(image, expected[index])
+
+
+def test_images_in_memory_are_shared_out_too():
+    images = np.stack([media.stamped(index) for index in range(100)])
+    info = probe(Frames(images, 25.0))
+    assert len(cut_runs(info, np.arange(100))) > 1
+    order = np.random.default_rng(1).permutation(100)
+    with ReadAhead(info, order, np.array, 7, 3) as reader:
+        np.testing.assert_array_equal(reader.take(100), images[order])
+
+
+def test_runs_begin_where_another_group_of_pictures_does(film, monkeypatch):
+    monkeypatch.setattr(ahead, "_RUN_FRAMES", 20)
+    info, _ = film
+    runs = cut_runs(info, np.arange(FRAMES))
+    assert [place for run in runs for place in run] == list(range(FRAMES))
+    assert {run.start for run in runs[1:]} <= set(info.keyframes.tolist())
+    assert (len(runs) > 1) == (info.seekable and len(info.keyframes) > 1)
+    assert min(len(run) for run in runs[:-1] or [range(20)]) >= 20
+
+
+def test_several_threads_decode_at_once(tmp_path, monkeypatch):
+    """Two runs meet at a barrier, which one thread alone would never pass."""
+    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+    info, both = probe(media.write(tmp_path / "a.mp4", FRAMES)), threading.Barrier(2, timeout=20)
+
+    def prepare(image):
+        if media.read_stamp(image) in (0, 12):
+            both.wait()
+        return media.read_stamp(image)
+
+    with ReadAhead(info, np.arange(FRAMES), prepare, FRAMES, 2) as reader:
+        assert reader.take(FRAMES) == list(range(FRAMES))
+    assert reader.busy_s > 0
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_threads_wait_for_a_slow_consumer(tmp_path, threads, monkeypatch):
+    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+    info, prepared, largest = probe(media.write(tmp_path / "a.mp4", FRAMES)), [], 0
+    with ReadAhead(info, np.arange(FRAMES), lambda image: prepared.append(1), 6, threads) as reader:
+        for taken in range(40):
+            largest = max(largest, len(prepared) - taken)
+            time.sleep(0.005)
+            reader.take(1)
+    assert 1 < largest <= 6 + threads  # each thread may have one ready that waits to be handed in
+
+
+def test_leaving_early_ends_all_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+    before, info = threading.active_count(), probe(media.write(tmp_path / "a.mp4", FRAMES))
+    with ReadAhead(info, np.arange(FRAMES), np.array, 3, 4) as reader:
+        reader.take(5)
+        assert threading.active_count() > before
+    assert threading.active_count() == before
+
+
+def test_a_reader_that_is_told_to_stop_gives_up_between_frames(tmp_path):
+    info, decoded = probe(media.write(tmp_path / "a.mp4", FRAMES, gop=1000, sc_threshold="0")), []
+    stop = lambda: len(decoded) > 10 or decoded.append(1)
+    with FrameReader(info, [95], 1, stop) as reader, pytest.raises(ahead.Cancelled):
+        list(reader.read([95]))
+    assert len(decoded) == 11
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_damage_is_reported_in_its_place(tmp_path, threads, monkeypatch):
+    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+    path = media.write(tmp_path / "a.mkv", FRAMES, codec="ffv1", pix_fmt="bgr0", gop=1)
+    info = probe(path)
+    media.without_packets(path, tmp_path / "b.mkv", range(40, 80))
+    (tmp_path / "b.mkv").replace(path)
+    before = threading.active_count()
+    with ReadAhead(info, np.arange(FRAMES), media.read_stamp, 10, threads) as reader:
+        assert reader.take(40) == list(range(40))
+        with pytest.raises(UserError, match=r"a\.mkv: the frame at 1\.60 s cannot be decoded"):
+            reader.take(1)
+    assert threading.active_count() == before
+
+
+def test_decoding_cost_is_what_a_reader_does(tmp_path):
+    """Frames counted as they leave the decoder; without B-frames nothing is skipped and nothing delayed."""
+    path = media.long_clip(tmp_path / "a.mp4", minutes=5)  # a key frame every 50 frames
+    info = probe(path)
+    for order in (range(1500), range(0, 1500, 7), range(20, 1500, 130), [5, 1001, 1002, 300, 299, 49, 50, 60, 70]):
+        jumps = 0
+
+        class Counting(CountingReader):
+            def _seek(self, start):
+                nonlocal jumps
+                jumps += 1
+                super()._seek(start)
+
+        with Counting(info, order, threads=1) as reader:
+            for index in order:
+                list(reader.read([index]))
+        assert decoding_cost(info, order).sum() == reader.decoded + SEEK_FRAMES * jumps
+
+
+def test_frames_in_memory_cost_nothing():
+    info = probe(Frames(np.zeros((9, 28, 28, 3), np.uint8), 1.0))
+    assert decoding_cost(info, np.arange(9)).tolist() == [0] * 9
