@@ -5,8 +5,8 @@ Design decisions:
   a command knows its own flags only.
 - Every field of `AdaptTokenConfig` is a flag whose default is "not given", so that only what the user writes wins over
   the model's preset.
-- Exit codes: 0 success, 1 `compare` found a difference, 2 the user's mistake (one line on stderr), 3 a fault of this
-  program, 130 interrupted, 141 nobody reads stdout. A traceback only with `--debug`.
+- Exit codes: 0 success, 1 `compare` found a difference or `plan` that it does not fit, 2 the user's mistake (one line
+  on stderr), 3 a fault of this program, 130 interrupted, 141 nobody reads stdout. A traceback only with `--debug`.
 - stdout carries the answer, everything else goes to stderr.
 - Nothing heavy is imported before a command runs: help must not wait for JAX.
 """
@@ -280,13 +280,9 @@ def _certificate(values: flags.FlagValues, method: str, settings: Mapping[str, A
 
 
 def _show_plan(values: flags.FlagValues, plan: Mapping[str, Any]) -> int:
-    from adapttoken_jax.result import atomic_file, plain_json
-
-    text = json.dumps(plain_json(plan), indent=2) + "\n"
-    if values.json and values.json != "-":
-        with atomic_file(values.json) as file:
-            file.write(text.encode("utf-8"))
-    sys.stdout.write(text if values.json == "-" else aligned(plan))
+    _write_json(values.json, plan)
+    if values.json != "-":
+        sys.stdout.write(aligned(plan))
     return OK
 
 
@@ -410,6 +406,60 @@ def _compare(values: flags.FlagValues) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PLAN_FLAGS = (
+    Flag("model", str, "name of a model, or directory with its config.json", "Input", "NAME|DIR", required=True),
+    Flag("topology", str, "slice of a TPU pod, as v5e:4x4 or v5p:2x2x4", "Devices", "SLICE", required=True),
+    Flag("mesh", str, "chips for groups and layers, as data=4,model=2; auto tries them", "Devices", "SIZES", "auto"),
+    Flag("video_size", str, "width and height of the source", "Input", "WxH", "560x308"),
+    Flag("duration", float, "length of the video", "Input", "SECONDS", low=1.0, shown_default="max_frames / fps"),
+    Flag("questions", int, "questions about the video in one scan", "Input", "N", 1, low=1),
+    Flag("question_tokens", int, "prompt tokens after the video, of each question", "Input", "N", 160, low=1),
+    Flag("method", str, "what is run", "Method", "NAME", configs.METHODS[0], choices=configs.METHODS),
+    Flag("json", str, "write every figure here; - writes them to stdout instead of the table", "Output", "FILE"),
+    *setting_flags(),
+    _DEBUG,
+)  # fmt: skip
+
+
+def _plan(values: flags.FlagValues) -> int:
+    """`adapttoken plan`; nothing is run, so a machine's own accelerator is left alone."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if values.json not in (None, "-"):
+        check_output("json", values.json)
+    from adapttoken_jax import planning
+    from adapttoken_jax.planning import command
+
+    plan = planning.plan(
+        values.model, values.topology, values.mesh, settings=given_settings(values), method=values.method,
+        video_size=command.parse_size(values.video_size), duration=values.duration, questions=values.questions,
+        question_tokens=values.question_tokens, on_progress=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    _write_json(values.json, command.as_json(plan))
+    if values.json != "-":
+        lines = [command.summary(plan), *(command.details(program) for program in plan.programs)]
+        sys.stdout.write(f"{aligned(lines[0])}\n{table(command.rows(plan))}")
+        sys.stdout.write("".join(f"\n{aligned(each)}" for each in lines[1:] if each))
+    if plan.advice:
+        print(f"{PROGRAM} plan: {plan.advice}", file=sys.stderr)
+    return OK if plan.fits else DIFFERENT
+
+
+def _write_json(target: str | None, content: Mapping[str, Any]) -> None:
+    """Writes JSON where `--json` says: to a file, to stdout for "-", nowhere for None."""
+    from adapttoken_jax.result import atomic_file, plain_json
+
+    text = json.dumps(plain_json(content), indent=2) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    elif target:
+        with atomic_file(target) as file:
+            file.write(text.encode("utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # demo
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -491,6 +541,7 @@ COMMANDS = (
     Command("answer", "answers a question about a video", _ANSWER_FLAGS, _answer),
     Command("convert", "turns Hugging Face safetensors into an Orbax checkpoint, and back", _CONVERT_FLAGS, _convert),
     Command("compare", "runs PyTorch beside this library, stage by stage (needs torch)", _COMPARE_FLAGS, _compare),
+    Command("plan", "says what a question costs on TPUs, on any machine (needs libtpu)", _PLAN_FLAGS, _plan),
     Command("evaluate", "answers a benchmark's questions and scores them", _EVALUATE_FLAGS, _evaluate),
 )
 

@@ -99,7 +99,7 @@ def test_the_version_is_one_line(capsys):
         ("transcribe", "adapttoken: unknown command 'transcribe'; see adapttoken --help"),
         (
             "--model",
-            "adapttoken: --model: a command comes first (demo, answer, convert, compare, evaluate); "
+            "adapttoken: --model: a command comes first (demo, answer, convert, compare, plan, evaluate); "
             "see adapttoken --help",
         ),
     ],

@@ -100,8 +100,8 @@ class VideoInfo:
         return self.path or "the given frames"
 
 
-def probe(source: str | os.PathLike | Frames) -> VideoInfo:
-    """Reads the timing and shape of a video.
+def probe(source: str | os.PathLike | Frames | VideoInfo) -> VideoInfo:
+    """Reads the timing and shape of a video; what is known already is returned as it is.
 
     Packets are read once and not decoded, except the first frame (for its orientation). Only where a container has no
     usable timestamps (AVI, raw streams) are the frames counted by decoding them.
@@ -109,6 +109,8 @@ def probe(source: str | os.PathLike | Frames) -> VideoInfo:
     Raises:
       UserError: no such file, not a video, audio only, no frames, or a file that ends before its last frame.
     """
+    if isinstance(source, VideoInfo):
+        return source
     if isinstance(source, Frames):
         return _probe_frames(source)
     path = os.fspath(source)

@@ -1,0 +1,191 @@
+"""The programs that answer a question, as `encoding.py` and `scan.py` run them, in shapes without storage.
+
+Nothing is computed and no weights are needed: every array is a `jax.ShapeDtypeStruct` with its place on the mesh.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adapttoken_jax import costs, parameters, sharding
+from adapttoken_jax.config import AdaptTokenConfig, ModelConfig
+from adapttoken_jax.encoding import chunk_slots
+from adapttoken_jax.geometry import round_up
+from adapttoken_jax.loading import Model
+from adapttoken_jax.model import Qwen25VL
+from adapttoken_jax.model.generation import Sampling
+from adapttoken_jax.passes import PassSpec, PromptBatch, encode_slots, run_prompts
+from adapttoken_jax.scan import _CONTEXT_STEP, _SUFFIX_STEP
+
+_OPTIONS = 4  # letters of a multiple-choice question
+_END_IDS = (151645, 151643)  # any two tokens will do
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is to be answered.
+
+    Attributes:
+      grid: slots, and rows and columns of patches, of the sampled video.
+      groups: groups of the scan; 0 where the video is answered directly.
+      final_tokens: visual tokens of the final prompt.
+      prefix, question: prompt tokens before and after the visual ones.
+      questions: questions that one scan answers.
+      config: the method's settings, resolved.
+    """
+
+    grid: tuple[int, int, int]
+    groups: int
+    final_tokens: int
+    prefix: int
+    question: int
+    questions: int
+    config: AdaptTokenConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program and what it is for.
+
+    Attributes:
+      name: "vision", "group" or "final".
+      lower: traces it.
+      runs: how often it runs to answer all questions about the video.
+      flops: operations that the model needs for one run, on all chips together.
+      absent: top level of the parameters that it does not use; they stay in memory beside it.
+      trips, shares: see `hlo.program_cost`.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    runs: int
+    flops: float
+    absent: str
+    trips: Mapping[str, float]
+    shares: Mapping[str, float]
+
+
+def abstract_model(config: ModelConfig, mesh: Mesh, dtype=jnp.bfloat16) -> Model:
+    """A `Model` whose parameters have shapes, types and places on the mesh, and no values; it has no tokenizer."""
+    placed = lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+    values = jax.tree.map(placed, parameters.abstract(config, dtype), sharding.parameter_shardings(config, mesh))
+    return Model(Qwen25VL(config, values), config, tokenizer=None, path="", mesh=mesh)
+
+
+def parameter_bytes(config: ModelConfig, mesh: Mesh, tower: str, dtype=jnp.bfloat16) -> int:
+    """Bytes of one tower's parameters ("vision" or "text") on each chip."""
+    total = 0
+    for parameter in parameters.parameters(config):
+        if parameter.path[0] == tower:
+            split = "model" in sharding.parameter_spec(parameter, mesh)
+            total += math.prod(parameter.shape) // (mesh.shape["model"] if split else 1)
+    return total * jnp.dtype(dtype).itemsize
+
+
+def programs(model: Model, work: Work) -> list[Program]:
+    """Everything that runs on the chips to answer the questions; the group pass only where there are groups."""
+    passes = [group_pass(model, work)] if work.groups else []
+    return [vision(model, work), *passes, final_pass(model, work)]
+
+
+def vision(model: Model, work: Work) -> Program:
+    """`passes.encode_slots` on one chunk of the video."""
+    slots, height, width = work.grid
+    c = model.config.vision
+    size = chunk_slots(model, work)  # of a clip it asks for the grid alone
+    shape = (size, height * width, c.patch_features)
+    patches = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(model.mesh))
+    return Program(
+        name="vision",
+        lower=lambda: encode_slots.lower(model.module, patches, height, width),
+        runs=-(-slots // size),
+        flops=costs.vision_flops(model.config, size, height, width),
+        absent="text",
+        trips={},
+        shares={"/vision/": len(c.full_attention_layers) / c.layers},
+    )
+
+
+def group_pass(model: Model, work: Work) -> Program:
+    """`passes.run_prompts` on one wave of groups: as many as the mesh is wide."""
+    tokens = work.config.slots_per_group * work.grid[1] * work.grid[2] // model.config.vision.merge**2
+    runs = -(-work.groups // model.wave)
+    return _prompts("group", model, work, group_spec(work.config), model.wave, tokens, work.questions, runs)
+
+
+def final_pass(model: Model, work: Work) -> Program:
+    """`passes.run_prompts` on the tokens that were selected, one question at a time."""
+    tokens = round_up(work.final_tokens, _CONTEXT_STEP)
+    return _prompts("final", model, work, final_spec(work.config), 1, tokens, 1, work.questions)
+
+
+def group_spec(config: AdaptTokenConfig) -> PassSpec:
+    """What `scan.group_spec` compiles into the pass of a question with options."""
+    return PassSpec(
+        relevance=(config.reference_layer, config.relevance_heads, config.relevance_text),
+        certainty=config.certainty,
+        keep_layer=config.reference_layer if config.similarity == "reference_layer" else None,
+        answer_tokens=1,
+        end_ids=_END_IDS,
+    )
+
+
+def final_spec(config: AdaptTokenConfig) -> PassSpec:
+    """What `scan.final_reply` compiles into the final pass."""
+    return PassSpec(
+        relevance=None,
+        certainty=config.certainty,
+        keep_layer=None,
+        answer_tokens=config.max_answer_tokens,
+        end_ids=_END_IDS,
+        sampling=Sampling(config.sampling_temperature, config.top_p),
+    )
+
+
+def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Program:
+    batch = abstract_batch(model, contexts, tokens, work.prefix, work.question, questions)
+    answered = spec.answer_tokens - 1  # the first token needs no further step
+    each = costs.prompt_flops(model.config, work.prefix + tokens, work.question, answered)
+    more = costs.text_flops(model.config, work.question, work.prefix + tokens) + costs.head_flops(model.config, 1)
+    return Program(
+        name=name,
+        lower=lambda: run_prompts.lower(model.module, batch, spec),
+        runs=runs,
+        flops=contexts * (each + (questions - 1) * more),
+        absent="vision",
+        trips={"/answer/while": answered},
+        shares={"/question/": 1 / model.config.text.layers},
+    )
+
+
+def abstract_batch(model: Model, contexts: int, tokens: int, prefix: int, question: int, questions: int) -> PromptBatch:
+    """The `PromptBatch` of so many contexts of `tokens` visual tokens, in shape and place as of `scan.prompt_batch`."""
+    B, Q, T = contexts, questions, round_up(question, _SUFFIX_STEP)
+    everywhere = sharding.replicated(model.mesh)
+    over_data = sharding.batch_sharding(model.mesh) if contexts == model.wave else everywhere
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    split = {
+        "visual": ((B, tokens, model.config.text.width), model.dtype),
+        "visual_valid": ((B, tokens), bool),
+        "context_positions": ((B, 3, prefix + tokens), np.int32),
+        "suffix_start": ((B,), np.int32),
+        "answer_start": ((B, Q), np.int32),
+    }
+    shared = {
+        "prefix_ids": ((prefix,), np.int32),
+        "suffix_ids": ((Q, T), np.int32),
+        "suffix_length": ((Q,), np.int32),
+        "query_rows": ((Q, T), bool),
+        "limit": ((Q,), np.int32),
+        "option_ids": ((Q, _OPTIONS), np.int32),
+        "key": (key.shape, key.dtype),
+    }
+    place = lambda fields, where: {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in fields.items()
+    }
+    return PromptBatch(**place(split, over_data), **place(shared, everywhere))

@@ -1,0 +1,449 @@
+"""`adapttoken plan`: reading the compiler's output, the shapes it is asked about, memory, seconds, choice of the mesh.
+
+Only the last test needs libtpu, the TPU compiler. Everything before it is checked on what the CPU's compiler makes of
+the same programs, on lines of HLO as libtpu 0.0.52 writes them, and on plain arithmetic.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from adapttoken_jax import cli, passes, scan, sharding
+from adapttoken_jax.config import SIZES, AdaptTokenConfig, ModelConfig, TextConfig, VisionConfig
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.planning import compiler, estimate, hlo, programs
+from adapttoken_jax.planning.chips import CHIPS, Topology
+from adapttoken_jax.prompt import Prompt
+
+GIB = 2**30
+
+# Windows of 4 x 4 tokens (8 x 8 patches); 4 heads in both towers.
+TINY = ModelConfig(
+    VisionConfig(layers=4, width=64, heads=4, ff=96, out_width=128, full_attention_layers=(1,)),
+    TextConfig(layers=3, width=128, heads=4, kv_heads=2, head_dim=32, ff=192, vocab=512, mrope_sections=(4, 6, 6)),
+)
+SETTINGS = AdaptTokenConfig.for_model(TINY, slots_per_group=8, budget=128, max_answer_tokens=5)
+WORK = programs.Work((32, 8, 16), 4, 128, prefix=15, question=64, questions=2, config=SETTINGS)
+PER_SLOT = 8 * 16 // 4
+
+
+def on_cpu():
+    return programs.abstract_model(TINY, sharding.make_mesh(sharding.MeshShape(1, 1)), jnp.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slices
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_slice_is_read_and_none_has_more_than_256_chips():
+    chips = {
+        text: Topology.parse(text).chips
+        for chip in CHIPS.values()
+        for text in (f"{chip.name}:{s}" for s in chip.slices)
+    }
+    assert chips["v5e:4x4"] == 16 and chips["v5p:2x2x4"] == 16 and chips["v4:4x8x8"] == 256
+    assert max(chips.values()) == 256
+
+
+@pytest.mark.parametrize(("name", "gigahertz"), [("v4", 1.05), ("v5e", 1.5), ("v5p", 1.75), ("v6e", 1.75)])
+def test_peak_and_matrix_units_give_the_chips_clock(name, gigahertz):
+    assert CHIPS[name].clock == pytest.approx(gigahertz * 1e9, rel=2e-3)  # peaks are published to three digits
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("v7:2x2", ["v4:2x2x1|", "v5e:1x1|", "v5p:", "v6e:"]),
+        ("v5e:3x3", ["v5e comes as", "2x4, 4x4"]),
+        ("v5p", ["2x2x4"]),
+    ],
+)
+def test_an_unknown_slice_is_refused_with_those_that_exist(text, words):
+    with pytest.raises(UserError) as error:
+        Topology.parse(text)
+    assert str(error.value).startswith(f"--topology={text}: ")
+    assert all(word in str(error.value) for word in words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HLO
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_tell_bytes_and_memory():
+    first, second, third = hlo.shapes("(f32[7,512]{1,0:T(8,128)S(1)}, /*index=1*/bf16[2,3]{1,0:T(8,128)(2,1)}, pred[])")
+    assert first == hlo.Shape((7, 512), 4 * 7 * 512, in_hbm=False)
+    assert second == hlo.Shape((2, 3), 12, in_hbm=True)
+    assert third == hlo.Shape((), 1, in_hbm=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups={{0,2},{1,3}}", 2),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
+        ("channel_id=1", math.inf),
+    ],
+)
+def test_group_sizes_of_collectives(text, size):
+    assert hlo.group_size(text) == size
+
+
+# What libtpu writes, shortened: a layer loop of three rounds whose body reduces over four chips and branches, a kernel
+# with metadata over several lines, an asynchronous gather, and a loop in which no constant says when it ends.
+PROGRAM = """
+HloModule jit_f, is_scheduled=true
+
+%body (p.1: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %p.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %x.1 = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p.1), index=1
+  %all-reduce.1 = bf16[8,128]{1,0:T(8,128)(2,1)} all-reduce(%x.1), channel_id=1, replica_groups=[2,4]<=[8]
+  %cond.1 = bf16[8,128]{1,0} conditional(%i.1, %all-reduce.1, %x.1),
+    branch_computations={%seldom, %often}, metadata={op_name="jit(f)/question/while/body/cond"}
+  ROOT %t.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%i.1, %cond.1)
+}
+
+%seldom (a.1: bf16[8,128]) -> bf16[8,128] {
+  %a.1 = bf16[8,128]{1,0} parameter(0)
+  ROOT %n.1 = bf16[8,128]{1,0:S(1)} negate(%a.1), metadata={op_name="jit(f)/question/while/body/cond/neg"},
+    backend_config={"window_config":{"estimated_cycles":"100"}}
+}
+
+%often (a.2: bf16[8,128]) -> bf16[8,128] {
+  %a.2 = bf16[8,128]{1,0} parameter(0)
+  ROOT %n.2 = bf16[8,128]{1,0:S(1)} negate(%a.2),
+    backend_config={"window_config":{"estimated_cycles":"1000"}}
+}
+
+%condition (p.2: (s32[], bf16[8,128])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(3)
+  %p.2 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.2, %bound), direction=LT
+}
+
+%open_condition (p.3: (s32[], bf16[8,128])) -> pred[] {
+  %p.3 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  ROOT %end = pred[]{:T(512)} custom-call(%p.3), custom_call_target="tpu_custom_call",
+    frontend_attributes={kernel_metadata={
+"xprof_metadata":"{1}"
+}}, metadata={op_name="x"}
+}
+
+ENTRY %main (x.2: bf16[8,128]) -> bf16[32,128] {
+  %x.2 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %t.2 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%zero, %x.2)
+  %while.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%t.2),
+    condition=%condition, body=%body, metadata={op_name="jit(f)/question/while"}
+  %while.2 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%while.1),
+    condition=%open_condition, body=%body, metadata={op_name="jit(f)/answer/while"}
+  %y = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%while.2), index=1
+  %gather = (bf16[8,128]{1,0}, bf16[32,128]{1,0}) all-gather-start(%y),
+    channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  ROOT %all-gather-done = bf16[32,128]{1,0} all-gather-done(%gather)
+}
+"""
+X = 2 * 8 * 128  # bytes of the array
+
+
+def test_loops_branches_and_collectives_count_as_often_as_they_run():
+    cost = hlo.program_cost(PROGRAM, trips={"/answer/while": 2}, shares={"/question/": 0.25})
+    assert cost.cycles == 5 * (0.75 * 100 + 0.25 * 1000)
+    assert cost.collectives == {"all-reduce": (5, 5 * X), "all-gather": (1, 4 * X)}
+    assert cost.sent == 5 * (2 * 3 / 4 * X) + 3 / 4 * (4 * X)
+    assert cost.by_scope == {"jit(f)/question/while/body/cond/neg": 5 * 0.75 * 100, "": 5 * 0.25 * 1000}
+
+
+def test_branches_of_unknown_share_count_half():
+    assert hlo.program_cost(PROGRAM, trips={"/answer/while": 0}).cycles == 3 * (100 + 1000) / 2
+
+
+def test_a_loop_without_a_bound_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r"jit\(f\)/answer/while"):
+        hlo.program_cost(PROGRAM)
+
+
+def test_instructions_broken_over_lines_are_put_together():
+    module, entry = hlo.parse(PROGRAM)
+    assert entry == "main"
+    assert module["open_condition"]["end"].scope == "x"
+
+
+@pytest.mark.parametrize(
+    ("line", "flops"),
+    [
+        # x[T, D] . w[D, N, H] for seven heads, a product that libtpu turns into a convolution along the heads.
+        (
+            "%c = bf16[14095,7,128]{2,0,1} convolution(%x, %w), window={size=7 pad=6_6 rhs_reversal=1}, "
+            "dim_labels=bf0_i0o->b0f",
+            2 * 14095 * 7 * 128 * 3584,
+        ),
+        # mixed[T, N, H] . o[N, H, D], summed over heads.
+        (
+            "%c = bf16[14095,64,1]{1,0,2} convolution(%m, %o), window={size=7}, dim_labels=b0f_0io->bf0",
+            2 * 14095 * 64 * 7 * 128,
+        ),
+        ("%c = f32[4,6]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 2 * 4 * 6 * 5),
+    ],
+)  # fmt: skip
+def test_flops_of_one_product(line, flops):
+    operands = {
+        "x": "bf16[14095,3584,1]", "w": "bf16[3584,7,128]", "m": "bf16[14095,7,128]", "o": "bf16[7,128,64]",
+        "a": "f32[4,5]", "b": "f32[5,6]",
+    }  # fmt: skip
+    text = "\n".join(f"  %{name} = {kind} parameter({i})" for i, (name, kind) in enumerate(operands.items()))
+    module, _ = hlo.parse(f"ENTRY %main () -> () {{\n{text}\n  {line}\n}}")
+    assert hlo.product_flops(module["main"]["c"], module["main"]) == flops
+
+
+def test_memory_traffic_counts_what_is_touched():
+    """One layer cut out of stacked weights, one row written into a buffer: not the whole of either."""
+    text = """
+%inner (p0: f32[28,64,64], p1: s32[], p2: f32[100,64]) -> f32[100,64] {
+  %p0 = f32[28,64,64]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[100,64]{1,0} parameter(2)
+  %layer = f32[1,64,64]{2,1,0} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1,64,64}
+  %row = f32[1,64]{1,0} reduce(%layer), dimensions={0}
+  ROOT %new = f32[100,64]{1,0} dynamic-update-slice(%p2, %row, %p1)
+}
+
+ENTRY %main (w: f32[28,64,64], i: s32[], b: f32[100,64]) -> f32[100,64] {
+  %w = f32[28,64,64]{2,1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  %b = f32[100,64]{1,0} parameter(2)
+  ROOT %f = f32[100,64]{1,0} fusion(%w, %i, %b), kind=kLoop, calls=%inner
+}
+"""
+    assert hlo.program_cost(text).bytes == 4 * (64 * 64 + 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compiled_flops(program):
+    return hlo.program_cost(program.lower().compile().as_text(), program.trips, program.shares).flops
+
+
+def masked_flops(context, suffix, answer, questions):
+    """Attention that is computed and then masked, which `costs` leaves out: above the diagonal, and the unused tail."""
+    c, steps, tail = TINY.text, answer - 1, suffix + answer
+    pairs = context**2 - context * (context + 1) / 2
+    pairs += questions * (suffix * tail - suffix * (suffix + 1) / 2)
+    pairs += questions * (steps * tail - steps * suffix - steps * (steps + 1) / 2)
+    return 4 * c.layers * pairs * c.heads * c.head_dim
+
+
+def test_trip_counts_give_the_closed_form_of_the_group_pass():
+    """Exactly: what is compiled are the model's products, the masked ones, and the relevance of one layer."""
+    context = WORK.prefix + SETTINGS.slots_per_group * PER_SLOT
+    relevance = 2 * 2 * 64 * context * TINY.text.heads * TINY.text.head_dim
+    program = programs.group_pass(on_cpu(), WORK)
+    assert compiled_flops(program) == program.flops + masked_flops(context, 64, 1, 2) + relevance
+
+
+def test_trip_counts_give_the_closed_form_of_the_final_pass():
+    program = programs.final_pass(on_cpu(), WORK)
+    assert compiled_flops(program) == program.flops + masked_flops(WORK.prefix + 128, 64, 5, 1)
+
+
+def test_shares_of_layer_kinds_give_the_closed_form_of_the_vision_tower():
+    program = programs.vision(on_cpu(), WORK)  # 8 x 16 patches: two whole windows, no padding
+    assert compiled_flops(program) == program.flops
+
+
+def test_runs_of_the_programs():
+    """32 slots in one chunk of the vision tower; 4 groups, 3 at a time; a final pass per question."""
+    model = dataclasses.replace(on_cpu(), mesh=AbstractMesh((3, 1), sharding.AXES))
+    assert [(p.name, p.runs) for p in programs.programs(model, WORK)] == [("vision", 1), ("group", 2), ("final", 2)]
+    direct = dataclasses.replace(WORK, groups=0)
+    assert [p.name for p in programs.programs(model, direct)] == ["vision", "final"]
+
+
+class Tokenizer:
+    eos = (1, 2)
+
+
+PROMPTS = [Prompt((1,) * 15, (1,) * length, (0, length), tuple("ABCD"), (5, 6, 7, 8)) for length in (40, 64)]
+
+
+def test_shapes_are_those_of_the_scan():
+    """`scan.prompt_batch` pads and places real arrays; the plan must ask the compiler about the same."""
+    model = dataclasses.replace(on_cpu(), tokenizer=Tokenizer())
+    video = types.SimpleNamespace(clip=types.SimpleNamespace(grid=WORK.grid), merge=2)
+    tokens = scan.ContextTokens(np.zeros((100, 128), np.float32), np.zeros((3, 100), np.int32))
+    real = scan.prompt_batch(model, video, [tokens], PROMPTS, SETTINGS, size=8 * PER_SLOT)
+    asked = programs.abstract_batch(model, 1, 8 * PER_SLOT, prefix=15, question=64, questions=2)
+    for field in dataclasses.fields(passes.PromptBatch):
+        one, other = getattr(real, field.name), getattr(asked, field.name)
+        assert (one.shape, one.dtype, one.sharding) == (other.shape, other.dtype, other.sharding), field.name
+
+
+def test_the_group_pass_is_compiled_as_by_the_scan():
+    model = dataclasses.replace(on_cpu(), tokenizer=Tokenizer())
+    for changed in ({}, {"similarity": "reference_layer", "certainty": "deepconf", "relevance_text": "mean"}):
+        config = dataclasses.replace(SETTINGS, **changed)
+        real = scan.group_spec(model, PROMPTS, config)
+        assert programs.group_spec(config) == dataclasses.replace(real, end_ids=programs.group_spec(config).end_ids)
+
+
+def test_parameters_per_chip():
+    mesh = AbstractMesh((1, 4), sharding.AXES)
+    both = sum(programs.parameter_bytes(SIZES["qwen2.5-vl-7b"], mesh, tower) for tower in ("vision", "text"))
+    # 8 292 166 656 bfloat16 parameters; a quarter each, but for the few that the mesh does not split.
+    assert both == pytest.approx(8_292_166_656 * 2 / 4, rel=2e-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory, seconds, meshes
+# ---------------------------------------------------------------------------------------------------------------------
+
+OUT_OF_MEMORY = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+    "temporaries (16.77G) exceeds available HBM (15.75G). HLO module: jit_run_prompts.\nSee https://openxla.org/xla/..."
+)
+
+
+def test_the_compilers_error_says_what_is_needed():
+    assert compiler.needed_bytes(OUT_OF_MEMORY) == round(16.77 * GIB)
+    assert compiler.needed_bytes("INTERNAL: something else (16.77G)") == 0
+
+
+def test_memory_and_seconds_of_one_program():
+    v5e, program = CHIPS["v5e"], programs.Program("group", None, 3, 197e12, "vision", {}, {})
+    cost = hlo.Cost(
+        flops=98.5e12, cycles=v5e.clock, bytes=819e9 / 4, sent=5e9, by_scope={"jit(f)/context/while/body/add": 1}
+    )
+    compiled = compiler.Compiled(peak=10 * GIB, arguments=4, temporaries=3, outputs=2, code=1, cost=cost)
+    got = estimate.estimate_program(program, compiled, beside=6 * GIB, chip=v5e, chips=2)
+    assert got.missing == 16 * GIB - v5e.hbm  # the parameters that the program does not use stay in memory
+    assert got.seconds["collectives"] == pytest.approx(0.1)
+    assert got.seconds["compiler"] == pytest.approx(1.1)
+    assert (got.seconds["roofline"], got.limit) == (pytest.approx(0.5), "arithmetic")
+    assert got.share_of_peak == pytest.approx(1 / 2 / 1.1)
+    assert got.longest == {"context/add": 1}
+
+
+@pytest.fixture
+def without_libtpu(monkeypatch):
+    """A compiler of plain arithmetic, on abstract meshes: every program needs 2 GiB and takes one second of a v6e."""
+    compiled = compiler.Compiled(peak=2 * GIB, cost=hlo.Cost(cycles=CHIPS["v6e"].clock))
+    monkeypatch.setattr(estimate, "compile_program", lambda program: compiled)
+    monkeypatch.setattr(estimate, "make_tpu_mesh", lambda _, s: AbstractMesh((s.data, s.model), sharding.AXES))
+    monkeypatch.setattr(estimate, "versions", dict)
+
+
+def test_meshes_are_those_that_divide_the_heads_of_both_towers():
+    sizes = lambda name, slice_: [
+        s.model for s in estimate._Planner(SIZES[name], Topology.parse(slice_), None, None).shapes()
+    ]
+    assert sizes("qwen2.5-vl-7b", "v5e:4x4") == [1, 2, 4]  # 28 and 16 heads
+    assert sizes("qwen2.5-vl-32b", "v5e:4x4") == [1, 2, 4, 8]  # 40 and 16
+    assert sizes("qwen2.5-vl-72b", "v5e:16x16") == [1, 2, 4, 8, 16]  # 64 and 16
+
+
+# 2048 slots of 220 tokens: 32 groups, two at a time; 9 slots at a time in the vision tower, made even for two sides.
+RUNS = {"vision": 205, "group": 16, "final": 1}
+
+
+def test_the_best_mesh_is_the_fastest_that_fits(without_libtpu):
+    """A second per program: more groups side by side are faster, but the weights of 72B fit from model=8 on."""
+    found = estimate.plan("qwen2.5-vl-72b", "v6e:4x4")
+    assert found.mesh == "data=2,model=8"
+    assert list(found.tried) == [f"data={16 // model},model={model}" for model in (1, 2, 4, 8, 16)]
+    assert [outcome.endswith("GiB missing") for outcome in found.tried.values()] == [True, True, True, False, False]
+    assert list(found.tried.values())[3:] == ["16.00 s in group", "32.00 s in group"]
+    assert found.video == {"frames": 4096, "slots": 2048, "tokens_per_slot": 220, "groups": 32, "final_tokens": 7040}
+    assert {program.name: program.runs for program in found.programs} == RUNS
+    assert found.seconds == pytest.approx({"group": 0.5, "video": 222, "question": 222, "roofline_question": 0})
+    assert found.chip_hours(100) == pytest.approx(100 * 222 * 16 / 3600)
+
+
+def test_questions_share_a_scan(without_libtpu):
+    found = estimate.plan("qwen2.5-vl-72b", "v6e:4x4", "data=2,model=8", questions=10)
+    assert found.seconds["question"] == pytest.approx((205 + 16 + 10) / 10)
+
+
+def test_what_does_not_fit_says_how_much_is_missing_and_what_helps(without_libtpu):
+    found = estimate.plan("qwen2.5-vl-72b", "v6e:4x4", "data=4,model=4")
+    mesh = AbstractMesh((4, 4), sharding.AXES)
+    weights = sum(programs.parameter_bytes(SIZES["qwen2.5-vl-72b"], mesh, tower) for tower in ("vision", "text"))
+    assert not found.fits and found.seconds == {}
+    assert found.advice == (
+        f"--mesh=data=4,model=4: the vision program needs {weights / GIB - 31.24:.2f} GiB more than the 31.24 GiB of a "
+        "v6e chip; try --mesh=data=2,model=8"
+    )
+    assert "or take a larger --topology" in estimate.plan("qwen2.5-vl-72b", "v5e:2x4", "data=1,model=8").advice
+
+
+def test_the_command_writes_every_figure(without_libtpu, tmp_path, capsys):
+    flags = ["--model=qwen2.5-vl-72b", "--topology=v6e:4x4", "--mesh=data=2,model=8"]
+    assert cli.main(["plan", *flags, f"--json={tmp_path}/plan.json"]) == 0
+    written, shown = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+    assert written["fits"] and written["seconds"]["video"] == pytest.approx(222)
+    assert {program["name"]: program["runs"] for program in written["programs"]} == RUNS
+    assert "v6e:4x4, 16 chips, mesh data=2,model=8" in shown and "222 by the compiler" in shown
+    assert cli.main(["plan", *flags, "--json=-"]) == 0
+    assert json.loads(capsys.readouterr().out) == written
+
+
+def test_the_command_exits_with_1_where_nothing_fits(without_libtpu, capsys):
+    assert cli.main(["plan", "--model=qwen2.5-vl-72b", "--topology=v5e:2x2"]) == 1
+    said = capsys.readouterr()
+    assert "fits" in said.out and "GiB more than the 15.75 GiB" in said.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model=qwen9"], ["--model=qwen9", "qwen2.5-vl-7b"]),
+        (["--topology=v9:2x2"], ["--topology=v9:2x2", "v6e:"]),
+        (["--mesh=data=3,model=2"], ["--mesh=data=3,model=2: 6 places", "16 chips"]),
+        (["--mesh=data=2,model=8"], ["model=8 does not divide the 28 text attention heads"]),
+        (["--video_size=big"], ["--video_size=big", "WIDTHxHEIGHT"]),
+        (["--mesh=data=4,model=4"], ["pip install 'adapttoken-jax[tpu]'"]),
+    ],
+)
+def test_mistakes_are_one_line(monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    defaults = ["--model=qwen2.5-vl-7b", "--topology=v5e:4x4", "--mesh=data=4,model=4"]
+    assert cli.main(["plan", *defaults, *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words), line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real compiler
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+def test_a_tiny_model_is_compiled_for_a_tpu(monkeypatch):
+    monkeypatch.setitem(estimate.SIZES, "tiny", TINY)
+    settings = {"max_frames": 64, "slots_per_group": 8, "budget": 128, "max_answer_tokens": 5}
+    found = estimate.plan("tiny", "v5e:2x2", "data=2,model=2", settings=settings, video_size=(224, 112))
+    assert found.fits and [program.name for program in found.programs] == ["vision", "group", "final"]
+    for program in found.programs:
+        assert 0 < program.memory["temporaries"] < program.memory["peak"] < GIB
+        assert program.collectives["all-reduce"]["times"] > 0
+        assert program.seconds["compiler"] > program.seconds["roofline"] > 0
+    group = found.programs[1]
+    # At least the text layers' two reductions each over `model`, for the context and for the question.
+    assert group.collectives["all-reduce"]["times"] >= 4 * TINY.text.layers
+    # The group pass compiles more than the model needs (masked attention), and not twice as much.
+    assert 1 < group.flops * found.chips / group.model_flops < 2
+    assert set(found.versions) == {"jax", "libtpu"}
