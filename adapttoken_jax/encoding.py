@@ -1,8 +1,19 @@
-"""A video as the text decoder sees it: visual tokens per slot, encoded once and shared by every pass."""
+"""A video as the text decoder sees it: visual tokens per slot, encoded once and shared by every pass.
 
+Design decisions:
+- Whoever needs tokens of some slots asks for them (`VisualTokens.ensure`, `gather`); the encoder then reads on in its
+  planned order until they are there, by whole calls of the vision tower. A scan that stops early leaves the rest of
+  the video undecoded.
+- Decoding and resizing run ahead in threads, by a bounded number of images. The vision tower is called in the thread
+  that asks, one chunk ahead of the device: the order of computations on the devices, on which the hosts of a pod must
+  agree, then does not depend on how fast files are read.
+- Every call of the vision tower has the same shape: it is compiled once, and the order does not change a bit.
+"""
+
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -11,7 +22,8 @@ from adapttoken_jax import sharding
 from adapttoken_jax.geometry import round_up, time_ids, token_position_ids
 from adapttoken_jax.loading import Model
 from adapttoken_jax.passes import encode_slots
-from adapttoken_jax.video import Clip, read_patches
+from adapttoken_jax.streaming import Part, one_pass
+from adapttoken_jax.video import Clip, SlotImages, patch_rows
 
 # Patches that one call of the vision tower takes at most, whatever the frame size: bounds its memory.
 _PATCHES_PER_CHUNK = 8192
@@ -25,12 +37,14 @@ class VisualTokens:
     """All visual tokens of a clip.
 
     Attributes:
-      features: [T, M, D], in the model's type, M in raster order of the merged grid.
+      features: [T, M, D], in the model's type, M in raster order of the merged grid. Rows of slots that `ensure` has
+        not been asked for may not have been computed yet.
       clip: where they come from.
       merge: patches per token side.
       tokens_per_second: temporal M-RoPE ids per second.
       patches: float32[T h w, 1176] as fed to the vision tower, if they were kept.
-      seconds: wall seconds spent on "decode" and "vision".
+      seconds: spent so far, see `SlotEncoder`.
+      source: what encodes slots that are still missing; None if there are none.
     """
 
     features: np.ndarray
@@ -39,6 +53,21 @@ class VisualTokens:
     tokens_per_second: float
     patches: np.ndarray | None
     seconds: dict[str, float]
+    source: "SlotEncoder | None" = None
+
+    def ensure(self, slots: Sequence[int]) -> None:
+        """Decodes and encodes until the features of `slots` are there.
+
+        Raises:
+          UserError: a file that ends early or is damaged.
+        """
+        if self.source is not None:
+            self.source.encode(slots)
+
+    @property
+    def encoded(self) -> int:
+        """Slots that this run has encoded so far."""
+        return len(self.features) if self.source is None else self.source.encoded
 
     @property
     def per_slot(self) -> int:
@@ -58,8 +87,9 @@ class VisualTokens:
         return np.stack([slot, np.tile(row, len(slots)), np.tile(col, len(slots))], 1)
 
     def gather(self, coordinates: np.ndarray) -> np.ndarray:
-        """Features [n, D] of tokens given by (slot, row, column)."""
+        """Features [n, D] of tokens given by (slot, row, column), which are encoded first if need be."""
         slot, row, col = coordinates.T
+        self.ensure(np.unique(slot))
         return self.features[slot, row * (self.clip.grid[2] // self.merge) + col]
 
     def position_ids(self, coordinates: np.ndarray, start: int, renumber: bool) -> np.ndarray:
@@ -74,50 +104,117 @@ class VisualTokens:
         return token_position_ids(start, time_ids(slot, seconds, self.tokens_per_second), row, col)
 
 
+class SlotEncoder:
+    """Decodes, resizes and encodes the slots of a clip as far as is asked for; use it as a context manager.
+
+    Args:
+      model: whose vision tower encodes.
+      clip: from `plan_clip`.
+      order: in which slots are read; every slot once.
+      keep_patches: whether to keep what the vision tower was fed with.
+      on_progress: called with ("encode", slots encoded, all slots).
+      chunks: what has been read already: pairs of slots, `chunk_slots` of them, and their patches; None to read.
+
+    Attributes:
+      features: [T, M, D], filled slot by slot.
+      patches: float32 [n, h w, 1176] of each chunk read so far, if they are kept.
+      seconds: "decode", seconds that the reading threads were busy, summed over them (waiting, for `chunks`); "vision",
+        seconds that the asking thread spent on the vision tower; "waiting", seconds that it spent in `encode`
+        altogether, which includes waiting for decoded frames.
+      encoded: slots encoded so far.
+    """
+
+    def __init__(
+        self, model: Model, clip: Clip, order: Sequence[Part], keep_patches=False, on_progress=None, chunks=None
+    ):
+        slots, height, width = clip.grid
+        vision = model.config.vision
+        self._model, self._clip, self._keep, self._on_progress = model, clip, keep_patches, on_progress
+        # One size whatever the order: another one rounds differently in the last bit.
+        self._size = chunk_slots(model, clip)
+        self.features = np.empty((slots, height * width // vision.merge**2, vision.out_width), model.dtype)
+        self._started, self._there = np.zeros(slots, bool), np.zeros(slots, bool)
+        self._on_device: tuple[np.ndarray, jax.Array] | None = None
+        self.patches: list[np.ndarray] = []
+        self.seconds = {"decode": 0.0, "vision": 0.0, "waiting": 0.0}
+        self._reading = self._read(order)
+        self._chunks = self._reading if chunks is None else _timed(chunks, self.seconds, "decode")
+        self.encoded = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._reading.close()
+
+    def encode(self, slots: Sequence[int]) -> None:
+        """Reads on until `slots` are encoded."""
+        begin = time.perf_counter()
+        while not self._there[slots].all():
+            chunk = None if self._started[slots].all() else next(self._chunks)
+            before = time.perf_counter()
+            previous, self._on_device = self._on_device, self._start(*chunk) if chunk else None
+            if previous:
+                self._collect(*previous)
+            self.seconds["vision"] += time.perf_counter() - before
+        self.seconds["waiting"] += time.perf_counter() - begin
+
+    def _read(self, order: Sequence[Part]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (slots, float32 [n, h w, 1176] patches), no more than a call of the vision tower takes."""
+        for part in order:
+            busy = self.seconds["decode"]
+            with SlotImages(self._clip, part.slots, part.ahead) as reader:
+                for start in range(0, len(part.slots), self._size):
+                    patches = patch_rows(reader.take_slots(self._size), self._clip.vision)
+                    self.seconds["decode"] = busy + reader.busy_s
+                    yield part.slots[start : start + self._size], patches
+
+    def _start(self, slots: np.ndarray, patches: np.ndarray) -> tuple[np.ndarray, jax.Array]:
+        """Hands a chunk to the device, padded to the one shape that is compiled."""
+        _, height, width = self._clip.grid
+        if self._keep:
+            self.patches.append(patches)
+        padded = np.zeros((self._size, *patches.shape[1:]), np.float32)
+        padded[: len(slots)] = patches
+        self._started[slots] = True
+        return slots, encode_slots(self._model.module, _place(self._model, padded), height, width)
+
+    def _collect(self, slots: np.ndarray, encoded: jax.Array) -> None:
+        self.features[slots] = np.asarray(encoded)[: len(slots)]
+        self._there[slots] = True
+        self.encoded += len(slots)
+        if self._on_progress:
+            self._on_progress("encode", self.encoded, len(self._there))
+
+
+@contextlib.contextmanager
+def stream_video(
+    model: Model, clip: Clip, order: Sequence[Part], on_progress: Progress | None = None
+) -> Iterator[VisualTokens]:
+    """Visual tokens that are decoded and encoded when they are asked for; leaving the block ends that."""
+    with SlotEncoder(model, clip, order, on_progress=on_progress) as source:
+        yield _visual_tokens(model, clip, source, None, source)
+
+
 def encode_video(
     model: Model,
     clip: Clip,
     keep_patches: bool = False,
     on_progress: Progress | None = None,
     chunks: Iterable | None = None,
-):
-    """Decodes, resizes and encodes every slot of a clip, a chunk at a time; raw frames are never kept.
+) -> VisualTokens:
+    """Encodes every slot of a clip in one pass over the file; the arguments are those of `SlotEncoder`."""
+    with SlotEncoder(model, clip, one_pass(clip), keep_patches, on_progress, chunks) as done:
+        done.encode(np.arange(clip.grid[0]))
+    patches = np.concatenate(done.patches).reshape(-1, model.config.vision.patch_features) if keep_patches else None
+    return _visual_tokens(model, clip, done, patches)
 
-    The chunk after the one on the device is decoded meanwhile. `chunks` replaces the decoding by what it has already
-    given: the pairs that `read_patches(clip, chunk_slots=chunk_slots(model, clip))` yields.
 
-    Returns:
-      `VisualTokens`.
-    """
-    slots, height, width = clip.grid
+def _visual_tokens(model, clip, encoder, patches, source=None) -> VisualTokens:
     vision = model.config.vision
-    per_slot = height * width // vision.merge**2
-    features = np.empty((slots, per_slot, vision.out_width), model.dtype)
-    kept, seconds, waiting = [], {"decode": 0.0, "vision": 0.0}, []
-
-    def collect():
-        begin = time.perf_counter()
-        for indices, chunk in waiting:
-            features[indices] = np.asarray(chunk)[: len(indices)]
-        waiting.clear()
-        seconds["vision"] += time.perf_counter() - begin
-
-    size = chunk_slots(model, clip)
-    if chunks is None:
-        chunks = read_patches(clip, chunk_slots=size)
-    for indices, patches in _timed(chunks, seconds, "decode"):
-        padded = np.zeros((size, *patches.shape[1:]), np.float32)
-        padded[: len(indices)] = patches
-        encoded = encode_slots(model.module, _place(model, padded), height, width)
-        collect()
-        waiting.append((indices, encoded))
-        if keep_patches:
-            kept.append(patches.reshape(-1, patches.shape[-1]))
-        if on_progress:
-            on_progress("encode", int(indices[-1]) + 1, slots)
-    collect()
-    patches = np.concatenate(kept) if keep_patches else None
-    return VisualTokens(features, clip, vision.merge, vision.tokens_per_second, patches, seconds)
+    return VisualTokens(
+        encoder.features, clip, vision.merge, vision.tokens_per_second, patches, encoder.seconds, source
+    )
 
 
 def chunk_slots(model: Model, clip: Clip) -> int:
@@ -131,7 +228,7 @@ def _place(model: Model, array: np.ndarray):
     return array if model.mesh is None else jax.device_put(array, sharding.batch_sharding(model.mesh))
 
 
-def _timed(iterator: Iterator, seconds: dict[str, float], stage: str) -> Iterator:
+def _timed(iterator: Iterable, seconds: dict[str, float], stage: str) -> Iterator:
     """Yields from `iterator`, adding the time spent inside it to `seconds[stage]`."""
     iterator = iter(iterator)
     while True:

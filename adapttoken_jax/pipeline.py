@@ -5,6 +5,7 @@ group the same budget and keeps all it selects, `uniform` samples only as many f
 everything. Options beyond the paper are off by default; with them off nothing of them is computed.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -14,14 +15,15 @@ import numpy as np
 
 from adapttoken_jax import result
 from adapttoken_jax.config import METHODS, AdaptTokenConfig, ModelConfig, read_model_config
-from adapttoken_jax.encoding import Progress, VisualTokens, encode_video
+from adapttoken_jax.encoding import Progress, VisualTokens, encode_video, stream_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.loading import Model
 from adapttoken_jax.prompt import Ask, Prompt, build_prompt, check_question
 from adapttoken_jax.record import make_result, make_trace
 from adapttoken_jax.run import Outcome, Plan, Run, Selected
 from adapttoken_jax.scan import ContextTokens, Visit, agreed_answer, blind_replies, final_reply, visit_groups
-from adapttoken_jax.selection import StopRule, coverage_count, group_slots
+from adapttoken_jax.selection import StopRule, coverage_count, group_slots, visiting_order
+from adapttoken_jax.streaming import Part, one_pass, reading_order
 from adapttoken_jax.survivors import select
 from adapttoken_jax.video import plan_clip, probe
 
@@ -115,10 +117,11 @@ def answer(
     prompts = [build_prompt(model.tokenizer, q, o, system) for q, o in zip(questions, choices, strict=True)]
     _check_limits(abstain_above, deadline)
     plan = plan_run(model.config, video, config, method)
-    tokens = encode_video(model, plan.clip, trace, on_progress)
     time_is_up = lambda: deadline is not None and time.perf_counter() - begin >= deadline
-    runs = scan_video(model, plan, tokens, prompts, config, method, time_is_up, on_progress)
-    results = [answered(run, begin, trace) for run in runs]
+    order = _reading_order(model, plan, config, method, deadline)
+    with _open_tokens(model, plan, order, trace, on_progress) as tokens:
+        runs = scan_video(model, plan, tokens, prompts, config, method, time_is_up, on_progress)
+        results = [answered(run, begin, trace) for run in runs]
     if abstain_above is not None:
         results = [result.abstain(each, abstain_above) for each in results]
     return results[0] if single else results
@@ -128,6 +131,22 @@ def _check_limits(abstain_above: float | None, deadline: float | None) -> None:
     for name, value in (("abstain_above", abstain_above), ("deadline", deadline)):
         if value is not None and not value >= 0:
             raise UserError(f"--{name}={value}: must be at least 0")
+
+
+def _reading_order(model: Model, plan: Plan, config: AdaptTokenConfig, method: str, deadline) -> list[Part]:
+    if not plan.groups:
+        return one_pass(plan.clip)
+    visits = [plan.groups[g] for g in visiting_order(len(plan.groups), config.group_order)]
+    may_stop = {"lite": config.stop_groups}.get(method, None if deadline is None else 1)
+    wave = config.slots_per_group * model.wave
+    return reading_order(plan.clip, visits, may_stop, wave)
+
+
+def _open_tokens(model, plan, order, trace, on_progress) -> contextlib.AbstractContextManager[VisualTokens]:
+    """All tokens at once where the trace wants every array, else as they are asked for."""
+    if trace:
+        return contextlib.nullcontext(encode_video(model, plan.clip, trace, on_progress))
+    return stream_video(model, plan.clip, order, on_progress)
 
 
 def scan_video(
@@ -141,7 +160,9 @@ def scan_video(
     on_progress: Progress | None = None,
 ) -> list[Run]:
     """Steps 3 to 7 for all questions of a video: one `Run` each, ready for `conclude`."""
-    begin = time.perf_counter()
+    if not plan.groups:
+        tokens.ensure(np.arange(plan.clip.grid[0]))
+    begin, waited = time.perf_counter(), tokens.seconds["waiting"]
     runs = [Run(model, plan, tokens, config, method, prompt) for prompt in prompts]
     scans = [None] * len(prompts)
     if plan.groups:
@@ -150,7 +171,8 @@ def scan_video(
             runs = [dataclasses.replace(run, blind=each) for run, each in zip(runs, blind, strict=True)]
         stop = (lambda q, visits: _stop_reason(runs[q], visits)) if method == "lite" else None
         scans = visit_groups(model, tokens, prompts, config, stop, time_is_up, on_progress)
-    seconds = {**tokens.seconds, "groups": time.perf_counter() - begin}
+    groups = time.perf_counter() - begin - (tokens.seconds["waiting"] - waited)
+    seconds = {"decode": tokens.seconds["decode"], "vision": tokens.seconds["vision"], "groups": groups}
     return [dataclasses.replace(run, scan=scan, seconds=dict(seconds)) for run, scan in zip(runs, scans, strict=True)]
 
 

@@ -97,7 +97,7 @@ def _stop(run: Run) -> result.Stop:
 
 def _cost(run: Run, outcome: Outcome) -> result.Cost:
     """Every pass that this question needed: its groups, the question alone, asking again, the final answer."""
-    model, (slots, height, width) = run.model.config, run.plan.clip.grid
+    model, (_, height, width) = run.model.config, run.plan.clip.grid
     prefix, suffix = len(run.prompt.prefix_ids), len(run.prompt.suffix_ids)
     passes = [(len(v.relevance), len(v.reply.answer_ids)) for v in run.scan.visits] if run.scan else []
     passes += [(0, len(run.blind.answer_ids))] if run.blind else []
@@ -107,7 +107,7 @@ def _cost(run: Run, outcome: Outcome) -> result.Cost:
     return result.Cost(
         seconds=result.Seconds(**run.seconds),
         visual_tokens_prefilled=sum(tokens for tokens, _ in passes),
-        flops=flops + costs.vision_flops(model, slots, height, width),
+        flops=flops + costs.vision_flops(model, run.video.encoded, height, width),
     )
 
 

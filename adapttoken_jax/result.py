@@ -100,7 +100,15 @@ class Stop(_Record):
 
 @dataclasses.dataclass(frozen=True)
 class Seconds(_Record):
-    """Wall seconds per stage."""
+    """Seconds that each stage was busy. Stages overlap: only `total` is the time from the call to the answer.
+
+    Attributes:
+      decode: decoding and resizing, summed over the threads that do it beside the other stages.
+      vision: the vision tower.
+      groups: group passes, without waiting for the two above.
+      final: selection and the final pass.
+      total: wall seconds.
+    """
 
     decode: float
     vision: float

@@ -7,7 +7,7 @@ Three presets (`PRESETS`) gather the conventions in which the published preproce
 `temporal_patch` consecutive sampled frames (two for every released model), the unit of time that the model sees.
 """
 
-from adapttoken_jax.video.decode import FrameReader
+from adapttoken_jax.video.decode import FrameReader, decoding_cost
 from adapttoken_jax.video.patches import SlotImages, patch_rows, read_images, read_patches
 from adapttoken_jax.video.probe import Frames, VideoInfo, probe
 from adapttoken_jax.video.resize import resize_bicubic, resize_pillow
@@ -21,6 +21,7 @@ __all__ = [
     "Preset",
     "SlotImages",
     "VideoInfo",
+    "decoding_cost",
     "frame_count",
     "patch_rows",
     "plan_clip",

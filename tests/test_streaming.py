@@ -1,0 +1,198 @@
+"""Reading as far as is asked for: the order, what it costs, and the same results as reading everything first."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from adapttoken_jax import costs, encoding, pipeline
+from adapttoken_jax.config import SIZES
+from adapttoken_jax.encoding import encode_video, stream_video
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.selection import group_slots
+from adapttoken_jax.streaming import Part, decoding_frames, one_pass, reading_order
+from adapttoken_jax.video import Frames, SlotImages, VideoInfo, plan_clip, probe
+from tests import media
+from tests.needle.study_model import settings, small_model
+
+VISION = SIZES["qwen2.5-vl-7b"].vision
+QUESTION, OPTIONS = "What colour is the star?", ["red", "green", "blue"]
+
+
+# The order
+
+
+def film(frames, group_of_pictures, every, seekable=True):
+    """(clip of every `every`-th frame, its groups of 8 slots) of a video that does not exist."""
+    times, keys = np.arange(frames) / 25, np.arange(0, frames, group_of_pictures)
+    info = VideoInfo("v.mp4", frames / 25, 25.0, times, keys, 56, 56, np.arange(frames), seekable=seekable)
+    clip = plan_clip(info, VISION, fps=25 / every, max_frames=10**6, max_pixels=56 * 56)
+    return clip, group_slots(clip.grid[0], 8)
+
+
+def slots_of(parts):
+    return np.concatenate([part.slots for part in parts])
+
+
+def assert_one_pass(parts, clip):
+    assert [part.ahead for part in parts] == [None]
+    np.testing.assert_array_equal(slots_of(parts), np.arange(clip.grid[0]))
+
+
+def test_a_scan_of_everything_takes_one_pass():
+    clip, groups = film(12800, 250, 5)
+    assert_one_pass(reading_order(clip, groups, None, 8), clip)
+
+
+def test_sparse_slots_are_read_group_by_group_at_no_more_cost():
+    clip, groups = film(64000, 50, 500)  # between two sampled frames lie ten key frames
+    [part] = reading_order(clip, groups, None, 8)
+    np.testing.assert_array_equal(part.slots, np.concatenate(groups))
+    assert decoding_frames(clip, part.slots) <= 1.1 * decoding_frames(clip, np.arange(clip.grid[0]))
+
+
+def test_lite_reads_groups_alone_until_that_costs_one_pass():
+    clip, groups = film(64000, 50, 5)  # 6400 slots, 800 groups; slots of a group are 8000 frames apart
+    visits = [groups[g] for g in np.random.default_rng(0).permutation(len(groups))]
+    alone, rest = reading_order(clip, visits, 3, 8)
+    read = np.split(alone.slots, range(8, len(alone.slots), 8))
+    cost = [decoding_frames(clip, slots) for slots in read]
+    # A group is 8 slots; each takes a jump and, on average, half of the 50 frames between two key frames.
+    assert np.mean(cost) == pytest.approx(8 * (16 + 25 + 5), rel=0.1)
+    assert sum(cost) <= 64000 < sum(cost) + decoding_frames(clip, visits[len(cost)])
+    assert alone.ahead == 8 and rest.ahead is None
+    assert (np.diff(rest.slots) > 0).all()
+    np.testing.assert_array_equal(np.sort(slots_of([alone, rest])), np.arange(clip.grid[0]))
+    np.testing.assert_array_equal(read, visits[: len(read)])
+
+
+def test_lite_takes_one_pass_where_it_cannot_stop_before_that_pays():
+    clip, groups = film(12800, 250, 5)
+    affordable = len(reading_order(clip, groups, 1, 8)[0].slots) // 8
+    assert 1 < affordable < len(groups)
+    assert_one_pass(reading_order(clip, groups, affordable + 1, 8), clip)
+
+
+def test_what_cannot_be_sought_takes_one_pass():
+    clip, groups = film(64000, 50, 5, seekable=False)
+    assert_one_pass(reading_order(clip, groups, 3, 8), clip)
+
+
+def test_images_in_memory_are_read_group_by_group():
+    clip = plan_clip(probe(Frames(np.zeros((64, 56, 56, 3), np.uint8), 4.0)), VISION, max_pixels=56 * 56)
+    groups = group_slots(32, 8)
+    [part] = reading_order(clip, groups, 3, 8)
+    np.testing.assert_array_equal(part.slots, np.concatenate(groups))
+
+
+# The features
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_calls():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "_SLOTS_PER_CHUNK", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def clip(model, tmp_path_factory):
+    path = media.write(tmp_path_factory.mktemp("clip") / "a.mp4", 132, (56, 56), gop=8, bf="2")
+    return plan_clip(probe(path), model.config.vision, fps=25.0, max_pixels=56 * 56)
+
+
+@pytest.fixture(scope="module")
+def everything(model, clip):
+    return encode_video(model, clip).features
+
+
+def by_group(clip):
+    return [Part(np.concatenate(group_slots(clip.grid[0], 8)), 8)]
+
+
+def partly_by_group(clip):
+    groups = group_slots(clip.grid[0], 8)
+    return [Part(np.concatenate(groups[5:]), 8), Part(np.sort(np.concatenate(groups[:5])))]
+
+
+@pytest.mark.parametrize("order", [one_pass, by_group, partly_by_group])
+def test_the_order_does_not_change_a_bit(model, clip, everything, order):
+    with stream_video(model, clip, order(clip)) as tokens:
+        for slots in (np.array([3]), np.array([60, 2]), np.arange(66)):
+            np.testing.assert_array_equal(tokens.gather(tokens.coordinates(slots)), everything[slots].reshape(-1, 32))
+    np.testing.assert_array_equal(tokens.features, everything)
+
+
+def test_no_more_is_encoded_than_calls_that_hold_what_was_asked_for(model, clip):
+    groups, seen = group_slots(clip.grid[0], 8), []  # 9 groups, of 8 slots and 7
+    report = lambda *progress: seen.append(progress)
+    with stream_video(model, clip, by_group(clip), report) as tokens:
+        assert tokens.encoded == 0
+        tokens.ensure(groups[0])
+        assert tokens.encoded == 8
+        tokens.ensure(groups[3])  # the slots up to here, 31 or 32, and no call more
+        tokens.ensure(groups[1])
+        assert tokens.encoded == 32
+    assert seen == [("encode", done, 66) for done in range(4, 33, 4)]
+
+
+def test_no_more_is_decoded_than_one_group_ahead(model, clip, monkeypatch):
+    groups, opened = group_slots(clip.grid[0], 8), []
+
+    class Watched(SlotImages):
+        def __init__(self, *args):
+            super().__init__(*args)
+            opened.append(self)
+
+    monkeypatch.setattr("adapttoken_jax.encoding.SlotImages", Watched)
+    with stream_video(model, clip, partly_by_group(clip)) as tokens:
+        tokens.ensure(groups[5])
+    assert len(opened) == 1  # the part that follows was not opened
+    assert len(opened[0]._ready) <= 2 * 8 + len(opened[0]._threads)
+
+
+def test_seconds_are_counted_where_they_are_spent(model, clip):
+    with stream_video(model, clip, one_pass(clip)) as tokens:
+        tokens.ensure(range(66))
+        spent = dict(tokens.seconds)
+        tokens.ensure(range(66))
+    assert spent["waiting"] >= spent["vision"] > 0 and spent["decode"] > 0
+    assert tokens.seconds["vision"] == spent["vision"] and tokens.seconds["waiting"] < spent["waiting"] + 0.01
+
+
+def test_damage_ends_the_stream_with_one_line_and_without_threads(model, tmp_path):
+    path = media.write(tmp_path / "a.mkv", 60, (56, 56), codec="ffv1", pix_fmt="bgr0", gop=1)
+    clip = plan_clip(probe(path), model.config.vision, fps=25.0, max_pixels=56 * 56)
+    media.without_packets(path, tmp_path / "b.mkv", range(20, 50))
+    (tmp_path / "b.mkv").replace(path)
+    before = threading.active_count()
+    broken = pytest.raises(UserError, match=r"a\.mkv: the frame at 0\.80 s cannot be decoded")
+    with broken, stream_video(model, clip, one_pass(clip)) as tokens:
+        tokens.ensure(range(30))
+    assert threading.active_count() == before
+
+
+# The whole method
+
+
+def test_lite_answers_the_same_and_encodes_less(model, tmp_path, monkeypatch):
+    path = media.write(tmp_path / "a.mp4", 400, (56, 56), gop=5, sc_threshold="0")
+    config = settings(model, fps=25.0, max_frames=400, stop_groups=2, stop_entropy=9.0, stop_agreement=False)
+    orders = []
+
+    def ask(order):
+        monkeypatch.setattr(pipeline, "reading_order", lambda *args: orders.append(order(*args)) or orders[-1])
+        return pipeline.answer(model, str(path), QUESTION, OPTIONS, config, "lite")
+
+    streamed, at_once = ask(reading_order), ask(lambda clip, *_: one_pass(clip))
+    assert len(orders[0][0].slots) >= 2 * 4 and streamed.stop == at_once.stop and streamed.stop.groups_visited == 2
+    for part in ("answer", "entropy", "option_probabilities", "selected", "groups"):
+        assert getattr(streamed, part) == getattr(at_once, part)
+    # Two of 50 groups: 8 slots by themselves; in one pass all slots up to the last of these, 151.
+    unseen = at_once.cost.flops - streamed.cost.flops
+    assert unseen == pytest.approx((152 - 8) * costs.vision_flops(model.config, 1, 4, 4))
