@@ -173,19 +173,29 @@ def _shown(default) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
+_PAPER = Flag("paper", bool, "the paper's values where the model's preset has others", "Other settings")
+
+
 def setting_flags() -> tuple[Flag, ...]:
-    """One flag per field of `AdaptTokenConfig`, not given by default."""
-    return tuple(_setting_flag(field) for field in dataclasses.fields(configs.AdaptTokenConfig))
+    """One flag per field of `AdaptTokenConfig`, not given by default, and `--paper`."""
+    return (*(_setting_flag(field) for field in dataclasses.fields(configs.AdaptTokenConfig)), _PAPER)
 
 
 def given_settings(values: flags.FlagValues) -> dict[str, Any]:
     """The settings that the user wrote."""
-    names = [field.name for field in dataclasses.fields(configs.AdaptTokenConfig)]
+    names = [*(field.name for field in dataclasses.fields(configs.AdaptTokenConfig)), _PAPER.name]
     return {name: values[name].value for name in names if values[name].value is not None}
 
 
 _DEBUG = Flag("debug", bool, "show a traceback with an error", "General")
-_MODEL = Flag("model", str, "directory of a Hugging Face or converted checkpoint", "Input", "DIR", required=True)
+_MODEL = Flag(
+    "model",
+    str,
+    "directory of a Hugging Face or converted checkpoint, or needle: the bundled model",
+    "Input",
+    "DIR",
+    required=True,
+)
 _VIDEO = Flag("video", str, "video file", "Input", "FILE", required=True)
 _QUESTION = Flag("question", str, "what to ask about the video", "Input", "TEXT", required=True)
 _OPTION = Flag("option", list, "an answer to choose from, without its letter; repeat the flag", "Input", "TEXT")
@@ -466,7 +476,7 @@ def _write_json(target: str | None, content: Mapping[str, Any]) -> None:
 _DEMO_FLAGS = (
     Flag("output", str, "directory to write, made if missing", "Output", "DIR", "adapttoken_demo"),
     Flag("frames", int, "length of the video", "Video", "N", 1024, low=32),
-    Flag("seed", int, "which video, and which weights", "Video", "N", 0, low=0),
+    Flag("seed", int, "which video", "Video", "N", 0, low=0),
     _DEBUG,
 )
 
@@ -478,7 +488,6 @@ def _demo(values: flags.FlagValues) -> int:
     with Progress() as progress:
         rows = demo.run(values.output, values.frames, values.seed, progress)
     sys.stdout.write(table(rows))
-    print("The model of this demonstration is untrained: its answers are meaningless.", file=sys.stderr)
     print(f"wrote {pathlib.Path(values.output) / 'report.html'}", file=sys.stderr)
     return OK
 

@@ -170,15 +170,25 @@ def _model_config(raw, text, vision, source) -> ModelConfig:
     )
 
 
+# Checkpoints that come with the package, by the name that stands for their directory.
+BUNDLED = {"needle": pathlib.Path(__file__).parent / "needle" / "checkpoint"}
+
+
+def checkpoint_directory(name) -> pathlib.Path:
+    """The directory of a checkpoint: `name` itself, unless it is a bundled model's and no checkpoint lies there."""
+    path = pathlib.Path(name)
+    return path if (path / "config.json").is_file() else BUNDLED.get(str(name), path)
+
+
 def read_model_config(directory) -> ModelConfig:
-    """Reads `config.json` of a checkpoint directory.
+    """Reads `config.json` of a checkpoint directory, or of a bundled model.
 
     Raises:
       UserError: no such directory, no `config.json` in it, or not valid JSON.
     """
-    path = pathlib.Path(directory) / "config.json"
+    path = checkpoint_directory(directory) / "config.json"
     if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such model directory")
+        raise UserError(f"{path.parent}: no such model directory; bundled models: {', '.join(BUNDLED)}")
     if not path.is_file():
         raise UserError(f"{path.parent}: no config.json; give the directory of a Hugging Face or converted checkpoint")
     try:
@@ -273,8 +283,10 @@ class AdaptTokenConfig:
             raise UserError(f"--temperature_target={self.temperature_target}: must be 0 (off) or at least 1")
 
     @classmethod
-    def for_model(cls, model: ModelConfig, **given) -> "AdaptTokenConfig":
+    def for_model(cls, model: ModelConfig, paper: bool = False, **given) -> "AdaptTokenConfig":
         """The model's preset with the given fields put over it; `reference_layer` comes out resolved and checked.
+
+        With `paper`, the published values replace what this project found to be better for the model.
 
         Raises:
           UserError: an unknown field, a bad value, or a reference layer that the model does not have.
@@ -282,7 +294,10 @@ class AdaptTokenConfig:
         unknown = set(given) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise UserError(f"unknown configuration field: {', '.join(sorted(unknown))}")
-        return cls(**{**model_preset(model), **given}).resolve(model)
+        preset = model_preset(model)
+        if paper:
+            preset = {name: value for name, value in preset.items() if name in MODEL_FIELDS}
+        return cls(**{**preset, **given}).resolve(model)
 
     def resolve(self, model: ModelConfig) -> "AdaptTokenConfig":
         """This configuration with `reference_layer` -1 replaced by the model's preset.
@@ -298,6 +313,24 @@ class AdaptTokenConfig:
         return dataclasses.replace(self, reference_layer=model_preset(model)["reference_layer"])
 
 
+# Fields that belong to a model and its videos rather than to the method: the paper's values are for its own models.
+MODEL_FIELDS = frozenset(
+    {
+        "preset",
+        "fps",
+        "max_frames",
+        "max_pixels",
+        "mrope",
+        "slots_per_group",
+        "budget",
+        "reference_layer",
+        "max_answer_tokens",
+        "sampling_temperature",
+        "top_p",
+        "seed",
+    }
+)
+
 # Depth of FlexSelect's reference layer in the 7B model (20 of 28); other sizes take the same relative depth until a
 # needle probe of that size says otherwise.
 _REFERENCE_DEPTH = 20 / 28
@@ -307,6 +340,12 @@ MODEL_PRESETS: dict[tuple[int, int], dict[str, Any]] = {
     (config.text.width, config.text.layers): {
         "reference_layer": round(config.text.layers * _REFERENCE_DEPTH), "budget": 7040,
     } for config in SIZES.values()
+}  # fmt: skip
+# The bundled needle model: sizes of its videos, and what validation videos recommend (docs/evidence.md).
+MODEL_PRESETS[128, 4] = {
+    "max_pixels": 56 * 56, "slots_per_group": 8, "budget": 32, "reference_layer": 0, "temperature": 0.05,
+    "group_order": "bit_reversed", "final_positions": "compact",
+    "stop_rule": "rerun", "stop_groups": 4, "stop_entropy": 0.1,
 }  # fmt: skip
 
 

@@ -1,14 +1,13 @@
 """Opens a checkpoint directory as a model that can answer."""
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adapttoken_jax import sharding
-from adapttoken_jax.config import ModelConfig, read_model_config
+from adapttoken_jax.config import ModelConfig, checkpoint_directory, read_model_config
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.model import Qwen25VL
 from adapttoken_jax.prompt import ChatTokenizer
@@ -49,7 +48,7 @@ def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None) 
     """Loads a Hugging Face directory or a converted checkpoint, each parameter straight to its place on the mesh.
 
     Args:
-      path: the checkpoint's directory.
+      path: the checkpoint's directory, or the name of a bundled model, "needle".
       mesh: a (data, model) mesh, its shape, or a text such as "data=4,model=2"; None for one device.
       dtype: float32, bfloat16 or float16; None is float32 on a CPU and the checkpoint's own type elsewhere.
 
@@ -58,6 +57,7 @@ def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None) 
     """
     from checkpoints_convert.load import load_parameters  # its readers are needed only here
 
+    path = checkpoint_directory(path)
     config = read_model_config(path)
     tokenizer = ChatTokenizer.from_directory(path)
     if isinstance(mesh, str):
@@ -67,7 +67,7 @@ def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None) 
     if mesh is not None:
         sharding.check_mesh(config, mesh)
     values = load_parameters(path, config, dtype=_dtype(dtype), mesh=mesh)
-    return Model(Qwen25VL(config, values), config, tokenizer, str(pathlib.Path(path)), mesh)
+    return Model(Qwen25VL(config, values), config, tokenizer, str(path), mesh)
 
 
 def _dtype(dtype):

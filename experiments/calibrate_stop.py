@@ -31,7 +31,7 @@ from adapttoken_jax.needle import DIFFICULTIES, SPLITS, TASKS, scene
 from adapttoken_jax.progress import Progress
 from adapttoken_jax.result import atomic_file, plain_json
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint directory, as train_needle exports one.", required=True)
+_MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or needle: the bundled model.")
 _DATA = flags.DEFINE_string("data", None, "Videos and questions, JSON lines.")
 _NEEDLE = flags.DEFINE_bool("needle", False, "Needle videos instead of --data.")
 _VIDEOS = flags.DEFINE_integer("videos", 500, "Needle videos.", lower_bound=1)

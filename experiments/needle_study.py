@@ -25,7 +25,7 @@ from adapttoken_jax.needle import DIFFICULTIES
 from adapttoken_jax.needle.study import cells, document, lab, layers, plots, sections, targets
 from adapttoken_jax.progress import Progress
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint directory, as train_needle exports one.", required=True)
+_MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or needle: the bundled model.")
 _TASK = flags.DEFINE_enum("task", "all", ["single", "pair", "all"], "Which questions.")
 _FRAMES = flags.DEFINE_list("frames", ["64", "256", "1024", "2048", "10000"], "Lengths of the videos, in frames.")
 _QUESTIONS = flags.DEFINE_integer("questions", 400, "Questions per task and length.", lower_bound=1)
@@ -127,7 +127,7 @@ def about(model, size: sections.Size, check: cells.Check) -> dict:
     versions = result.library_versions()
     files = [path for path in pathlib.Path(model.path).rglob("*") if path.is_file()]
     return {
-        "command": " ".join(["python -m experiments.needle_study", *sys.argv[1:]]),
+        "command": " ".join(["python -m experiments.needle_study", *_arguments()]),
         "model": _MODEL.value,
         "parameters": int(sum(leaf.size for leaf in jax.tree.leaves(model.module))),
         "model_bytes": sum(path.stat().st_size for path in files),
@@ -139,6 +139,11 @@ def about(model, size: sections.Size, check: cells.Check) -> dict:
         "check": f"{check.options} of {check.answers} answers the same, {check.tokens} from the very same tokens",
         **{name: getattr(size, name) for name in ("split", "difficulty", "questions", "per_video", "seed")},
     }
+
+
+def _arguments() -> list[str]:
+    """The command's own, without the one that measures in instalments."""
+    return [each for each in sys.argv[1:] if not each.startswith("--sections=")]
 
 
 def checked(model, size: sections.Size, config) -> cells.Check:

@@ -31,7 +31,7 @@ from adapttoken_jax.progress import Progress
 from adapttoken_jax.prompt import build_prompt
 from adapttoken_jax.result import atomic_file, plain_json
 
-_MODEL = flags.DEFINE_string("model", None, "Checkpoint directory, as train_needle exports one.", required=True)
+_MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or needle: the bundled model.")
 _DATA = flags.DEFINE_string("data", None, "Videos with known evidence, JSON lines, instead of generated ones.")
 _TASK = flags.DEFINE_enum("task", "single", list(TASKS), "Questions of the generated videos.")
 _FRAMES = flags.DEFINE_integer("frames", 256, "Frames of a generated video.", lower_bound=2)

@@ -44,7 +44,7 @@ def compare(directory, video, question: str, options, overrides: dict, tolerance
     config = AdaptTokenConfig.for_model(model.config, **overrides)
     result = pipeline.answer(model, video, question, options, config, trace=True)
     plan = pipeline.plan_run(model.config, video, config, "adapttoken")
-    torch_model = oracle.load_model(directory)
+    torch_model = oracle.load_model(model.path)
     inputs = method_inputs(model, plan.clip, result.trace, question, options)
     rows = [_row("patches", result.trace["patches"], torch_patches(plan.clip), 1.01 * _LEVEL, relative=False)]
     rows += [

@@ -12,28 +12,10 @@ from typing import Any
 import numpy as np
 
 import adapttoken_jax
-from adapttoken_jax.config import AdaptTokenConfig
+from adapttoken_jax.config import MODEL_FIELDS, AdaptTokenConfig
 from adapttoken_jax.needle.study import measures
 from adapttoken_jax.needle.study.cells import Arm, Cell, CellResult, film_video
 from adapttoken_jax.needle.study.lab import Lab
-
-# Settings that belong to the model and its videos, not to the method: the paper's values are another model's.
-MODEL_FIELDS = frozenset(
-    {
-        "preset",
-        "fps",
-        "max_frames",
-        "max_pixels",
-        "mrope",
-        "slots_per_group",
-        "budget",
-        "reference_layer",
-        "max_answer_tokens",
-        "sampling_temperature",
-        "top_p",
-        "seed",
-    }
-)
 
 ARMS = ("uniform", "attention", "flexselect", "certain", "paper", "adapttoken", "lite", "lite_groups", "lite_rerun")
 
