@@ -603,10 +603,11 @@ def _check(config: AdaptTokenConfig, method: str) -> None:
         raise UserError(f"--method={method}: choose one of {', '.join(METHODS)}")
     if config.sampling_temperature > 0:
         raise UserError("--sampling_temperature: the PyTorch reference only decodes greedily; set it to 0")
-    for option in ("debias", "coverage", "temperature_target", "stop_gain", "give_up_groups"):
+    stopping = ("stop_gain", "give_up_groups") if method == "lite" else ()
+    for option in ("debias", "coverage", "temperature_target", *stopping):
         if getattr(config, option):
             raise UserError(f"--{option}: the PyTorch reference has the paper's steps alone; leave it out")
-    if config.stop_rule != "groups":
+    if method == "lite" and config.stop_rule != "groups":
         raise UserError(f"--stop_rule={config.stop_rule}: the PyTorch reference knows only groups; leave it out")
     if config.reference_layer < 0:
         raise ValueError("config.reference_layer is -1; resolve the configuration for the model first")
