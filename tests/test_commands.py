@@ -181,14 +181,14 @@ def test_convert_does_not_touch_a_directory_that_exists(checkpoint, tmp_path, ca
 
 
 def test_the_demo_answers_every_question_by_every_method(tmp_path, capsys):
-    argv = ["demo", f"--output={tmp_path / 'demo'}", "--frames=64", "--seed=3"]
+    argv = ["demo", f"--output={tmp_path / 'demo'}", "--frames=256", "--seed=3"]
     out, _ = run(capsys, *argv)
     lines = out.splitlines()
     assert lines[0].split() == ["question", "method", "answer", "right", "entropy", "groups", "tokens", "seconds"]
     everything = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert len(lines) - 1 == len(everything["rows"]) == len(everything["results"]) == 16
     first = Result.from_json((tmp_path / "demo" / "result.json").read_text())
-    assert first.method == "adapttoken" and first.stop.groups_total == 4 and first.selected.count == 32
+    assert first.method == "adapttoken" and first.stop.groups_total == 16 and first.selected.count == 32
     page = (tmp_path / "demo" / "report.html").read_text()
     assert all(html.escape(row["question"]) in page for row in everything["rows"])
     right = {

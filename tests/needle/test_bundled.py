@@ -29,7 +29,7 @@ def singles():
 
 
 def _ask(model, scene, method, **changes):
-    config = AdaptTokenConfig.for_model(model.config, max_frames=_FRAMES, **changes)
+    config = AdaptTokenConfig.for_model(model.config, **({"max_frames": _FRAMES} | changes))
     asked = scene.question
     return at.answer(model, at.Frames(scene.images(), 4.0), asked.text, asked.options, config, method)
 
@@ -68,13 +68,14 @@ def test_paper_takes_the_published_values_but_those_of_the_model(model):
         assert getattr(paper, field.name) == getattr(expected, field.name), field.name
 
 
-def test_it_finds_needles_that_uniform_sampling_and_equal_budgets_miss(model, singles):
+def test_it_finds_needles_that_uniform_sampling_and_equal_budgets_miss(model):
+    scenes = [needle.scene(seed, "validation", 1024) for seed in range(8)]
     right = {
-        method: sum(_ask(model, scene, method).option == scene.question.letter for scene in singles)
-        for method in ("uniform", "flexselect", "adapttoken", "lite")
+        method: sum(_ask(model, scene, method, max_frames=1024).option == scene.question.letter for scene in scenes)
+        for method in ("uniform", "flexselect", "adapttoken")
     }
-    assert right["adapttoken"] >= _VIDEOS - 1 and right["lite"] >= _VIDEOS - 1
-    assert right["adapttoken"] >= right["uniform"] + 3 and right["adapttoken"] >= right["flexselect"] + 2
+    assert right["adapttoken"] >= 7
+    assert right["adapttoken"] >= 2 + max(right["uniform"], right["flexselect"]), right
 
 
 def test_its_entropy_tells_groups_with_a_needle_from_those_without(model, singles):
@@ -88,9 +89,10 @@ def test_its_entropy_tells_groups_with_a_needle_from_those_without(model, single
 
 
 def test_lite_visits_fewer_groups(model, singles):
-    shares = [_ask(model, scene, "lite").stop for scene in singles]
-    assert np.mean([stop.groups_visited / stop.groups_total for stop in shares]) < 0.8
-    assert all(stop.reason for stop in shares if stop.early)
+    results = [_ask(model, scene, "lite") for scene in singles]
+    assert sum(r.option == scene.question.letter for r, scene in zip(results, singles, strict=True)) >= _VIDEOS - 1
+    assert np.mean([r.stop.groups_visited / r.stop.groups_total for r in results]) < 0.6
+    assert all(r.stop.reason for r in results if r.stop.early)
 
 
 def test_open_answers_of_several_words(model, singles):
