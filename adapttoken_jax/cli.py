@@ -6,11 +6,13 @@ Design decisions:
 - Every field of `AdaptTokenConfig` is a flag whose default is "not given", so that only what the user writes wins over
   the model's preset.
 - Exit codes: 0 success, 1 `compare` found a difference or `plan` that it does not fit, 2 the user's mistake (one line
-  on stderr), 3 a fault of this program, 130 interrupted, 141 nobody reads stdout. A traceback only with `--debug`.
+  on stderr), 3 a fault of this program, 130 interrupted, 141 nobody reads stdout, 143 terminated. A traceback only
+  with `--debug`.
 - stdout carries the answer, everything else goes to stderr.
 - Nothing heavy is imported before a command runs: help must not wait for JAX.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -19,10 +21,12 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -30,7 +34,7 @@ from absl import flags
 from adapttoken_jax import config as configs
 from adapttoken_jax.errors import UserError
 
-OK, DIFFERENT, USAGE, INTERNAL, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 130, 141
+OK, DIFFERENT, USAGE, INTERNAL, INTERRUPTED, CLOSED_PIPE, TERMINATED = 0, 1, 2, 3, 130, 141, 143
 
 PROGRAM = "adapttoken"
 
@@ -222,6 +226,7 @@ _ANSWER_FLAGS = (
     Flag("stop_calibration", str, "lite: stop as this certificate of calibrate_stop says", "Method", "FILE"),
     Flag("abstain_above", float, "above this entropy the answer is: not found in the video", "Method", "NATS", low=0.0),
     Flag("deadline", float, "visit no more groups when so much time has passed", "Method", "SECONDS", low=0.0),
+    Flag("feature_cache", str, "keep vision features here for later questions about the same video", "Method", "DIR"),
     Flag("dry_run", bool, "print frames, grid, tokens, groups and budget; answer nothing, load no weights", "Method"),
     Flag("json", str, "write result.json here; - writes it to stdout instead of the answer", "Output", "FILE"),
     Flag("report", str, "write a page with the answer and the moments it rests on, as .html", "Output", "FILE"),
@@ -320,6 +325,7 @@ def _run(values: flags.FlagValues, method: str, settings: Mapping[str, Any], cer
             trace=bool(values.trace),
             abstain_above=values.abstain_above,
             deadline=values.deadline,
+            feature_cache=values.feature_cache,
             on_progress=progress,
         )
 
@@ -600,12 +606,13 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
             return OK
         _check_required(command, values)
         _keep_compilations()
-        return command.run(values)
+        with _terminable():
+            return command.run(values)
     except UserError as error:
         return _fail(name, str(error), traceback.format_exc() if debug else "")
-    except KeyboardInterrupt:
-        _fail(name, "interrupted", traceback.format_exc() if debug else "")
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        word, status = ("terminated", TERMINATED) if isinstance(error, _Terminated) else ("interrupted", INTERRUPTED)
+        return _fail(name, word, traceback.format_exc() if debug else "", status)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -616,6 +623,39 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
         message = f"internal error: {type(error).__name__}: {first_line}"
         hint = "" if debug else " (run again with --debug for a traceback)"
         return _fail(name, message + hint, traceback.format_exc() if debug else "", status=INTERNAL)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block SIGTERM unwinds as Ctrl-C does: threads stop, half-written files go."""
+
+    def unwind(_, frame):
+        if _swallows(frame):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _swallows(frame) -> bool:
+    """Whether what is raised in this frame gets lost, as in callbacks of the garbage collector and in finalizers."""
+    while frame is not None:
+        if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _keep_compilations() -> None:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from adapttoken_jax import sharding
+from adapttoken_jax.feature_cache import Entry
 from adapttoken_jax.geometry import round_up, time_ids, token_position_ids
 from adapttoken_jax.loading import Model
 from adapttoken_jax.passes import encode_slots
@@ -114,6 +115,7 @@ class SlotEncoder:
       keep_patches: whether to keep what the vision tower was fed with.
       on_progress: called with ("encode", slots encoded, all slots).
       chunks: what has been read already: pairs of slots, `chunk_slots` of them, and their patches; None to read.
+      entry: features known from before, which are not computed again; what is new is added when the block ends well.
 
     Attributes:
       features: [T, M, D], filled slot by slot.
@@ -125,7 +127,14 @@ class SlotEncoder:
     """
 
     def __init__(
-        self, model: Model, clip: Clip, order: Sequence[Part], keep_patches=False, on_progress=None, chunks=None
+        self,
+        model: Model,
+        clip: Clip,
+        order: Sequence[Part],
+        keep_patches: bool = False,
+        on_progress: Progress | None = None,
+        chunks: Iterable | None = None,
+        entry: Entry | None = None,
     ):
         slots, height, width = clip.grid
         vision = model.config.vision
@@ -133,7 +142,9 @@ class SlotEncoder:
         # One size whatever the order: another one rounds differently in the last bit.
         self._size = chunk_slots(model, clip)
         self.features = np.empty((slots, height * width // vision.merge**2, vision.out_width), model.dtype)
-        self._started, self._there = np.zeros(slots, bool), np.zeros(slots, bool)
+        self._entry = entry
+        self._there = entry.read(self.features) if entry else np.zeros(slots, bool)
+        self._started = self._there.copy()
         self._on_device: tuple[np.ndarray, jax.Array] | None = None
         self.patches: list[np.ndarray] = []
         self.seconds = {"decode": 0.0, "vision": 0.0, "waiting": 0.0}
@@ -144,8 +155,10 @@ class SlotEncoder:
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, error, *_):
         self._reading.close()
+        if self._entry and self.encoded and error is None:
+            self._entry.write(self.features, self._there)
 
     def encode(self, slots: Sequence[int]) -> None:
         """Reads on until `slots` are encoded."""
@@ -162,12 +175,12 @@ class SlotEncoder:
     def _read(self, order: Sequence[Part]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (slots, float32 [n, h w, 1176] patches), no more than a call of the vision tower takes."""
         for part in order:
-            busy = self.seconds["decode"]
-            with SlotImages(self._clip, part.slots, part.ahead) as reader:
-                for start in range(0, len(part.slots), self._size):
+            slots, busy = part.slots[~self._there[part.slots]], self.seconds["decode"]
+            with SlotImages(self._clip, slots, part.ahead) as reader:
+                for start in range(0, len(slots), self._size):
                     patches = patch_rows(reader.take_slots(self._size), self._clip.vision)
                     self.seconds["decode"] = busy + reader.busy_s
-                    yield part.slots[start : start + self._size], patches
+                    yield slots[start : start + self._size], patches
 
     def _start(self, slots: np.ndarray, patches: np.ndarray) -> tuple[np.ndarray, jax.Array]:
         """Hands a chunk to the device, padded to the one shape that is compiled."""
@@ -189,10 +202,10 @@ class SlotEncoder:
 
 @contextlib.contextmanager
 def stream_video(
-    model: Model, clip: Clip, order: Sequence[Part], on_progress: Progress | None = None
+    model: Model, clip: Clip, order: Sequence[Part], on_progress: Progress | None = None, entry: Entry | None = None
 ) -> Iterator[VisualTokens]:
     """Visual tokens that are decoded and encoded when they are asked for; leaving the block ends that."""
-    with SlotEncoder(model, clip, order, on_progress=on_progress) as source:
+    with SlotEncoder(model, clip, order, on_progress=on_progress, entry=entry) as source:
         yield _visual_tokens(model, clip, source, None, source)
 
 

@@ -8,6 +8,7 @@ everything. Options beyond the paper are off by default; with them off nothing o
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,7 @@ from adapttoken_jax import result
 from adapttoken_jax.config import METHODS, AdaptTokenConfig, ModelConfig, read_model_config
 from adapttoken_jax.encoding import Progress, VisualTokens, encode_video, stream_video
 from adapttoken_jax.errors import UserError
+from adapttoken_jax.feature_cache import FeatureCache
 from adapttoken_jax.loading import Model
 from adapttoken_jax.prompt import Ask, Prompt, build_prompt, check_question
 from adapttoken_jax.record import make_result, make_trace
@@ -82,6 +84,7 @@ def answer(
     trace: bool = False,
     abstain_above: float | None = None,
     deadline: float | None = None,
+    feature_cache: str | os.PathLike | FeatureCache | None = None,
     on_progress: Progress | None = None,
 ) -> result.Result | list[result.Result]:
     """Answers a question about a video, or several in one scan.
@@ -99,6 +102,8 @@ def answer(
       abstain_above: nats; an answer with a higher entropy is replaced by `result.NOT_FOUND`, its option by None.
       deadline: seconds after the call at which no further group is visited, whatever the method; the answer comes from
         those visited, at least one wave. Encoding the video and the final pass are not cut short. None: no deadline.
+      feature_cache: a directory that keeps vision features for later calls, or a `FeatureCache`, which reads the
+        weights once for many calls.
       on_progress: called with (stage, done, total).
 
     Returns:
@@ -119,7 +124,7 @@ def answer(
     plan = plan_run(model.config, video, config, method)
     time_is_up = lambda: deadline is not None and time.perf_counter() - begin >= deadline
     order = _reading_order(model, plan, config, method, deadline)
-    with _open_tokens(model, plan, order, trace, on_progress) as tokens:
+    with _open_tokens(model, plan, order, trace, feature_cache, on_progress) as tokens:
         runs = scan_video(model, plan, tokens, prompts, config, method, time_is_up, on_progress)
         results = [answered(run, begin, trace) for run in runs]
     if abstain_above is not None:
@@ -142,11 +147,17 @@ def _reading_order(model: Model, plan: Plan, config: AdaptTokenConfig, method: s
     return reading_order(plan.clip, visits, may_stop, wave)
 
 
-def _open_tokens(model, plan, order, trace, on_progress) -> contextlib.AbstractContextManager[VisualTokens]:
+def _open_tokens(model, plan, order, trace, cache, on_progress) -> contextlib.AbstractContextManager[VisualTokens]:
     """All tokens at once where the trace wants every array, else as they are asked for."""
     if trace:
+        if cache is not None:
+            raise UserError(
+                "--feature_cache: a trace needs every frame decoded; drop one of --feature_cache and --trace"
+            )
         return contextlib.nullcontext(encode_video(model, plan.clip, trace, on_progress))
-    return stream_video(model, plan.clip, order, on_progress)
+    if cache is not None and not isinstance(cache, FeatureCache):
+        cache = FeatureCache(cache, model)
+    return stream_video(model, plan.clip, order, on_progress, cache.entry(plan.clip) if cache else None)
 
 
 def scan_video(

@@ -1,11 +1,17 @@
 """Reading as far as is asked for: the order, what it costs, and the same results as reading everything first."""
 
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 
-from adapttoken_jax import costs, encoding, pipeline
+from adapttoken_jax import cli, costs, encoding, pipeline
 from adapttoken_jax.config import SIZES
 from adapttoken_jax.encoding import encode_video, stream_video
 from adapttoken_jax.errors import UserError
@@ -15,6 +21,7 @@ from adapttoken_jax.video import Frames, SlotImages, VideoInfo, plan_clip, probe
 from tests import media
 from tests.needle.study_model import settings, small_model
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 VISION = SIZES["qwen2.5-vl-7b"].vision
 QUESTION, OPTIONS = "What colour is the star?", ["red", "green", "blue"]
 
@@ -175,6 +182,46 @@ def test_damage_ends_the_stream_with_one_line_and_without_threads(model, tmp_pat
     with broken, stream_video(model, clip, one_pass(clip)) as tokens:
         tokens.ensure(range(30))
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(("sent", "word", "status"), [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)])
+def test_a_signal_stops_the_decoders_and_leaves_one_line(tmp_path, sent, word, status):
+    path = media.long_clip(tmp_path / "a.mp4", minutes=10)
+    code = f"""
+import signal, sys
+from adapttoken_jax import cli, video
+from adapttoken_jax.config import SIZES
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
+def run(values):
+    info, vision = video.probe({str(path)!r}), SIZES["qwen2.5-vl-7b"].vision
+    clip = video.plan_clip(info, vision, fps=5.0, max_frames=3000, max_pixels=28 * 28)
+    while True:
+        with video.SlotImages(clip, range(clip.grid[0])) as images:
+            while len(images.take_slots(10)):
+                print("ready", flush=True)
+sys.exit(cli.main(["try"], [cli.Command("try", "", (cli.Flag("debug", bool, "", "General"),), run)]))
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(getattr(signal, sent))
+        assert process.communicate(timeout=60)[1] == f"adapttoken try: {word}\n"
+    assert process.returncode == status
+
+
+def test_a_signal_inside_a_finalizer_is_not_lost():
+    class Heavy:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    def run(values):
+        Heavy()
+        time.sleep(20)
+
+    begin = time.monotonic()
+    assert cli.main(["try"], [cli.Command("try", "", (cli.Flag("debug", bool, "", "General"),), run)]) == 143
+    assert time.monotonic() - begin < 10
 
 
 # The whole method

@@ -1,0 +1,107 @@
+"""Vision features on disk: a later question about the same video needs neither decoding nor the vision tower.
+
+An entry is one file, named by a hash of all that its numbers depend on: the content of the video, the frames taken from
+it and their size, the weights of the vision tower, the number format, the kind of device and the libraries' versions.
+It holds the slots that have been encoded so far, so a scan that stopped early leaves what it has. Entries are replaced
+as a whole under a temporary name: nobody reads half of one, and of several writers the last one stays.
+"""
+
+import hashlib
+import os
+import pathlib
+import sys
+import threading
+import zipfile
+
+import jax
+import numpy as np
+
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.loading import Model
+from adapttoken_jax.result import atomic_file, library_versions
+from adapttoken_jax.video import PRESETS, Clip
+
+_VERSION = 1
+# What NumPy and zip raise for a file that was cut off, changed or is something else; zip checks a sum over each array.
+_DAMAGED = (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile)
+
+_writing = threading.Lock()
+
+
+class FeatureCache:
+    """A directory of entries for one model. Reads all of the vision tower's weights once, to know them again.
+
+    Raises:
+      UserError: the directory cannot be made or written to, or the model is spread over several hosts.
+    """
+
+    def __init__(self, directory: str | os.PathLike, model: Model):
+        self._directory = pathlib.Path(directory)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--feature_cache={directory}: {error.strerror}; name another directory") from None
+        if not os.access(self._directory, os.W_OK):
+            raise UserError(f"--feature_cache={directory}: cannot be written to; name another directory")
+        if jax.process_count() > 1:
+            raise UserError("--feature_cache: works on one host only; drop it")
+        self._model = _model_hash(model)
+
+    def entry(self, clip: Clip) -> "Entry":
+        """The entry of a clip, which may not exist yet. Reads the whole video file once."""
+        digest = hashlib.sha256(f"{_VERSION} {self._model} {_content_hash(clip)}".encode())
+        digest.update(f"{clip.height} {clip.width} {PRESETS[clip.preset].resizer}".encode())
+        digest.update(clip.slot_frames.tobytes())
+        return Entry(self._directory / f"{digest.hexdigest()[:40]}.npz")
+
+
+class Entry:
+    """The features of one clip on disk, or the place for them."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def read(self, features: np.ndarray) -> np.ndarray:
+        """Fills `features` [T, M, D] where the entry has them; returns which slots these are, bool [T].
+
+        An entry that is damaged counts as empty, with a note on stderr.
+        """
+        there = np.zeros(len(features), bool)
+        try:
+            with np.load(self.path, allow_pickle=False) as content:
+                slots, values = content["slots"], content["features"]
+            features[slots] = values.view(features.dtype)
+            there[slots] = True
+        except FileNotFoundError:
+            pass
+        except (*_DAMAGED, IndexError) as error:
+            print(f"{self.path}: damaged ({error}); its features are computed again", file=sys.stderr)
+        return there
+
+    def write(self, features: np.ndarray, there: np.ndarray) -> None:
+        """Replaces the entry by the slots that are `there`; a disk that is full costs no more than the entry."""
+        slots = np.flatnonzero(there)
+        try:
+            # Two threads of one process would use the same temporary name.
+            with _writing, atomic_file(self.path) as file:
+                np.savez(file, slots=slots, features=features[slots].view(np.uint8))
+        except OSError as error:
+            print(f"{self.path}: not written ({error.strerror}); the features are not kept", file=sys.stderr)
+
+
+def _content_hash(clip: Clip) -> str:
+    if clip.info.frames is not None:
+        images = clip.info.frames.images
+        return hashlib.sha256(f"{images.shape}".encode() + np.ascontiguousarray(images).data).hexdigest()
+    with open(clip.info.path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _model_hash(model: Model) -> str:
+    """SHA-256 of everything about the model and this program that features depend on."""
+    sizes = f"{model.config.vision} {model.dtype.name} {jax.default_backend()} {sorted(library_versions().items())}"
+    digest = hashlib.sha256(sizes.encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.module.vision):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data)
+    return digest.hexdigest()
