@@ -1,0 +1,156 @@
+"""Measures how a question about a video scales with its length, on real mp4 files of the needle generator.
+
+    python -m experiments.scaling --frames=256,1000,10000 --json=scaling.json
+
+For every length, in a fresh process: seconds per group, programs compiled after the first group, how far host memory
+grew while the question was answered, the seconds of each stage, and the whole against the longer of decoding and
+computing. Beside it, in the same run, decoding and preprocessing alone against two bare PyAV passes over the same file:
+one that decodes only, and one that also converts the sampled frames to RGB. Linux only (`/proc/self`).
+"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import av
+import jax
+import numpy as np
+from absl import app, flags
+
+import adapttoken_jax as at
+from adapttoken_jax import needle
+from adapttoken_jax.cli import table
+from adapttoken_jax.encoding import chunk_slots
+from adapttoken_jax.pipeline import plan_run
+from adapttoken_jax.result import atomic_file
+from adapttoken_jax.video import read_patches
+
+_FPS = 4.0  # of the files, all of whose frames are sampled
+
+_FRAMES = flags.DEFINE_list("frames", ["256", "1000", "10000"], "Lengths of the videos.")
+_MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or the bundled model's name.")
+_METHOD = flags.DEFINE_string("method", "adapttoken", "How tokens are chosen.")
+_PIXELS = flags.DEFINE_float("max_pixels", 56 * 56, "Most pixels of a frame; 112 * 112 make 16 tokens per slot.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Keeps the videos here; default: a temporary directory.")
+_JSON = flags.DEFINE_string("json", None, "Writes the rows here.")
+_ONE = flags.DEFINE_string("one", None, "Measure only this file and print the row as JSON (the child process).")
+
+
+def resident(field: str) -> int:
+    """A size of this process in bytes: VmRSS now, VmHWM at its peak."""
+    text = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024
+
+
+class Compilations:
+    """Counts the programs that XLA builds, from now on."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, *_, **__) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+class Groups:
+    """A progress callback that notes the time, and the programs compiled so far, at every group."""
+
+    def __init__(self, compilations: Compilations):
+        self.marks, self._compilations = [], compilations
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == "groups":
+            self.marks.append((time.perf_counter(), done, self._compilations.count))
+
+    def summary(self) -> dict:
+        """Wall seconds of a group after the first report, and the programs compiled between first and last report."""
+        (begin, first, before), (end, last, after) = self.marks[0], self.marks[-1]
+        per_group = (end - begin) / (last - first) if last > first else None
+        return {"groups": last, "group_ms": per_group and 1e3 * per_group, "compiled_after_first": after - before}
+
+
+def bare_pass(path: str, wanted: set[int]) -> float:
+    """Seconds of a straight PyAV pass that converts the frames in `wanted` to RGB."""
+    begin = time.perf_counter()
+    with av.open(path) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        for index, frame in enumerate(container.decode(video=0)):
+            if index in wanted:
+                frame.to_ndarray(format="rgb24")
+    return time.perf_counter() - begin
+
+
+def decoding(model: at.Model, clip) -> dict:
+    """Decoding and preprocessing alone, and bare passes, in seconds: the median of three, taken in turns."""
+    path, wanted = clip.info.path, set(clip.frame_indices.tolist())
+    times = {"bare_s": [], "bare_rgb_s": [], "patches_s": []}
+    for _ in range(3):
+        times["bare_s"].append(bare_pass(path, set()))
+        times["bare_rgb_s"].append(bare_pass(path, wanted))
+        begin = time.perf_counter()
+        for _ in read_patches(clip, chunk_slots=chunk_slots(model, clip)):
+            pass
+        times["patches_s"].append(time.perf_counter() - begin)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def measure(path: str) -> dict:
+    """The row of one file, after a first question about another video has compiled what there is to compile."""
+    model, compilations = at.load(_MODEL.value), Compilations()
+    config = at.AdaptTokenConfig.for_model(model.config, max_frames=10**6, max_pixels=_PIXELS.value)
+    ask = lambda video, progress=None: at.answer(
+        model, video, "What colour is the star?", ("red", "green", "blue"), config, _METHOD.value, on_progress=progress
+    )
+    plan = plan_run(model.config, path, config, _METHOD.value)
+    side = plan.clip.height, plan.clip.width
+    ask(at.Frames(np.zeros((256, *side, 3), np.uint8), _FPS))
+    before, warm, groups = resident("VmRSS"), compilations.count, Groups(compilations)
+    result = ask(path, groups)
+    seconds = result.cost.seconds
+    row = {"frames": len(plan.clip.frame_indices), **groups.summary(), "compiled": compilations.count - warm}
+    row |= {"grown_mib": (resident("VmHWM") - before) / 2**20}
+    row |= {f"{name}_s": getattr(seconds, name) for name in ("decode", "vision", "groups", "final", "total")}
+    row |= decoding(model, plan.clip)
+    longest = max(row["patches_s"], row["vision_s"] + row["groups_s"])
+    return row | {"total_over_longest": row["total_s"] / longest}
+
+
+def write_videos(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files of all lengths, written unless they are there."""
+    paths = []
+    for frames in map(int, _FRAMES.value):
+        paths.append(directory / f"needle-{frames}.mp4")
+        if not paths[-1].exists():
+            needle.write_mp4(needle.scene(0, "test", frames, "pair"), paths[-1], _FPS)
+    return paths
+
+
+def child(path: pathlib.Path) -> dict:
+    """`measure` in a fresh process, so that peaks of memory and compilations are this file's own."""
+    own = [f"--{name}={flags.FLAGS[name].value}" for name in ("model", "method", "max_pixels")]
+    command = [sys.executable, "-m", "experiments.scaling", f"--one={path}", *own]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def main(argv):
+    del argv
+    if _ONE.value:
+        print(json.dumps(measure(_ONE.value)))
+        return
+    with tempfile.TemporaryDirectory(prefix="scaling.") as temporary:
+        directory = pathlib.Path(_WORKDIR.value or temporary)
+        directory.mkdir(parents=True, exist_ok=True)
+        rows = [child(path) for path in write_videos(directory)]
+    print(table(rows))
+    if _JSON.value:
+        with atomic_file(_JSON.value) as file:
+            file.write(json.dumps({"rows": rows}).encode("utf-8"))
+
+
+if __name__ == "__main__":
+    app.run(main)
