@@ -21,6 +21,7 @@ from adapttoken_jax.errors import UserError
 from adapttoken_jax.planning import compiler, estimate, hlo, programs
 from adapttoken_jax.planning.chips import CHIPS, Topology
 from adapttoken_jax.prompt import Prompt
+from experiments import plan_table
 
 GIB = 2**30
 
@@ -208,6 +209,29 @@ def test_flops_of_one_product(line, flops):
     assert hlo.product_flops(module["main"]["c"], module["main"]) == flops
 
 
+def test_kernels_of_which_the_compiler_knows_nothing_are_counted_by_their_shapes():
+    """Splash attention of seven heads over 4096 causal rows, as libtpu writes the call; half of the pairs count."""
+    text = """
+ENTRY %main (a: bf16[7,4096,128]) -> bf16[7,4096,128] {
+  %mask = s8[1,32,32]{2,1,0} constant({...})
+  %blocks = s8[1,32,32]{2,1,0} constant({...})
+  %q = bf16[7,4096,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %k = bf16[7,4096,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %v = bf16[7,4096,128]{2,1,0:T(8,128)(2,1)} parameter(2)
+  %s = s32[4096,128]{1,0:T(8,128)S(1)} parameter(3)
+  %splash = (f32[128,128]{1,0:T(8,128)S(1)}, bf16[7,4096,128]{2,1,0:T(8,128)(2,1)}) custom-call(%mask, %blocks, %q, %k,
+    /*index=4*/%v, %s), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(f)/context/while/body/splash_mha_fwd/pallas_call"}
+  ROOT %out = bf16[7,4096,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%splash), index=1
+}
+"""
+    cost = hlo.program_cost(text, visited={"/context/": 0.5})
+    assert cost.flops == cost.kernel_flops == 4 * 7 * 4096 * 4096 * 128 / 2
+    assert cost.bytes == cost.kernel_bytes == 4 * 7 * 4096 * 128 * 2 + 2 * 32 * 32  # q, k, v, the result; two masks
+    assert hlo.program_cost(text).kernel_flops == 2 * cost.kernel_flops
+
+
 def test_memory_traffic_counts_what_is_touched():
     """One layer cut out of stacked weights, one row written into a buffer: not the whole of either."""
     text = """
@@ -324,7 +348,7 @@ def test_the_compilers_error_says_what_is_needed():
 
 
 def test_memory_and_seconds_of_one_program():
-    v5e, program = CHIPS["v5e"], programs.Program("group", None, 3, 197e12, "vision", {}, {})
+    v5e, program = CHIPS["v5e"], programs.Program("group", None, 3, 197e12, "vision", {}, {}, {})
     cost = hlo.Cost(
         flops=98.5e12, cycles=v5e.clock, bytes=819e9 / 4, sent=5e9, by_scope={"jit(f)/context/while/body/add": 1}
     )
@@ -405,6 +429,19 @@ def test_the_command_exits_with_1_where_nothing_fits(without_libtpu, capsys):
     assert cli.main(["plan", "--model=qwen2.5-vl-72b", "--topology=v5e:2x2"]) == 1
     said = capsys.readouterr()
     assert "fits" in said.out and "GiB more than the 15.75 GiB" in said.err.splitlines()[-1]
+
+
+def test_the_table_keeps_what_was_compiled(without_libtpu, monkeypatch, tmp_path):
+    found = [plan_table.planned("qwen2.5-vl-72b@v6e:4x4", 4096, tmp_path)]
+    monkeypatch.setattr(estimate, "compile_program", None)  # the second time nothing is compiled
+    found.append(plan_table.planned("qwen2.5-vl-72b@v6e:4x4", 4096, tmp_path))
+    found.append(
+        plan_table.planned("qwen2.5-vl-72b@v5e:2x4@data=1:model=8", 4096, tmp_path)
+    )  # its weights are too large
+    head, _, first, second, third = plan_table.table(found).splitlines()
+    assert first == second and head.count("|") == first.count("|") == third.count("|")
+    assert first.startswith("| qwen2.5-vl-72b | v6e:4x4 | data=2,model=8 |") and "| 0.5 | 222 |" in first
+    assert "does not fit" in third
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,11 @@ _NOT_ON_A_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nobody holds a chip: several plans may be made at once
 }
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_TOO_LARGE = re.compile(
-    r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"
-)
+_TOO_LARGE = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ def compile_program(program: Program) -> Compiled:
         outputs=memory.output_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         peak=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
-        cost=program_cost(compiled.as_text(), program.trips, program.shares),
+        cost=program_cost(compiled.as_text(), program.trips, program.shares, program.visited),
     )
 
 

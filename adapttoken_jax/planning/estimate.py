@@ -1,8 +1,9 @@
 """From what the compiler says to memory, seconds and the best mesh.
 
 Two estimates stand side by side. `compiler` is the compiler's own count of cycles, every loop body as often as it runs,
-plus the time of the collectives on their links, as if nothing overlapped. `roofline` is the least that the chip's
-published rates allow: the longest of arithmetic, memory traffic and links, as if everything overlapped.
+plus what it does not count: kernels at the chip's published rates, and collectives on their links, as if nothing
+overlapped. `roofline` is the least that the published rates allow: the longest of arithmetic, memory traffic and links,
+as if everything overlapped.
 """
 
 import collections
@@ -38,7 +39,8 @@ class ProgramEstimate:
       missing: bytes by which it does not fit.
       flops: operations compiled, per chip; `model_flops` is what the model needs on all chips together.
       collectives: kind -> {"times", "bytes"} per chip and run.
-      seconds: one run: "compiler" and of this "collectives"; "roofline" and its "arithmetic", "memory" and "links".
+      seconds: one run: "compiler", and of this "kernels" and "collectives"; "roofline", the longest of "arithmetic",
+        "memory" and "links".
       share_of_peak: model_flops / (chips x peak x seconds by the compiler).
       limit: what the roofline is made of, and `longest`: scopes of the program with most cycles and their share.
     """
@@ -285,8 +287,10 @@ def estimate_program(program: Program, compiled: Compiled, beside: int, chip: Ch
     if cost is None:
         return ProgramEstimate(program.name, program.runs, memory, missing)
     links = cost.sent / chip.link
+    kernels = max(cost.kernel_flops / chip.flops, cost.kernel_bytes / chip.bandwidth)
     bounds = {"arithmetic": cost.flops / chip.flops, "memory": cost.bytes / chip.bandwidth, "links": links}
-    seconds = {"compiler": cost.cycles / chip.clock + links, "collectives": links, "roofline": max(bounds.values())}
+    total = cost.cycles / chip.clock + kernels + links
+    seconds = {"compiler": total, "kernels": kernels, "collectives": links, "roofline": max(bounds.values())}
     return ProgramEstimate(
         name=program.name,
         runs=program.runs,

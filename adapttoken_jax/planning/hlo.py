@@ -73,6 +73,8 @@ class Cost:
       cycles: the compiler's estimate, without the collectives, which it does not estimate.
       bytes: read from and written to memory.
       sent: bytes that leave over the busiest ICI link, with rings that turn one way.
+      kernel_flops, kernel_bytes: the parts of `flops` and `bytes` that lie in kernels (Pallas), of which the compiler
+        knows nothing: none of their cycles are in `cycles`.
       collectives: kind -> (times, bytes of the results).
       by_scope: scope -> cycles.
     """
@@ -81,6 +83,8 @@ class Cost:
     cycles: float = 0.0
     bytes: float = 0.0
     sent: float = 0.0
+    kernel_flops: float = 0.0
+    kernel_bytes: float = 0.0
     collectives: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     by_scope: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -93,29 +97,36 @@ class Cost:
                 both[kind] += factor * np.asarray(pair)
             for scope, cycles in cost.by_scope.items():
                 scopes[scope] += factor * cycles
+        sums = {name: getattr(self, name) + times * getattr(other, name) for name in _SUMS}
         return Cost(
-            self.flops + times * other.flops,
-            self.cycles + times * other.cycles,
-            self.bytes + times * other.bytes,
-            self.sent + times * other.sent,
-            {kind: tuple(pair.tolist()) for kind, pair in both.items()},
-            scopes,
+            **sums,
+            collectives={kind: tuple(pair.tolist()) for kind, pair in both.items() if pair.any()},
+            by_scope=scopes,
         )
 
 
-def program_cost(text: str, trips: Mapping[str, float] | None = None, shares: Mapping[str, float] | None = None):
+_SUMS = ("flops", "cycles", "bytes", "sent", "kernel_flops", "kernel_bytes")
+
+
+def program_cost(
+    text: str,
+    trips: Mapping[str, float] | None = None,
+    shares: Mapping[str, float] | None = None,
+    visited: Mapping[str, float] | None = None,
+) -> Cost:
     """The `Cost` of one run of a compiled program.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
       trips: last part of a loop's scope -> how often its body runs, where no constant of the program says so.
       shares: part of a conditional's scope -> share of the times that its second branch (true) is taken; else a half.
+      visited: part of an attention kernel's scope -> share of the pairs of a row and a key that it computes; else all.
 
     Raises:
       ValueError: a loop whose trip count is neither in the program nor given.
     """
     module, entry = parse(text)
-    return _Walk(module, trips or {}, shares or {}).computation(entry)
+    return _Walk(module, trips or {}, shares or {}, visited or {}).computation(entry)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,8 +194,8 @@ def _shape(kind: str, dims: str, layout: str) -> Shape:
 class _Walk:
     """Adds up the instructions of a module."""
 
-    def __init__(self, module: Mapping[str, Computation], trips: Mapping[str, float], shares: Mapping[str, float]):
-        self.module, self.trips, self.shares, self._known = module, trips, shares, {}
+    def __init__(self, module: Mapping[str, Computation], trips, shares, visited):
+        self.module, self.trips, self.shares, self.visited, self._known = module, trips, shares, visited, {}
 
     def computation(self, name: str) -> Cost:
         if name not in self._known:
@@ -211,14 +222,29 @@ class _Walk:
         estimate = re.search(r'"estimated_cycles":"(\d+)"', it.attributes)
         cycles = float(estimate[1]) if estimate else 0.0
         kind, size, sent = _collective(it)
+        moved, kernel = traffic(it, within, self.module), self.kernel_flops(it, within)
         return Cost(
-            flops=product_flops(it, within) + inner.flops,
+            flops=product_flops(it, within) + inner.flops + kernel,
             cycles=cycles,
-            bytes=traffic(it, within, self.module),
+            bytes=moved,
             sent=sent + inner.sent,
+            kernel_flops=kernel,
+            kernel_bytes=moved if kernel else 0.0,
             collectives={**inner.collectives, **({kind: (1.0, size)} if kind else {})},
             by_scope={it.scope: cycles} if cycles else {},
         )
+
+    def kernel_flops(self, it: Instruction, within: Computation) -> float:
+        """Operations of an attention kernel: its last three operands of the highest rank are q, k and v[..., S, H]."""
+        if 'custom_call_target="tpu_custom_call"' not in it.attributes:
+            return 0.0
+        arrays = [within[name].shapes[0].dims for name in it.operands]
+        highest = [dims for dims in arrays if len(dims) == max(map(len, arrays))]
+        if len(highest) < 3:
+            return 0.0  # another kernel, of which only the memory traffic is known
+        q, k, _ = highest[-3:]
+        share = next((share for scope, share in self.visited.items() if scope in it.scope), 1.0)
+        return 4.0 * math.prod(q) * k[-2] * share
 
     def conditional(self, it: Instruction) -> Cost:
         listed = re.search(r"branch_computations=\{([^}]*)\}", it.attributes)

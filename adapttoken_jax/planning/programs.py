@@ -58,7 +58,7 @@ class Program:
       runs: how often it runs to answer all questions about the video.
       flops: operations that the model needs for one run, on all chips together.
       absent: top level of the parameters that it does not use; they stay in memory beside it.
-      trips, shares: see `hlo.program_cost`.
+      trips, shares, visited: see `hlo.program_cost`.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Program:
     absent: str
     trips: Mapping[str, float]
     shares: Mapping[str, float]
+    visited: Mapping[str, float]
 
 
 def abstract_model(config: ModelConfig, mesh: Mesh, dtype=jnp.bfloat16) -> Model:
@@ -108,6 +109,7 @@ def vision(model: Model, work: Work) -> Program:
         absent="text",
         trips={},
         shares={"/vision/": len(c.full_attention_layers) / c.layers},
+        visited={},
     )
 
 
@@ -160,6 +162,7 @@ def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Prog
         absent="vision",
         trips={"/answer/while": answered},
         shares={"/question/": 1 / model.config.text.layers},
+        visited={"/context/": 0.5},  # causal
     )
 
 
