@@ -123,7 +123,7 @@ def answer(
     _check_limits(abstain_above, deadline)
     plan = plan_run(model.config, video, config, method)
     time_is_up = lambda: deadline is not None and time.perf_counter() - begin >= deadline
-    order = _reading_order(model, plan, config, method, deadline)
+    order = slot_order(model, plan, config, method, deadline)
     with _open_tokens(model, plan, order, trace, feature_cache, on_progress) as tokens:
         runs = scan_video(model, plan, tokens, prompts, config, method, time_is_up, on_progress)
         results = [answered(run, begin, trace) for run in runs]
@@ -138,7 +138,10 @@ def _check_limits(abstain_above: float | None, deadline: float | None) -> None:
             raise UserError(f"--{name}={value}: must be at least 0")
 
 
-def _reading_order(model: Model, plan: Plan, config: AdaptTokenConfig, method: str, deadline) -> list[Part]:
+def slot_order(
+    model: Model, plan: Plan, config: AdaptTokenConfig, method: str, deadline: float | None = None
+) -> list[Part]:
+    """In which order the slots of a video are best read."""
     if not plan.groups:
         return one_pass(plan.clip)
     visits = [plan.groups[g] for g in visiting_order(len(plan.groups), config.group_order)]

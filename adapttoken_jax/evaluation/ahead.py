@@ -1,7 +1,7 @@
 """Decoding the videos to come while one is on the accelerator, in one thread and a bounded amount of memory.
 
 Only decoding runs ahead. The accelerator is driven from the main thread alone, so that on a mesh every program starts
-in the same order on every device.
+in the same order on every device. Lite reads a video itself: which of its groups it will want nobody knows ahead.
 """
 
 import os
@@ -23,6 +23,11 @@ _END = object()
 def memory_for_chunks() -> int:
     """Bytes of decoded patches that may wait: 8 GiB, or a quarter of the machine's memory if that is less."""
     return min(8 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+
+
+def reads_ahead(plan: Plan, method: str) -> bool:
+    """Whether a video is decoded before its turn comes."""
+    return method != "lite" or not plan.groups
 
 
 class DecodedVideo:
@@ -122,7 +127,8 @@ class DecodeAhead:
             raise UserError("no video file in the data directory")
         plan = plan_run(self._model.config, video, self._config, self._method)
         wanted = self._put(plan)
-        for chunk in read_patches(plan.clip, chunk_slots=chunk_slots(self._model, plan.clip)) if wanted else ():
+        size = chunk_slots(self._model, plan.clip)
+        for chunk in read_patches(plan.clip, chunk_slots=size) if wanted and reads_ahead(plan, self._method) else ():
             if not self._put(chunk):
                 return False
         return wanted and self._put(_END)

@@ -1,4 +1,4 @@
-"""`adapttoken evaluate`, between its flags and `session`: what it prints, and how it ends."""
+"""`adapttoken evaluate`, between its flags and `session`: what it prints."""
 
 import dataclasses
 import sys
@@ -9,7 +9,6 @@ from absl import flags
 
 from adapttoken_jax import cli
 from adapttoken_jax.evaluation import session
-from adapttoken_jax.evaluation.journal import Stopped, stoppable
 
 
 def check(values: flags.FlagValues) -> int:
@@ -19,16 +18,11 @@ def check(values: flags.FlagValues) -> int:
 
 
 def evaluate(values: flags.FlagValues, settings: Mapping[str, Any]) -> int:
-    """Runs or continues an evaluation and prints its scores. Ends with 128 + signal when it was asked to stop."""
+    """Runs or continues an evaluation and prints its scores."""
     names = {field.name for field in dataclasses.fields(session.Evaluation)} - {"settings"}
     given = {name: values[name].value for name in names if values[name].value is not None}
     asked = session.Evaluation(settings=settings, **given)
-    try:
-        with stoppable():
-            results = session.evaluate(asked)
-    except Stopped as stop:
-        print(f"adapttoken evaluate: stopped by {stop.name}; the same command goes on from here", file=sys.stderr)
-        return stop.status
+    results = session.evaluate(asked)
     if results is not None:
         sys.stdout.write(cli.table(score_rows(results)))
         print(summary_line(results), file=sys.stderr)

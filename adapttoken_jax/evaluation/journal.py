@@ -1,17 +1,15 @@
-"""Files of JSON lines that survive a crash at any moment, and the signals that end a run between two of them.
+"""Files of JSON lines that survive a crash at any moment.
 
 A record is on the disk when `append` returns. A process that dies while it writes leaves at most the beginning of a
 line, or some of the lines of one `append`, behind whole ones: the next `Journal` on that file drops them.
 """
 
-import contextlib
 import errno
 import fcntl
 import json
 import os
 import pathlib
-import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from adapttoken_jax.errors import UserError
@@ -84,38 +82,3 @@ def read_lines(path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in whole]
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); remove the run's directory and begin again") from None
-
-
-class Stopped(BaseException):
-    """The process was asked to end: SIGTERM, as before a preemption, or Ctrl-C. Not an error of anything that runs."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-    @property
-    def status(self) -> int:
-        """Exit status, as shells have it."""
-        return 128 + self.number
-
-    @property
-    def name(self) -> str:
-        """The signal's name."""
-        return signal.Signals(self.number).name
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Within the block SIGTERM and Ctrl-C raise `Stopped`, once: what it unwinds is not disturbed by a second one."""
-
-    def stop(number, _):
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

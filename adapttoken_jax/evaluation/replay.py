@@ -44,7 +44,7 @@ def replayed(model: Model, config: AdaptTokenConfig, method: str, selections: Ma
     """
 
     def answer(plan, tokens, prompts, items, begin):
-        seconds = {**tokens.seconds, "groups": 0.0}
+        seconds = {stage: tokens.seconds[stage] for stage in ("decode", "vision")} | {"groups": 0.0}
         runs = [Run(model, plan, tokens, config, method, prompt, seconds=dict(seconds)) for prompt in prompts]
         chosen = [_chosen(selections, item.id, tokens, config) for item in items]
         return [_result(run, each, begin) for run, each in zip(runs, chosen, strict=True)]

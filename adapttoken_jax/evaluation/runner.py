@@ -4,19 +4,20 @@ The unit of work is the video. Its questions are answered together and written t
 depend on where a run was interrupted: a video whose lines are not all there is answered again, whole.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from adapttoken_jax.config import AdaptTokenConfig
-from adapttoken_jax.encoding import VisualTokens, encode_video
+from adapttoken_jax.encoding import VisualTokens, encode_video, stream_video
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.evaluation.ahead import DecodeAhead, DecodedVideo
+from adapttoken_jax.evaluation.ahead import DecodeAhead, DecodedVideo, reads_ahead
 from adapttoken_jax.evaluation.samples import answered_sample, broken_sample, costs
 from adapttoken_jax.evaluation.saved_selection import saved_selection
 from adapttoken_jax.loading import Model
-from adapttoken_jax.pipeline import answered, scan_video
+from adapttoken_jax.pipeline import answered, scan_video, slot_order
 from adapttoken_jax.prompt import Prompt, build_prompt
 from adapttoken_jax.result import Result
 from adapttoken_jax.run import Plan
@@ -104,7 +105,7 @@ def run_videos(
     with DecodeAhead(model, [video.path for video in videos], config, method) as ahead:
         for video, decoded in zip(videos, ahead, strict=True):
             try:
-                records = _answer_video(model, video, decoded, wording, answerer)
+                records = _answer_video(model, video, decoded, wording, config, method, answerer)
             except UserError as error:
                 # An error about a flag would come back for every video.
                 if str(error).startswith("--"):
@@ -116,17 +117,31 @@ def run_videos(
             write(video, records)
 
 
-def _answer_video(model: Model, video: Video, decoded: DecodedVideo, wording: Wording, answerer: Answerer) -> Records:
+def _answer_video(
+    model: Model,
+    video: Video,
+    decoded: DecodedVideo,
+    wording: Wording,
+    config: AdaptTokenConfig,
+    method: str,
+    answerer: Answerer,
+) -> Records:
     begin = time.perf_counter()
     items = [item for _, item in video.questions]
     plan = decoded.plan()
     prompts = [build_prompt(model.tokenizer, wording(item, plan.clip)) for item in items]
-    tokens = encode_video(model, plan.clip, chunks=decoded.chunks())
-    results = answerer(plan, tokens, prompts, items, begin)
+    with _open_tokens(model, plan, decoded, config, method) as tokens:
+        results = answerer(plan, tokens, prompts, items, begin)
     merge = model.config.vision.merge
     return Records(
         [answered_sample(number, item, result, plan.clip)
          for (number, item), result in zip(video.questions, results, strict=True)],
         [saved_selection(result, merge).to_record(item.id) for item, result in zip(items, results, strict=True)],
-        costs(items, results),
+        costs(items, results, time.perf_counter() - begin),
     )  # fmt: skip
+
+
+def _open_tokens(model, plan, decoded, config, method) -> contextlib.AbstractContextManager[VisualTokens]:
+    if reads_ahead(plan, method):
+        return contextlib.nullcontext(encode_video(model, plan.clip, chunks=decoded.chunks()))
+    return stream_video(model, plan.clip, slot_order(model, plan, config, method))

@@ -56,17 +56,18 @@ def _head(number: int, item) -> dict[str, Any]:
     return {"doc_id": number, "id": item.id, "video_id": item.video_id, "target": item.answer}
 
 
-def costs(items: Sequence, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Wall seconds of a video's questions.
+def costs(items: Sequence, results: Sequence[Result], wall: float) -> list[dict[str, Any]]:
+    """Seconds of a video's questions.
 
-    "seconds" are those of the stages: decode (waiting for it), vision and groups once for all questions of the video,
-    final and total for this one. "amortised" is the question's share: the video's stages divided by its questions, and
-    its own final pass.
+    "amortised" is a question's share of `wall`, the seconds from one video to the next. "seconds" are those of the
+    stages as `Result` has them: decode, vision and groups once for all questions of the video, final for this one.
     """
-    records = []
-    for item, result in zip(items, results, strict=True):
-        seconds = result.cost.seconds
-        shared = seconds.decode + seconds.vision + seconds.groups
-        record = {"id": item.id, "questions_of_video": len(items), "amortised": shared / len(items) + seconds.final}
-        records.append(plain_json(record | {"seconds": result.to_dict()["cost"]["seconds"]}))
-    return records
+    return [
+        {
+            "id": item.id,
+            "questions_of_video": len(items),
+            "amortised": wall / len(items),
+            "seconds": result.to_dict()["cost"]["seconds"],
+        }
+        for item, result in zip(items, results, strict=True)
+    ]

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from adapttoken_jax.benchmarks import BENCHMARKS, PROMPTS, Item, Report, subtitles
+from adapttoken_jax.benchmarks import BENCHMARKS, PROMPTS, SCORERS, Item, Report, subtitles
 from adapttoken_jax.calibration import model_fingerprint
-from adapttoken_jax.config import AdaptTokenConfig, read_model_config
+from adapttoken_jax.config import SIZES, AdaptTokenConfig, ModelConfig, read_model_config
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import interchange, workdir
 from adapttoken_jax.evaluation.outlook import Outlook
@@ -21,8 +21,11 @@ from adapttoken_jax.evaluation.runner import Video, group_by_video, run_videos, 
 from adapttoken_jax.evaluation.summary import summarise
 from adapttoken_jax.evaluation.workdir import RunFiles, Shard
 from adapttoken_jax.loading import Model, load
+from adapttoken_jax.prompt import plain_ask
 from adapttoken_jax.result import atomic_file
 from adapttoken_jax.sharding import MeshShape, make_mesh
+
+PLAIN = "plain"  # the wording of `adapttoken answer`, beside the prompts of each benchmark
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +64,11 @@ class Evaluation:
         Raises:
           UserError: the benchmark has none of this name.
         """
-        name = self.prompt or BENCHMARKS[self.benchmark].default_prompt
-        if name not in PROMPTS[self.benchmark]:
-            raise UserError(f"--prompt={name}: {self.benchmark} has {', '.join(PROMPTS[self.benchmark])}")
+        name, known = self.prompt or BENCHMARKS[self.benchmark].default_prompt, (*PROMPTS[self.benchmark], PLAIN)
+        if name not in known:
+            raise UserError(f"--prompt={name}: {self.benchmark} has {', '.join(known)}")
+        if name == PLAIN and self.subtitles:
+            raise UserError(f"--subtitles: the prompt {PLAIN} has no place for them; drop one of them")
         return name
 
     def flags(self) -> dict[str, Any]:
@@ -101,11 +106,12 @@ def evaluate(asked: Evaluation) -> dict[str, Any] | None:
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     items = items[: asked.limit]
-    config = AdaptTokenConfig.for_model(read_model_config(asked.model), **asked.settings)
+    sizes = read_model_config(asked.model)
+    config = AdaptTokenConfig.for_model(sizes, **asked.settings)
     hashes = {"questions": questions_hash(items)}
     if asked.replay:
         hashes["selections"] = selections_hash(asked.replay)
-    describe = lambda: workdir.describe_run(asked.flags(), dataclasses.asdict(config), hashes)
+    describe = lambda: workdir.describe_run(asked.flags(), dataclasses.asdict(config), hashes, size_name(sizes))
     workdir.check_run(asked.workdir, describe(), asked.resume)
     model = load_here(asked)
     hashes["model"] = model_fingerprint(model)
@@ -155,6 +161,8 @@ def _answer(asked: Evaluation, model: Model, config, files: RunFiles, videos: Se
 
 def wording(asked: Evaluation):
     """How a question is put: (item, video as sampled) -> `prompt.Ask`, with the subtitles that its frames see."""
+    if asked.prompt_name == PLAIN:
+        return lambda item, clip: plain_ask(item.question, item.options)
     put = PROMPTS[asked.benchmark][asked.prompt_name]
 
     def words(item: Item, clip):
@@ -165,6 +173,12 @@ def wording(asked: Evaluation):
         return put(item, subtitles.text_at(subtitles.read(item.subtitles, clip.info.duration_s), clip.frame_times))
 
     return words
+
+
+def size_name(sizes: ModelConfig) -> str | None:
+    """The released model that has these sizes; None if none has."""
+    shape = lambda config: (config.text.width, config.text.layers, config.vision.ff)
+    return next((name for name, released in SIZES.items() if shape(released) == shape(sizes)), None)
 
 
 def questions_hash(items: Sequence[Item]) -> str:
@@ -182,6 +196,16 @@ def selections_hash(directory) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode("utf-8")).hexdigest()
 
 
+def with_verdicts(benchmark: str, items: Sequence[Item], samples: Sequence[dict]) -> list[dict]:
+    """The samples with "verdicts": what each rule of the benchmark makes of the prediction."""
+    judge = lambda item, text: {
+        rule: dataclasses.asdict(scorer.judge(item, text)) for rule, scorer in SCORERS[benchmark].items()
+    }
+    return [
+        sample | {"verdicts": judge(item, sample["prediction"])} for item, sample in zip(items, samples, strict=True)
+    ]
+
+
 def finish(directory, items: Sequence[Item], samples: Sequence[dict], report: Report, run: Mapping) -> dict[str, Any]:
     """Writes what a whole run leaves: samples in the benchmark's order, results, and the files that other tools read.
 
@@ -189,7 +213,7 @@ def finish(directory, items: Sequence[Item], samples: Sequence[dict], report: Re
       The content of `results.json`.
     """
     directory = pathlib.Path(directory)
-    workdir.write_samples(directory, samples)
+    workdir.write_samples(directory, with_verdicts(run["flags"]["benchmark"], items, samples))
     results = summarise(items, samples, report, run)
     interchange.write_exports(directory, items, samples, results, run)
     with atomic_file(directory / "results.json") as file:

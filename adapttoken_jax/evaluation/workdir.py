@@ -59,13 +59,16 @@ class Shard:
         return "" if self.count == 1 else f"-{self.index}-of-{self.count}"
 
 
-def describe_run(flags: Mapping[str, Any], config: Mapping[str, Any], hashes: Mapping[str, str]) -> dict:
+def describe_run(
+    flags: Mapping[str, Any], config: Mapping[str, Any], hashes: Mapping[str, str], model_size: str | None = None
+) -> dict[str, Any]:
     """The content of `run.json`: what was asked for, in which surroundings, when it began."""
     return {
         "version": RUN_VERSION,
         "flags": dict(flags),
         "config": dict(config),
         "hashes": dict(hashes),
+        "model_size": model_size,
         "device": jax.local_devices()[0].device_kind,
         "versions": library_versions(),
         "git_commit": git_commit(),

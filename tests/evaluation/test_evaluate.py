@@ -87,11 +87,9 @@ def test_the_run_says_what_it_was(places):
     assert run["flags"]["benchmark"] == "lvbench" and run["flags"]["prompt"] == "lmms-eval"
     assert run["config"]["budget"] == 20 and run["config"]["reference_layer"] == 3
     assert set(run["hashes"]) == {"questions", "model"} and "jax" in run["versions"] and "git_commit" in run
-    costs = lines(whole, "costs")
-    for cost in costs:
-        seconds = cost["seconds"]
-        shared = seconds["decode"] + seconds["vision"] + seconds["groups"]
-        assert cost["amortised"] == pytest.approx(shared / 2 + seconds["final"])
+    for cost in lines(whole, "costs"):
+        assert cost["questions_of_video"] == 2 and 0 < cost["seconds"]["final"] < cost["seconds"]["total"]
+        assert cost["amortised"] * 2 >= cost["seconds"]["total"]
 
 
 def test_a_corrupt_video_in_the_middle_is_recorded_and_the_rest_goes_on(places, tmp_path, capsys):

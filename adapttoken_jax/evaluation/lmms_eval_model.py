@@ -1,0 +1,71 @@
+"""This library as a model of lmms-eval (0.7), through the entry-point group `lmms_eval.models`.
+
+lmms-eval is an extra and is imported only when it asks for the model. Requests about one video that come together are
+answered in one scan.
+
+    lmms-eval --model adapttoken --model_args pretrained=DIR,method=lite,budget=4096 --tasks videomme
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+
+from adapttoken_jax.config import METHODS, AdaptTokenConfig
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.loading import load
+from adapttoken_jax.pipeline import answer
+from adapttoken_jax.prompt import Ask
+
+
+class AdaptToken(lmms):
+    """A checkpoint and a method. `settings` are fields of `AdaptTokenConfig`.
+
+    Raises:
+      UserError: a checkpoint, method or setting that cannot be used.
+    """
+
+    is_simple = False
+
+    def __init__(self, pretrained: str, method: str = "adapttoken", mesh=None, dtype=None, batch_size=1, device=None,
+                 **settings):  # fmt: skip
+        super().__init__()
+        if method not in METHODS:
+            raise UserError(f"method={method}: choose one of {', '.join(METHODS)}")
+        self._model, self._method = load(pretrained, mesh=mesh, dtype=dtype), method
+        self._config = AdaptTokenConfig.for_model(self._model.config, **settings)
+
+    def generate_until(self, requests) -> list[GenerationResult]:
+        """Answers chat requests, in their order; neighbours about one video are asked together."""
+        asked = [self._asked(request) for request in requests]
+        found: list[GenerationResult] = []
+        for (video, tokens), group in itertools.groupby(asked, key=lambda each: each[:2]):
+            config = self._config if tokens is None else dataclasses.replace(self._config, max_answer_tokens=tokens)
+            results = answer(self._model, video, [ask for _, _, ask in group], config=config, method=self._method)
+            counts = (TokenCounts(input_tokens=result.selected.count) for result in results)
+            found += [GenerationResult(result.answer, count) for result, count in zip(results, counts, strict=True)]
+        return found
+
+    def _asked(self, request) -> tuple[str, int | None, Ask]:
+        """The video, the most answer tokens, and what to say, of one request."""
+        _, doc_to_messages, settings, doc_id, task, split = request.args
+        chat = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+        _, videos, _ = chat.extract_media()
+        if len(videos) != 1:
+            raise UserError(f"{task}: a request with {len(videos)} videos; this model takes exactly one")
+        texts: dict[str, list[str]] = {"system": [], "user": []}
+        for message in chat.messages:
+            texts.setdefault(message.role, []).extend(part.text for part in message.content if part.type == "text")
+        system = "\n".join(texts["system"]) or None
+        return str(videos[0]), settings.get("max_new_tokens"), Ask("\n".join(texts["user"]), system=system)
+
+    def loglikelihood(self, requests) -> Any:
+        """Refused: the final prompt differs with the question, so that options are generated, not scored."""
+        raise UserError("adapttoken answers generate_until tasks only; choose a task that generates")
+
+    def generate_until_multi_round(self, requests) -> Any:
+        """Refused: one question, one answer."""
+        raise UserError("adapttoken answers one round only; choose a task of one round")

@@ -1,0 +1,46 @@
+"""Writes a benchmark of needle videos in Video-MME's and LVBench's layout.
+
+    python -m experiments.needle_benchmark --output=needle_benchmark --videos=100 --frames=256
+    python -m experiments.evaluate --flagfile=experiments/configs/needle/adapttoken.cfg \\
+        --data=needle_benchmark --workdir=runs/needle/adapttoken
+"""
+
+import sys
+
+from absl import app, flags
+
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.evaluation.needle_benchmark import write_benchmark
+from adapttoken_jax.needle import DIFFICULTIES, SPLITS
+from adapttoken_jax.progress import Progress
+
+_OUTPUT = flags.DEFINE_string("output", None, "Directory to write, made if missing.", required=True)
+_VIDEOS = flags.DEFINE_integer("videos", 100, "Videos, with three questions each.", lower_bound=1)
+_FRAMES = flags.DEFINE_integer("frames", 256, "Frames of a video, at 4 per second.", lower_bound=1)
+_FIRST_SEED = flags.DEFINE_integer("first_seed", 0, "Seed of the first video.", lower_bound=0)
+_SPLIT = flags.DEFINE_enum("split", "test", list(SPLITS), "Which videos.")
+_DIFFICULTY = flags.DEFINE_enum("difficulty", "normal", list(DIFFICULTIES), "Difficulty of the videos.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]}")
+    try:
+        with Progress() as progress:
+            write_benchmark(
+                _OUTPUT.value,
+                _VIDEOS.value,
+                _FRAMES.value,
+                _FIRST_SEED.value,
+                _SPLIT.value,
+                _DIFFICULTY.value,
+                progress,
+            )
+    except UserError as error:
+        print(f"needle_benchmark: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

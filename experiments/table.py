@@ -1,0 +1,56 @@
+"""Tables from the work directories of finished evaluations, beside the published numbers.
+
+    python -m experiments.table runs/7b/* --baseline=runs/7b/videomme_uniform --plot=pareto.png > table.md
+
+Prints accuracy, cost, localisation where the benchmark has time references, and with `--baseline` paired comparisons.
+"""
+
+import os
+import sys
+
+from absl import app, flags
+
+from adapttoken_jax import cli
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.evaluation import tables
+
+_RULE = flags.DEFINE_string("rule", "lmms-eval", "Which scorer's accuracy.")
+_FORMAT = flags.DEFINE_enum("format", "markdown", ["markdown", "latex"], "How the tables are written.")
+_BASELINE = flags.DEFINE_string(
+    "baseline", None, "Work directory that the others are compared with, question by question."
+)
+_PLOT = flags.DEFINE_string("plot", None, "Write accuracy over cost here, a PNG.")
+
+
+def run(directories: list[str]) -> None:
+    """Prints the tables and writes the plot.
+
+    Raises:
+      UserError: a directory that is not a finished run, or an unknown rule.
+    """
+    if not directories:
+        raise UserError("give the work directories of finished evaluations")
+    if _PLOT.value:
+        cli.check_output("plot", _PLOT.value)
+    runs = [tables.read_finished(directory) for directory in directories]
+    found = [tables.accuracy_table(runs, _RULE.value), tables.cost_table(runs, _RULE.value)]
+    found.append(tables.localisation_table(runs))
+    if _BASELINE.value:
+        found.append(tables.paired_table(runs, tables.read_finished(_BASELINE.value), _RULE.value))
+    write = {"markdown": tables.markdown, "latex": tables.latex}[_FORMAT.value]
+    sys.stdout.write("\n".join(write(rows) for rows in found if rows))
+    if _PLOT.value:
+        tables.pareto_plot(os.fspath(_PLOT.value), runs, _RULE.value)
+
+
+def main(argv):
+    try:
+        run(argv[1:])
+    except UserError as error:
+        print(f"table: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,131 @@
+"""The runner's parts on inputs that need no model: places, saved selections, time left, decoding ahead."""
+
+import io
+import types
+
+import numpy as np
+import pytest
+
+from adapttoken_jax.benchmarks import Item
+from adapttoken_jax.config import SIZES, AdaptTokenConfig
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.evaluation.ahead import DecodeAhead
+from adapttoken_jax.evaluation.localisation import localise, slots_inside
+from adapttoken_jax.evaluation.outlook import Outlook, hours_minutes
+from adapttoken_jax.evaluation.runner import group_by_video
+from adapttoken_jax.evaluation.saved_selection import SavedSelection, saved_selection
+from adapttoken_jax.evaluation.session import size_name
+from adapttoken_jax.pipeline import plan_run
+from adapttoken_jax.video import read_patches
+from tests import media
+
+
+def group(slots, budget, weight=0.5, visited=True):
+    return types.SimpleNamespace(slots=slots, budget=budget, weight=weight, visited=visited)
+
+
+def result(groups, selected, grid=(4, 2, 4), relevance=None):
+    slots, rows, cols = np.array(selected).T
+    chosen = types.SimpleNamespace(slots=slots, rows=rows, cols=cols)
+    video = types.SimpleNamespace(grid=grid)
+    return types.SimpleNamespace(groups=groups, selected=chosen, video=video, relevance=relevance)
+
+
+def test_localisation_by_hand():
+    # Slots begin at 0, 2, 4, 6 s and last 2 s; the reference 4.5 to 5 s touches the third alone.
+    groups = [group((0, 2), budget=30), group((1, 3), budget=10)]
+    found = localise(result(groups, [(0, 0, 0), (2, 0, 0), (2, 0, 1), (3, 0, 0), (1, 0, 0)]), [0, 2, 4, 6], 2, (4.5, 5))
+    assert found == {"chance": 0.25, "budget": 30 * 0.5 / 40, "selected": 0.4, "hit": 1.0}
+    missed = localise(result([], [(0, 0, 0)]), [0, 2, 4, 6], 2, (4.5, 5))
+    assert missed == {"chance": 0.25, "budget": 0.25, "selected": 0.0, "hit": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("reference", "inside"),
+    [((0, 0), [1, 0, 0]), ((2, 2), [0, 1, 0]), ((1.9, 2), [1, 1, 0]), ((5.9, 60), [0, 0, 1]), ((60, 61), [0, 0, 0])],
+)
+def test_slots_of_a_closed_interval(reference, inside):
+    assert slots_inside([0, 2, 4], 2.0, reference).astype(int).tolist() == inside
+
+
+def test_a_selection_comes_back_from_its_record_and_ranks_by_weighted_relevance():
+    # A slot has 1 x 2 tokens. Group 1 weighs 3 times as much as group 0; group 2 was not visited.
+    groups = [group((0, 3), 3, 0.25), group((1,), 3, 0.75), group((2,), 0, visited=False)]
+    relevance = np.array([[0.9, 0.1, 0.5, 0.8], [0.2, 0.6, np.nan, np.nan], [np.nan] * 4], np.float32)
+    selected = [(0, 0, 0), (1, 0, 0), (1, 0, 1), (3, 0, 1)]
+    saved = saved_selection(result(groups, selected, (4, 2, 4), relevance), merge=2)
+    weighted = [0.25 * 0.9, 0.75 * 0.2, 0.75 * 0.6, 0.25 * 0.8]
+    assert saved.grid == (4, 1, 2) and saved.ranks.tolist() == np.argsort(np.argsort(-np.array(weighted))).tolist()
+    assert saved.best(2).tolist() == [[0, 0, 0], [1, 0, 1]]
+    again = SavedSelection.from_record(saved.to_record("q"))
+    assert again.grid == saved.grid
+    np.testing.assert_array_equal(again.tokens, saved.tokens)
+    np.testing.assert_array_equal(again.ranks, saved.ranks)
+
+
+def test_a_selection_of_many_tokens_is_small_and_a_damaged_one_is_refused():
+    rng = np.random.default_rng(0)
+    numbers = np.sort(rng.choice(2048 * 220, 7040, replace=False))
+    tokens = np.stack(np.unravel_index(numbers, (2048, 11, 20)), 1)
+    record = SavedSelection((2048, 11, 20), tokens, rng.permutation(7040)).to_record("q")
+    assert len(record["tokens"]) + len(record["ranks"]) < 40_000
+    np.testing.assert_array_equal(SavedSelection.from_record(record).tokens, tokens)
+    with pytest.raises(UserError, match="selection of 'q': damaged"):
+        SavedSelection.from_record(record | {"tokens": record["tokens"][:-8]})
+
+
+def test_the_time_left_is_the_work_left_at_the_mean_speed():
+    config = AdaptTokenConfig(fps=1.0, max_frames=100)
+    items = [Item(str(i), f"v{i}", None, "?", ("a", "b"), "A", duration_s=d) for i, d in enumerate((84, 34, 34, 1000))]
+    now, stream = [0.0], io.StringIO()
+    videos = group_by_video(items)
+    outlook = Outlook(videos, config, 6, stream, clock=lambda: now[0])
+    assert outlook.seconds_left() == float("inf")
+    now[0] = 50.0
+    outlook.video_done(videos[0])  # 84 frames and a question, 16: 100 of 100 + 50 + 50 + 116
+    assert outlook.seconds_left() == pytest.approx(50 * 216 / 100)
+    assert stream.getvalue() == "7 of 10 questions, about 2 min left\n"
+    now[0] = 60.0
+    outlook.video_done(videos[1])
+    assert stream.getvalue().count("\n") == 1  # not every second
+    assert outlook.seconds_left() == pytest.approx(60 * 166 / 150)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(40.4, "40 s"), (300, "5 min"), (12_000, "3 h 20 min")])
+def test_hours_and_minutes(seconds, text):
+    assert hours_minutes(seconds) == text
+
+
+def test_decoding_ahead_gives_what_decoding_gives_within_its_memory(tmp_path):
+    model = types.SimpleNamespace(config=SIZES["qwen2.5-vl-7b"], wave=1)
+    config = AdaptTokenConfig(max_pixels=4704, max_frames=40, fps=25.0)
+    videos = [media.write(tmp_path / f"{i}.mp4", 30 + 8 * i) for i in range(3)]
+    broken = media.truncated(videos[1], tmp_path / "broken.mp4")
+    row = [videos[0], broken, None, videos[1], videos[2]]
+    with DecodeAhead(model, row, config, "adapttoken", most_bytes=1) as ahead:
+        for place, decoded in enumerate(ahead):
+            if place in (1, 2):
+                with pytest.raises(UserError, match=("broken.mp4", "no video file")[place - 1]):
+                    decoded.plan()
+                continue
+            plan = decoded.plan()
+            whole = plan_run(model.config, row[place], config, "adapttoken")
+            np.testing.assert_array_equal(plan.clip.frame_indices, whole.clip.frame_indices)
+            if place == 3:
+                continue  # chunks that nobody takes are dropped
+            slots, patches = zip(*decoded.chunks(), strict=True)
+            expected = np.concatenate([chunk for _, chunk in read_patches(whole.clip)])
+            np.testing.assert_array_equal(np.concatenate(patches), expected)
+            assert np.concatenate(slots).tolist() == list(range(plan.clip.grid[0]))
+
+
+def test_leaving_early_ends_the_thread(tmp_path):
+    model = types.SimpleNamespace(config=SIZES["qwen2.5-vl-7b"], wave=1)
+    videos = [media.write(tmp_path / "v.mp4", 40)] * 3
+    with DecodeAhead(model, videos, AdaptTokenConfig(max_pixels=4704), "adapttoken", most_bytes=1) as ahead:
+        next(iter(ahead)).plan()
+    assert not ahead._thread.is_alive()
+
+
+def test_released_sizes_are_known_by_name():
+    assert [size_name(config) for config in SIZES.values()] == list(SIZES)

@@ -1,0 +1,155 @@
+"""Tables, exports and the needle benchmark: numbers by hand, and readers that share no code with the writers."""
+
+import hashlib
+import json
+
+import pytest
+from pyarrow import parquet
+
+from adapttoken_jax.benchmarks import BENCHMARKS, Item, Report
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.evaluation import session, tables, workdir
+from adapttoken_jax.evaluation.needle_benchmark import write_benchmark
+from adapttoken_jax.needle import scene
+from experiments import table
+
+
+def items():
+    """Four videos with two questions each, in Video-MME's terms; the right answers are all B."""
+    labels = {"duration": ("short",), "domain": ("Law",), "sub_category": ("Court",), "task_type": ("OCR",)}
+    return [
+        Item(f"{v}-{q}", f"v{v}", None, f"What is {q}?", ("red", "blue"), "B", labels=labels,
+             extra={"video_id": f"00{v}", "options": ["A. red", "B. blue"]})
+        for v in range(4) for q in range(2)
+    ]  # fmt: skip
+
+
+def finished(directory, predictions, method="adapttoken", size="qwen2.5-vl-7b", tokens=100):
+    """A finished run whose predictions are given; None is a broken video's."""
+    flags = {"benchmark": "videomme", "method": method, "prompt": "official", "subtitles": False, "model": "/m/x"}
+    flags |= {"data": "/d", "replay": None}
+    run = workdir.begin_run(
+        directory, workdir.describe_run(flags, {"max_frames": 4096}, {"questions": "q", "model": "m"}, size)
+    )
+    samples = []
+    for number, (item, text) in enumerate(zip(items(), predictions, strict=True)):
+        head = {"doc_id": number, "id": item.id, "video_id": item.video_id, "target": item.answer, "prediction": text}
+        answered = {
+            "groups": {"visited": 2, "total": 4},
+            "visual_tokens": {"video": 80, "candidates": 22, "selected": 20, "prefilled": tokens},
+            "flops": 2e12,
+        }
+        samples.append(head | (answered if text is not None else {"error": "cannot be read"}))
+    report = Report("videomme", directory, ())
+    results = session.finish(directory, items(), samples, report, run)
+    (directory / "costs.jsonl").write_text(
+        "".join(json.dumps({"id": item.id, "amortised": float(number)}) + "\n" for number, item in enumerate(items()))
+    )
+    return results
+
+
+RIGHT, WRONG = "B", "The best answer is A."
+
+
+def test_the_accuracy_stands_beside_the_published_number(tmp_path):
+    finished(tmp_path / "ours", [RIGHT, WRONG] * 3 + [RIGHT] * 2)
+    finished(tmp_path / "uniform", [RIGHT] * 4 + [WRONG] * 4, method="uniform")
+    runs = [tables.read_finished(tmp_path / name) for name in ("ours", "uniform")]
+    ours, uniform = tables.accuracy_table(runs, "lmms-eval")
+    assert (ours["model"], ours["method"], ours["frames"]) == ("qwen2.5-vl-7b", "adapttoken", 4096)
+    # Videos score 0.5 three times and 1: standard error sqrt(4/3 * (3 * 0.125² + 0.375²)) / 4 = 0.125, t(3) = 3.182.
+    assert ours["videomme"] == "62.5 [22.7, 100.0] (70.5, -8.0)"
+    assert uniform["videomme"].startswith("50.0 [") and "(" not in uniform["videomme"]
+    with pytest.raises(UserError, match="a second run of"):
+        tables.accuracy_table([runs[0], runs[0]], "lmms-eval")
+
+
+def test_costs_and_pairs_by_hand(tmp_path):
+    finished(tmp_path / "ours", [RIGHT] * 6 + [WRONG] * 2, tokens=100)
+    finished(tmp_path / "base", [RIGHT] * 2 + [WRONG] * 6, method="full", tokens=80)
+    ours, base = (tables.read_finished(tmp_path / name) for name in ("ours", "base"))
+    row = tables.cost_table([ours], "official")[0]
+    # Eight questions, seconds 0 to 7; 20 tokens of their own each, and 80 of a scan once per video of two questions.
+    assert (row["seconds"], row["visual tokens"], row["tokens, shared scan"]) == (3.5, 100, 20 + 80 // 2)
+    assert row["TFLOPs"] == 2 and row["groups"] == "2.0 of 4.0"
+    (pair,) = tables.paired_table([ours, base], base, "official")
+    assert (pair["difference, %"], pair["only run"], pair["only baseline"], pair["questions"]) == (50, 4, 0, 8)
+    assert pair["low"] < 50 < pair["high"]
+
+
+def test_the_command_prints_tables_and_draws_the_plot(tmp_path, capsys, monkeypatch):
+    finished(tmp_path / "ours", [RIGHT] * 8)
+    finished(tmp_path / "base", [RIGHT] * 4 + [None] * 4, method="full", tokens=300)
+    for form, words in (
+        ("markdown", "| qwen2.5-vl-7b | adapttoken | 4096 | 100.0"),
+        ("latex", r"100.0 [100.0, 100.0] (70.5, +29.5) \\"),
+    ):
+        for name, value in (("format", form), ("baseline", str(tmp_path / "base")), ("plot", str(tmp_path / "p.png"))):
+            monkeypatch.setattr(table.flags.FLAGS[name], "value", value)
+        monkeypatch.setattr(table.flags.FLAGS["rule"], "value", "official")
+        table.flags.FLAGS.mark_as_parsed()
+        assert table.main(["table", str(tmp_path / "ours"), str(tmp_path / "base")]) == 0
+        assert words in capsys.readouterr().out
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert table.main(["table", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "no run.json" in err
+
+
+def test_the_pareto_front_by_hand():
+    points = [(3, 50), (1, 40), (2, 40), (2, 45), (5, 49), (4, 60)]
+    assert tables.pareto_front(points) == [(1, 40), (2, 45), (3, 50), (4, 60)]
+
+
+def baseline_scores(path):
+    """What lmms-eval 0.7 reads from a log of samples for its paired test, by its documented rule."""
+    scores = {}
+    for line in path.read_text().splitlines():
+        sample = json.loads(line)
+        numeric = [v for k, v in sample.items() if "score" in k.lower() and isinstance(v, int | float)]
+        scores[sample["doc_id"]] = float(numeric[0])
+    return scores
+
+
+def test_the_exports_say_what_the_samples_say(tmp_path):
+    predictions = [RIGHT, WRONG, RIGHT, "no idea", None, None, RIGHT, WRONG]
+    results = finished(tmp_path / "run", predictions)
+    (samples,) = (tmp_path / "run" / "export").glob("*_samples_videomme.jsonl")
+    assert baseline_scores(samples) == {0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0, 6: 1.0, 7: 0.0}
+    first = json.loads(samples.read_text().splitlines()[0])
+    assert (
+        first["target"] == "B" and first["filtered_resps"] == ["B"] and first["token_counts"] == [{"input_tokens": 20}]
+    )
+    assert len(first["doc_hash"]) == 64 and first["videomme_perception_score"]["task_category"] == "OCR"
+    whole = json.loads(next((tmp_path / "run" / "export").glob("*_results.json")).read_text())
+    assert whole["results"]["videomme"]["videomme_perception_score,none"] == pytest.approx(50.0)
+    assert whole["n-samples"]["videomme"] == {"original": 8, "effective": 6}
+    hashes = [json.loads(line)["doc_hash"] for line in samples.read_text().splitlines()]
+    joined = "".join(f"sample_{i}{each}" for i, each in enumerate(hashes))
+    assert whole["task_hashes"]["videomme"] == hashlib.sha256(joined.encode()).hexdigest()
+    submission = json.loads((tmp_path / "run" / "export" / "videomme.json").read_text())
+    assert [video["video_id"] for video in submission] == ["000", "001", "003"]
+    assert submission[0]["questions"][1] == {
+        "question_id": "0-1", "task_type": "OCR", "question": "What is 1?", "options": ["A. red", "B. blue"],
+        "answer": "B", "response": WRONG,
+    }  # fmt: skip
+    assert results["broken_videos"] == [{"video_id": "v2", "error": "cannot be read", "questions": 2}]
+
+
+def test_the_needle_benchmark_is_read_as_two_benchmarks_and_its_answers_are_true(tmp_path):
+    write_benchmark(tmp_path, videos=2, frames=48)
+    asked, report = BENCHMARKS["videomme"].load(tmp_path)
+    assert len(asked) == 6 and not report.missing_videos
+    timed, _ = BENCHMARKS["lvbench"].load(tmp_path)
+    assert [item.video for item in timed] == [asked[i].video for i in (1, 2, 4, 5)]
+    for seed in range(2):
+        made = scene(seed, "test", 48, "pair")
+        values = [getattr(needle, made.question.asked) for needle in made.needles]
+        both, *single = asked[3 * seed : 3 * seed + 3]
+        assert both.options["ABCD".index(both.answer)] == " and ".join(values)
+        for needle, value, item, located in zip(made.needles, values, single, timed[2 * seed :], strict=False):
+            assert item.options["ABCD".index(item.answer)] == value
+            assert (located.question, located.options, located.answer) == (item.question, item.options, item.answer)
+            begin, end = located.time_reference
+            assert begin <= needle.start / 4 < needle.stop / 4 <= end and end - begin <= 3
+    assert parquet.read_table(tmp_path / "videomme" / "test-00000-of-00001.parquet").num_rows == 6
