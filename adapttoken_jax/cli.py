@@ -177,7 +177,7 @@ def _shown(default) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-_PAPER = Flag("paper", bool, "the paper's values where the model's preset has others", "Other settings")
+_PAPER = Flag("paper", bool, "the paper's values where the model's preset has others", "Method")
 
 
 def setting_flags() -> tuple[Flag, ...]:
