@@ -7,6 +7,7 @@ feed-forward blocks by F, embedding and head by V. Weights are replicated over `
 import dataclasses
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adapttoken_jax import parameters
@@ -53,7 +54,9 @@ def make_mesh(shape: MeshShape, devices=None) -> Mesh:
     need = shape.data * shape.model
     if need > len(devices):
         raise UserError(f"--mesh=data={shape.data},model={shape.model}: needs {need} devices, {len(devices)} available")
-    return jax.make_mesh((shape.data, shape.model), AXES, (AxisType.Auto,) * 2, devices=devices[:need])
+    # An axis of the mesh need not be a whole axis of a TPU's torus: data=2,model=8 on 4x4 splits one of its axes.
+    places = create_device_mesh((shape.data, shape.model), devices[:need], allow_split_physical_axes=True)
+    return Mesh(places, AXES, (AxisType.Auto,) * 2)
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:

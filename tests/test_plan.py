@@ -468,7 +468,23 @@ def test_mistakes_are_one_line(monkeypatch, capsys, flags, words):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+
+
+@NEEDS_LIBTPU
+@pytest.mark.parametrize("name", [f"{chip.name}:{shape}" for chip in CHIPS.values() for shape in chip.slices])
+def test_every_mesh_has_its_place_on_every_slice(name):
+    slice_ = Topology.parse(name)
+    for model in (1, 2, 4, 8, 16):
+        if slice_.chips % model == 0:
+            mesh = compiler.make_tpu_mesh(slice_, sharding.MeshShape(slice_.chips // model, model))
+            assert mesh.devices.shape == (slice_.chips // model, model)
+            assert len(set(mesh.devices.flat)) == slice_.chips
+
+
+@NEEDS_LIBTPU
 def test_a_tiny_model_is_compiled_for_a_tpu(monkeypatch):
     monkeypatch.setitem(estimate.SIZES, "tiny", TINY)
     settings = {"max_frames": 64, "slots_per_group": 8, "budget": 128, "max_answer_tokens": 5}
