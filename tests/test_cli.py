@@ -165,7 +165,10 @@ def test_a_flag_file_sets_flags(tmp_path):
         (["--video"], "--video: a value must follow"),
         (["--flagfile=/no/such"], "--flagfile=/no/such: No such file or directory"),
         (["--model", "m", "x y"], "'x y' belongs to no flag; put quotes around values with spaces"),
-        (["--video", "v"], "--model is required: directory of a Hugging Face or converted checkpoint"),
+        (
+            ["--video", "v"],
+            "--model is required: directory of a Hugging Face or converted checkpoint, or needle: the bundled model",
+        ),
         (["--model", "m"], "--video is required: video file"),
         (["--model", "m", "--video", "v"], "--question is required: what to ask about the video"),
         ([*INPUT, "--lite", "--method=full"], "--lite: contradicts --method=full; give one of them"),
