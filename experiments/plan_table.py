@@ -1,6 +1,6 @@
 """Plans several models on several TPU slices and prints the table of `docs/pods.md`.
 
-    python -m experiments.plan_table --workdir=plans --cases=qwen2.5-vl-7b@v5e:2x4,qwen2.5-vl-72b@v6e:4x4
+    python -m experiments.plan_table --plans=plans --cases=qwen2.5-vl-7b@v5e:2x4,qwen2.5-vl-72b@v6e:4x4
 
 Each case is one plan, compiled for every mesh unless it names one (`qwen2.5-vl-7b@v5e:2x4@data=2:model=4`), and kept as
 JSON in the work directory: a case that is there already is not compiled again.
@@ -19,7 +19,7 @@ from adapttoken_jax.errors import UserError
 from adapttoken_jax.planning.command import as_json
 from adapttoken_jax.result import atomic_file, plain_json
 
-_WORKDIR = flags.DEFINE_string("workdir", "plans", "Directory of the plans, made if missing.")
+_PLANS = flags.DEFINE_string("plans", "plans", "Directory of the plans, made if missing.")
 _CASES = flags.DEFINE_list("cases", ["qwen2.5-vl-7b@v5e:2x4"], "MODEL@SLICE or MODEL@SLICE@MESH, one or more.")
 _FRAMES = flags.DEFINE_integer("max_frames", 4096, "Frames of the video.", lower_bound=1)
 
@@ -59,7 +59,7 @@ def table(plans: list[dict]) -> str:
 
 def main(argv):
     del argv
-    workdir = pathlib.Path(_WORKDIR.value)
+    workdir = pathlib.Path(_PLANS.value)
     workdir.mkdir(parents=True, exist_ok=True)
     try:
         plans = [planned(case, _FRAMES.value, workdir) for case in _CASES.value]
