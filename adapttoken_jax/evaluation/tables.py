@@ -158,7 +158,7 @@ def paired_table(runs: Sequence[FinishedRun], baseline: FinishedRun, rule: str) 
             "difference, %": round(100 * found.difference, 2),
             "low": round(100 * found.low, 2),
             "high": round(100 * found.high, 2),
-            "p": round(found.p_value, 4),
+            "p": float(f"{found.p_value:.2g}"),
             "questions": found.n,
             "only run": found.only_second,
             "only baseline": found.only_first,
