@@ -109,3 +109,11 @@ def suffix_position_ids(first: int, length: int) -> np.ndarray:
 def round_up(number: int, step: int) -> int:
     """The smallest multiple of `step` that is at least `number`: the padded size of a static shape."""
     return -(-number // step) * step
+
+
+def bucket(number: int, step: int) -> int:
+    """A padded size of which there are few: a multiple of `step` and of a sixteenth of the power of two below.
+
+    The padding is below `step` or a sixteenth of `number`, and sizes up to n have about 16 log2(n / (16 step)) values.
+    """
+    return round_up(number, max(step, 1 << max(0, (number - 1).bit_length() - 5)))

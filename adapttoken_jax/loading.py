@@ -10,6 +10,7 @@ from adapttoken_jax import sharding
 from adapttoken_jax.config import ModelConfig, checkpoint_directory, read_model_config
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.model import Qwen25VL
+from adapttoken_jax.model.kernels import Kernel, resolve
 from adapttoken_jax.prompt import ChatTokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,6 +38,11 @@ class Model:
     def dtype(self) -> jnp.dtype:
         """Element type of the embedding, in which the model computes."""
         return self.module.text.embedding.dtype
+
+    @property
+    def kernel(self) -> Kernel:
+        """What computes attention on the devices at hand."""
+        return resolve(self.dtype, self.config.text.head_dim, self.mesh)
 
     @property
     def wave(self) -> int:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from adapttoken_jax.geometry import window_layout
 from adapttoken_jax.model import Probe, Qwen25VL
 from adapttoken_jax.model.generation import Sampling, generate
+from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.selection import reduce_relevance, token_certainty, token_entropy
 
 
@@ -49,6 +50,12 @@ class PromptBatch:
     option_ids: jax.Array
     key: jax.Array
 
+    @property
+    def per_context(self) -> dict[str, jax.Array]:
+        """The fields with a leading axis B; the others are shared by all contexts."""
+        names = ("visual", "visual_valid", "context_positions", "suffix_start", "answer_start")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclasses.dataclass(frozen=True)
 class PassSpec:
@@ -61,6 +68,7 @@ class PassSpec:
       answer_tokens: length A of the answers' buffer.
       end_ids: tokens that end an answer.
       sampling: how tokens are chosen.
+      kernel: what computes attention.
     """
 
     relevance: tuple[int, str, str] | None
@@ -69,9 +77,10 @@ class PassSpec:
     answer_tokens: int
     end_ids: tuple[int, ...]
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
+    kernel: Kernel = XLA
 
 
-def _exact(function):
+def exact(function):
     """Runs float32 models in true float32, where an accelerator would otherwise round the factors of a product."""
 
     @functools.wraps(function)
@@ -84,7 +93,7 @@ def _exact(function):
 
 
 @functools.partial(jax.jit, static_argnames=("height", "width"))
-@_exact
+@exact
 def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int) -> jax.Array:
     """Patches [T, height x width, 1176] of T slots -> visual tokens [T, M, D]."""
     with jax.named_scope("vision"):
@@ -92,7 +101,7 @@ def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int) -
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-@_exact
+@exact
 def run_prompts(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[str, jax.Array]:
     """Prefills every context once, runs every question against it and generates the answers (steps 4 to 6 and 11).
 
@@ -104,15 +113,16 @@ def run_prompts(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[str
     text, prefix = model.text, batch.prefix_ids.shape[0]
     with jax.named_scope("context"):
         context, found = text.prefill(
-            _context_embeddings(text, batch), batch.context_positions, _context_valid(batch), keep_layer=spec.keep_layer
-        )
+            _context_embeddings(text, batch), batch.context_positions, _context_valid(batch),
+            keep_layer=spec.keep_layer, kernel=spec.kernel,
+        )  # fmt: skip
     with jax.named_scope("question"):
-        logits, tail, observed = _ask(text, batch, context, _relevance_probe(batch, spec), spec.answer_tokens)
+        logits, tail, observed = _ask(text, batch, context, spec)
     with jax.named_scope("answer"):
         generation = generate(
             text, logits, batch.answer_start, context, tail, batch.suffix_ids.shape[1], tokens=spec.answer_tokens,
             limit=batch.limit, end_ids=spec.end_ids, measure=functools.partial(_measure, batch=batch, spec=spec),
-            sampling=spec.sampling, key=batch.key,
+            sampling=spec.sampling, key=batch.key, kernel=spec.kernel,
         )  # fmt: skip
     out = {"first_logits": logits, "tokens": generation.tokens, "counted": generation.counted}
     out |= {"entropy": generation.measured[..., 0], "certainty": generation.measured[..., 1]}
@@ -134,16 +144,17 @@ def _context_valid(batch):
     return jnp.concatenate([prefix, batch.visual_valid], 1)
 
 
-def _ask(text, batch, context, probe, answer_tokens):
+def _ask(text, batch, context, spec):
     """Runs the questions' suffixes: logits after each one's last token, the tail, and what the probe observed."""
     B, (Q, T) = batch.visual.shape[0], batch.suffix_ids.shape
     embeddings = text.embed(batch.suffix_ids)
     valid = jnp.arange(T) < batch.suffix_length[:, None]
     positions = batch.suffix_start[:, None, None, None] + jnp.arange(T)
-    tail = text.empty_tail(B, Q, T + answer_tokens, embeddings.dtype)
+    tail = text.empty_tail(B, Q, T + spec.answer_tokens, embeddings.dtype)
     hidden, tail, found = text.extend(
         jnp.broadcast_to(embeddings, (B, *embeddings.shape)), jnp.broadcast_to(positions, (B, Q, 3, T)),
-        jnp.broadcast_to(valid, (B, Q, T)), context, tail, 0, probe=probe,
+        jnp.broadcast_to(valid, (B, Q, T)), context, tail, 0, probe=_relevance_probe(batch, spec),
+        kernel=spec.kernel,
     )  # fmt: skip
     last = jnp.take_along_axis(hidden, (batch.suffix_length - 1)[None, :, None, None], 2)[:, :, 0]
     return text.logits(last), tail, found.get("observed")

@@ -12,9 +12,10 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
-from adapttoken_jax import result
+from adapttoken_jax import device_scan, device_survivors, result, scan
 from adapttoken_jax.config import METHODS, AdaptTokenConfig, ModelConfig, read_model_config
 from adapttoken_jax.encoding import Progress, VisualTokens, encode_video, stream_video
 from adapttoken_jax.errors import UserError
@@ -23,11 +24,14 @@ from adapttoken_jax.loading import Model
 from adapttoken_jax.prompt import Ask, Prompt, build_prompt, check_question
 from adapttoken_jax.record import make_result, make_trace
 from adapttoken_jax.run import Outcome, Plan, Run, Selected
-from adapttoken_jax.scan import ContextTokens, Visit, agreed_answer, blind_replies, final_reply, visit_groups
+from adapttoken_jax.scan import ContextTokens, Stopping, Visit, agreed_answer, blind_replies, final_reply
 from adapttoken_jax.selection import StopRule, coverage_count, group_slots, visiting_order
 from adapttoken_jax.streaming import Part, one_pass, reading_order
 from adapttoken_jax.survivors import select
 from adapttoken_jax.video import plan_clip, probe
+
+# The loop over groups: compiled, or its reference twin with one compiled pass per wave. Same visits, same results.
+LOOPS = {"device": device_scan.visit_groups, "host": scan.visit_groups}
 
 
 def plan_run(model: ModelConfig, video, config: AdaptTokenConfig, method: str) -> Plan:
@@ -85,6 +89,7 @@ def answer(
     abstain_above: float | None = None,
     deadline: float | None = None,
     feature_cache: str | os.PathLike | FeatureCache | None = None,
+    loop: str = "device",
     on_progress: Progress | None = None,
 ) -> result.Result | list[result.Result]:
     """Answers a question about a video, or several in one scan.
@@ -104,6 +109,7 @@ def answer(
         those visited, at least one wave. Encoding the video and the final pass are not cut short. None: no deadline.
       feature_cache: a directory that keeps vision features for later calls, or a `FeatureCache`, which reads the
         weights once for many calls.
+      loop: `device`: the groups run inside one compiled loop; `host`: one compiled pass each, to compare with.
       on_progress: called with (stage, done, total).
 
     Returns:
@@ -121,11 +127,13 @@ def answer(
     config = AdaptTokenConfig.for_model(model.config) if config is None else config.resolve(model.config)
     prompts = [build_prompt(model.tokenizer, q, o, system) for q, o in zip(questions, choices, strict=True)]
     _check_limits(abstain_above, deadline)
+    if loop not in LOOPS:
+        raise UserError(f"loop={loop}: choose one of {', '.join(LOOPS)}")
     plan = plan_run(model.config, video, config, method)
-    time_is_up = lambda: deadline is not None and time.perf_counter() - begin >= deadline
+    time_is_up = None if deadline is None else (lambda: time.perf_counter() - begin >= deadline)
     order = slot_order(model, plan, config, method, deadline)
     with _open_tokens(model, plan, order, trace, feature_cache, on_progress) as tokens:
-        runs = scan_video(model, plan, tokens, prompts, config, method, time_is_up, on_progress)
+        runs = scan_video(model, plan, tokens, prompts, config, method, time_is_up, on_progress, loop)
         results = [answered(run, begin, trace) for run in runs]
     if abstain_above is not None:
         results = [result.abstain(each, abstain_above) for each in results]
@@ -170,24 +178,30 @@ def scan_video(
     prompts: list[Prompt],
     config: AdaptTokenConfig,
     method: str,
-    time_is_up: Callable[[], bool] = lambda: False,
+    time_is_up: Callable[[], bool] | None = None,
     on_progress: Progress | None = None,
+    loop: str = "device",
 ) -> list[Run]:
-    """Steps 3 to 7 for all questions of a video: one `Run` each, ready for `conclude`."""
+    """Steps 3 to 7 for all questions of a video: one `Run` each, ready for `conclude`. `loop` is one of `LOOPS`."""
     if not plan.groups:
         tokens.ensure(np.arange(plan.clip.grid[0]))
     begin, waited = time.perf_counter(), tokens.seconds["waiting"]
-    runs = [Run(model, plan, tokens, config, method, prompt) for prompt in prompts]
+    runs = [Run(model, plan, tokens, config, method, prompt, loop=loop) for prompt in prompts]
     scans = [None] * len(prompts)
     if plan.groups:
         if method == "lite" and config.stop_gain:
             blind = blind_replies(model, tokens, prompts, config)
             runs = [dataclasses.replace(run, blind=each) for run, each in zip(runs, blind, strict=True)]
-        stop = (lambda q, visits: _stop_reason(runs[q], visits)) if method == "lite" else None
-        scans = visit_groups(model, tokens, prompts, config, stop, time_is_up, on_progress)
+        stop = _stopping(runs) if method == "lite" else None
+        scans = LOOPS[loop](model, tokens, prompts, config, stop, time_is_up, on_progress)
     groups = time.perf_counter() - begin - (tokens.seconds["waiting"] - waited)
     seconds = {"decode": tokens.seconds["decode"], "vision": tokens.seconds["vision"], "groups": groups}
     return [dataclasses.replace(run, scan=scan, seconds=dict(seconds)) for run, scan in zip(runs, scans, strict=True)]
+
+
+def _stopping(runs: list[Run]) -> Stopping:
+    blind = [run.blind.entropy if run.blind else None for run in runs]
+    return Stopping(StopRule.of(runs[0].config), blind, lambda q, visits: _stop_reason(runs[q], visits))
 
 
 def _stop_reason(run: Run, visits: list[Visit]) -> str:
@@ -205,17 +219,30 @@ def _stop_reason(run: Run, visits: list[Visit]) -> str:
 
 def conclude(run: Run) -> Outcome:
     """Steps 8 to 11 for one question."""
-    everything = run.video.coordinates(np.arange(run.plan.clip.grid[0]))
-    empty = np.zeros(0)
-    return answer_from(run, select(run) if run.scan else Selected(empty, empty.astype(int), everything, everything))
+    return answer_from(run, *_select(run))
 
 
-def answer_from(run: Run, selected: Selected) -> Outcome:
-    """Step 11: the answer from these tokens of the video. Where they are all of it there is nothing to renumber."""
+def answer_from(run: Run, selected: Selected, features=None) -> Outcome:
+    """Step 11: the answer from these tokens of the video. Where they are all of it there is nothing to renumber.
+
+    `features` are theirs, as in `ContextTokens`; None reads them from the video.
+    """
+    features = run.video.gather(selected.tokens) if features is None else features
     renumber = run.config.final_positions == "compact" and len(selected.tokens) < run.plan.tokens
     ids = run.video.position_ids(selected.tokens, len(run.prompt.prefix_ids), renumber)
-    context = ContextTokens(run.video.gather(selected.tokens), ids)
-    return Outcome(selected, ids, final_reply(run.model, run.video, context, run.prompt, run.config))
+    context = ContextTokens(features, ids)
+    # Lite may select less than the budget; padded to it, every scanned video has the same final pass.
+    room = run.config.budget if run.scan else 0
+    return Outcome(selected, ids, final_reply(run.model, run.video, context, run.prompt, run.config, room))
+
+
+def _select(run: Run) -> tuple[Selected, jax.Array | None]:
+    """Steps 8 to 10, and the survivors' features if they already lie on the device."""
+    # On a CPU the NumPy twin is the faster one: it skips the pairs that are too far apart to be redundant.
+    if run.scan and run.loop == "device" and jax.default_backend() != "cpu":
+        return device_survivors.select(run)
+    everything, empty = run.video.coordinates(np.arange(run.plan.clip.grid[0])), np.zeros(0)
+    return select(run) if run.scan else Selected(empty, empty.astype(int), everything, everything), None
 
 
 def answered(run: Run, begin: float, trace: bool = False) -> result.Result:

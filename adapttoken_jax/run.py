@@ -60,6 +60,7 @@ class Run:
       scan: None where the answer is direct.
       seconds: wall seconds per stage so far.
       blind: the answer to the question alone, if the stop rule asked for it.
+      loop: `device` or `host`, as in `pipeline.LOOPS`.
       asked: {groups visited: outcome} of the times that the stop rule asked again over the tokens selected so far.
     """
 
@@ -72,6 +73,7 @@ class Run:
     scan: Scan | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     blind: Reply | None = None
+    loop: str = "device"
     asked: dict[int, Outcome] = dataclasses.field(default_factory=dict)
 
     def after(self, visits: list[Visit]) -> "Run":

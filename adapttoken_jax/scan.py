@@ -15,15 +15,17 @@ import numpy as np
 from adapttoken_jax import sharding
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import Progress, VisualTokens
-from adapttoken_jax.geometry import round_up, text_start
+from adapttoken_jax.geometry import bucket, round_up, text_start
 from adapttoken_jax.loading import Model
 from adapttoken_jax.model.generation import Sampling
 from adapttoken_jax.passes import PassSpec, PromptBatch, run_prompts
 from adapttoken_jax.prompt import Prompt, parse_option
-from adapttoken_jax.selection import group_certainty, group_slots, least_certain_mean, visiting_order
+from adapttoken_jax.selection import StopRule, group_certainty, group_slots, least_certain_mean, visiting_order
 
-_SUFFIX_STEP = 32  # suffixes are padded to a multiple of this, so that questions of similar length share a program
-_CONTEXT_STEP = 64  # the same for contexts
+# Padded sizes are multiples of these, so that questions of similar length, and contexts, share a program.
+_SUFFIX_STEP = 32
+_CONTEXT_STEP = 64
+_OPTION_STEP = 8
 
 DEADLINE = "deadline reached"
 
@@ -73,8 +75,72 @@ class Scan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stopping:
+    """How Lite ends a scan.
+
+    Attributes:
+      rule: the rule in numbers.
+      blind: per question, the entropy of the answer without the video, nats; None where the rule does not ask for it.
+      reason: why question q, after these visits, needs no more of them; "" to go on.
+    """
+
+    rule: StopRule
+    blind: list[float | None]
+    reason: Callable[[int, list[Visit]], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanLog:
+    """What every question has visited so far, and why it stopped; both loops over groups keep one.
+
+    Attributes:
+      groups: slots of each group of the video.
+      stop: None visits all groups.
+      visits, reasons: per question.
+    """
+
+    groups: list[np.ndarray]
+    stop: Stopping | None
+    visits: list[list[Visit]]
+    reasons: list[str]
+
+    @classmethod
+    def start(cls, video: VisualTokens, prompts: list[Prompt], config: AdaptTokenConfig, stop: Stopping | None):
+        """The log of a scan that has seen nothing yet."""
+        groups = group_slots(video.clip.grid[0], config.slots_per_group)
+        return cls(groups, stop, [[] for _ in prompts], [""] * len(prompts))
+
+    @property
+    def done(self) -> bool:
+        """Whether no question needs another group."""
+        return all(self.reasons)
+
+    def add(self, asked: list[Visit]) -> None:
+        """Adds a group as each question saw it; the questions that have stopped do not count it."""
+        for q, visit in enumerate(asked):
+            if not self.reasons[q]:
+                self.visits[q].append(visit)
+                self.reasons[q] = self.stop.reason(q, self.visits[q]) if self.stop else ""
+
+    def after_wave(self, time_is_up: Callable[[], bool] | None, on_progress: Progress | None) -> None:
+        """Reports progress, and stops every question if the time is up."""
+        if on_progress:
+            on_progress("groups", max(len(v) for v in self.visits), len(self.groups))
+        if time_is_up and time_is_up():
+            self.reasons[:] = [reason or DEADLINE for reason in self.reasons]
+
+    def scans(self) -> list[Scan]:
+        """One `Scan` per question."""
+        whole = len(self.groups)
+        return [Scan(v, why if len(v) < whole else "") for v, why in zip(self.visits, self.reasons, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
 class ContextTokens:
-    """Visual tokens of one context: features [n, D] and M-RoPE ids int32[3, n]."""
+    """Visual tokens of one context: features [n, D] and M-RoPE ids int32[3, n].
+
+    Features that lie on the device already have the padded size.
+    """
 
     features: np.ndarray
     position_ids: np.ndarray
@@ -85,37 +151,33 @@ def visit_groups(
     video: VisualTokens,
     prompts: list[Prompt],
     config: AdaptTokenConfig,
-    stop: Callable[[int, list[Visit]], str] | None = None,
-    time_is_up: Callable[[], bool] = lambda: False,
+    stop: Stopping | None = None,
+    time_is_up: Callable[[], bool] | None = None,
     on_progress: Progress | None = None,
 ) -> list[Scan]:
     """Steps 3 to 7: every question on every group, until all have stopped or the time is up.
 
+    The reference twin of `device_scan.visit_groups`: one compiled pass per wave, everything else on the host.
+
     Args:
-      stop: why question q, after these visits, needs no more of them; "" to go on. None: never.
+      stop: None visits all groups.
       time_is_up: asked after each wave, so that at least one is run.
 
     Returns:
       One `Scan` per question.
     """
-    groups = group_slots(video.clip.grid[0], config.slots_per_group)
-    visits: list[list[Visit]] = [[] for _ in prompts]
-    reasons = [""] * len(prompts)
-    order = iter(visiting_order(len(groups), config.group_order))
-    while wave := list(itertools.islice(order, model.wave)):
-        asked = _ask_wave(model, video, [groups[g] for g in wave], prompts, config)
-        for g, per_question in zip(wave, asked, strict=True):
-            for q, visit in enumerate(per_question):
-                if not reasons[q]:
-                    visits[q].append(dataclasses.replace(visit, index=int(g)))
-                    reasons[q] = stop(q, visits[q]) if stop else ""
-        if on_progress:
-            on_progress("groups", max(len(v) for v in visits), len(groups))
-        if time_is_up():
-            reasons = [reason or DEADLINE for reason in reasons]
-        if all(reasons):
-            break
-    return [Scan(v, reason if len(v) < len(groups) else "") for v, reason in zip(visits, reasons, strict=True)]
+    log = ScanLog.start(video, prompts, config, stop)
+    order = iter(visiting_order(len(log.groups), config.group_order))
+    while not log.done and (wave := list(itertools.islice(order, model.wave))):
+        contexts = [group_context(video, log.groups[g], prompts, config) for g in wave]
+        # A short wave repeats its last group, so that every wave has the same shape.
+        contexts += [contexts[-1]] * (model.wave - len(contexts))
+        batch = prompt_batch(model, video, contexts, prompts, config, config.slots_per_group * video.per_slot)
+        out = jax.device_get(run_prompts(model.module, batch, group_spec(model, prompts, config)))
+        for b, g in enumerate(wave):
+            log.add(read_visits(out, b, int(g), log.groups[g], len(contexts[b].features), config))
+        log.after_wave(time_is_up, on_progress)
+    return log.scans()
 
 
 def read_answer(model: Model, prompt: Prompt, reply: Reply) -> tuple[str, str | None]:
@@ -133,32 +195,30 @@ def agreed_answer(model: Model, prompt: Prompt, reply: Reply) -> str | None:
     return option or text.casefold() or None
 
 
-def _ask_wave(model, video, groups, prompts, config) -> list[list[Visit]]:
-    """One compiled pass over a wave of groups: a list of visits per group, one per question."""
-    contexts = [
-        ContextTokens(video.gather(video.coordinates(slots)), group_position_ids(video, slots, prompts[0], config))
-        for slots in groups
-    ]
-    # A short wave repeats its last group, so that every wave has the same shape.
-    contexts += [contexts[-1]] * (model.wave - len(contexts))
-    size = config.slots_per_group * video.per_slot
-    batch = prompt_batch(model, video, contexts, prompts, config, size)
-    spec = group_spec(model, prompts, config)
-    out = jax.device_get(run_prompts(model.module, batch, spec))
-    return [
-        [_visit(out, b, q, slots, len(contexts[b].features), config) for q in range(len(prompts))]
-        for b, slots in enumerate(groups)
-    ]
+def group_context(video: VisualTokens, slots, prompts: list[Prompt], config: AdaptTokenConfig) -> ContextTokens:
+    """The visual tokens of one group, as if it were a short video."""
+    ids = group_position_ids(video, slots, prompts[0], config)
+    return ContextTokens(video.gather(video.coordinates(slots)), ids)
 
 
 def group_spec(model: Model, prompts: list[Prompt], config: AdaptTokenConfig) -> PassSpec:
     """What is compiled into a group pass."""
-    return PassSpec(
+    return dataclasses.replace(
+        answer_spec(model, max(_group_limit(p, config) for p in prompts), config),
         relevance=(config.reference_layer, config.relevance_heads, config.relevance_text),
-        certainty=config.certainty,
         keep_layer=config.reference_layer if config.similarity == "reference_layer" else None,
-        answer_tokens=max(_group_limit(p, config) for p in prompts),
+    )
+
+
+def answer_spec(model: Model, answer_tokens: int, config: AdaptTokenConfig) -> PassSpec:
+    """What is compiled into a pass that only answers, greedily."""
+    return PassSpec(
+        relevance=None,
+        certainty=config.certainty,
+        keep_layer=None,
+        answer_tokens=answer_tokens,
         end_ids=model.tokenizer.eos,
+        kernel=model.kernel,
     )
 
 
@@ -167,14 +227,13 @@ def _group_limit(prompt: Prompt, config: AdaptTokenConfig) -> int:
     return 1 if prompt.letters else config.max_answer_tokens
 
 
-def _visit(out, b, q, slots, n, config) -> Visit:
-    return Visit(
-        index=-1,
-        slots=slots,
-        reply=reply(out, b, q, config),
-        relevance=out["relevance"][b, q, :n],
-        hidden=out["kept"][b, :n] if "kept" in out else None,
-    )
+def read_visits(out: dict[str, np.ndarray], b: int, index: int, slots, n: int, config) -> list[Visit]:
+    """Reads the group `index` of `n` tokens, context b of what `run_prompts` returned: one visit per question."""
+    hidden = out["kept"][b, :n] if "kept" in out else None
+    return [
+        Visit(index, slots, reply(out, b, q, config), relevance[:n], hidden)
+        for q, relevance in enumerate(out["relevance"][b])
+    ]
 
 
 def reply(out: dict[str, np.ndarray], b: int, q: int, config: AdaptTokenConfig) -> Reply:
@@ -210,20 +269,22 @@ def full_position_ids(visual_ids, prompt, config, video) -> np.ndarray:
     return np.concatenate([text(prefix), visual_ids, text(suffix)], 1)
 
 
-def prompt_batch(model, video, contexts, prompts, config, size=None, limit=None) -> PromptBatch:
+def prompt_batch(model, video, contexts, prompts, config, size=None, limit=None, waves=None) -> PromptBatch:
     """Pads contexts and questions to static shapes and places them on the mesh.
 
-    `size` is the padded number of visual tokens (None: the next multiple that holds them), `limit` the number of answer
-    tokens (None: as in group passes).
+    `size` is the padded number of visual tokens (None: the next bucket that holds them), `limit` the number of answer
+    tokens (None: as in group passes). With `waves` the contexts are those of so many waves, and the fields
+    `per_context` get a leading axis for them.
     """
     prefix = np.asarray(prompts[0].prefix_ids, np.int32)
-    size = size or round_up(max(len(c.features) for c in contexts), _CONTEXT_STEP)
+    lengths = [c.position_ids.shape[1] for c in contexts]
+    size = size or context_size(max(lengths))
     T = round_up(max(len(p.suffix_ids) for p in prompts), _SUFFIX_STEP)
     starts = [suffix_start(c.position_ids, prompts[0], config, video) for c in contexts]
     answers = [[start + len(p.suffix_ids) for p in prompts] for start in starts]
     split = {
-        "visual": np.stack([_padded(c.features, size, 0) for c in contexts]),
-        "visual_valid": np.stack([np.arange(size) < len(c.features) for c in contexts]),
+        "visual": _visual(contexts, size),
+        "visual_valid": np.arange(size) < np.asarray(lengths)[:, None],
         "context_positions": np.stack([_context_positions(len(prefix), c, size) for c in contexts]),
         "suffix_start": np.asarray(starts, np.int32),
         "answer_start": np.asarray(answers, np.int32),
@@ -237,12 +298,26 @@ def prompt_batch(model, video, contexts, prompts, config, size=None, limit=None)
         "option_ids": _option_ids(prompts),
         "key": jax.random.key(config.seed),
     }
+    if waves is not None:
+        split = {name: value.reshape(waves, -1, *value.shape[1:]) for name, value in split.items()}
     if model.mesh is not None:
-        over_data = sharding.batch_sharding(model.mesh) if len(contexts) == model.wave else None
+        whole_waves = waves is not None or len(contexts) == model.wave
         everywhere = sharding.replicated(model.mesh)
-        split = jax.device_put(split, over_data or everywhere)
+        over_data = sharding.batch_sharding(model.mesh, axis=0 if waves is None else 1)
+        split = jax.device_put(split, over_data if whole_waves else everywhere)
         shared = jax.device_put(shared, everywhere)
     return PromptBatch(**split, **shared)
+
+
+def context_size(tokens: int) -> int:
+    """The padded number of visual tokens of a context that holds `tokens`."""
+    return bucket(tokens, _CONTEXT_STEP)
+
+
+def _visual(contexts: list[ContextTokens], size: int):
+    if isinstance(contexts[0].features, jax.Array):
+        return contexts[0].features[None]
+    return np.stack([_padded(c.features, size, 0) for c in contexts])
 
 
 def _padded(array: np.ndarray, size: int, axis: int, fill=0) -> np.ndarray:
@@ -264,7 +339,7 @@ def _query_rows(prompt: Prompt, T: int, queries: str) -> np.ndarray:
 
 
 def _option_ids(prompts: list[Prompt]) -> np.ndarray:
-    widest = max(1, max(len(p.letter_ids) for p in prompts))
+    widest = round_up(max(1, *(len(p.letter_ids) for p in prompts)), _OPTION_STEP)
     return np.stack([_padded(np.asarray(p.letter_ids, np.int32), widest, 0, -1) for p in prompts])
 
 
@@ -272,26 +347,17 @@ def blind_replies(model, video, prompts, config) -> list[Reply]:
     """What the model answers to each question, as in a group pass, from a prompt without visual tokens."""
     nothing = ContextTokens(np.zeros((0, video.features.shape[-1]), video.features.dtype), np.zeros((3, 0), np.int32))
     batch = prompt_batch(model, video, [nothing], prompts, config)
-    spec = PassSpec(
-        relevance=None,
-        certainty=config.certainty,
-        keep_layer=None,
-        answer_tokens=max(_group_limit(p, config) for p in prompts),
-        end_ids=model.tokenizer.eos,
-    )
+    spec = answer_spec(model, max(_group_limit(p, config) for p in prompts), config)
     out = jax.device_get(run_prompts(model.module, batch, spec))
     return [reply(out, 0, q, config) for q in range(len(prompts))]
 
 
-def final_reply(model, video, context, prompt, config) -> Reply:
-    """Step 11: answers one question from one context of chosen tokens."""
-    batch = prompt_batch(model, video, [context], [prompt], config, limit=config.max_answer_tokens)
-    spec = PassSpec(
-        relevance=None,
-        certainty=config.certainty,
-        keep_layer=None,
-        answer_tokens=config.max_answer_tokens,
-        end_ids=model.tokenizer.eos,
+def final_reply(model, video, context, prompt, config, room: int = 0) -> Reply:
+    """Step 11: answers one question from one context of chosen tokens, padded to hold at least `room` of them."""
+    size = context_size(max(room, context.position_ids.shape[1]))
+    batch = prompt_batch(model, video, [context], [prompt], config, size, config.max_answer_tokens)
+    spec = dataclasses.replace(
+        answer_spec(model, config.max_answer_tokens, config),
         sampling=Sampling(config.sampling_temperature, config.top_p),
     )
     return reply(jax.device_get(run_prompts(model.module, batch, spec)), 0, 0, config)

@@ -83,9 +83,9 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
     return parameters.tree(config, lambda p: NamedSharding(mesh, parameter_spec(p, mesh)))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over `data`, the rest replicated: groups of a wave, slots of an encoded chunk."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """One axis over `data`, the rest replicated: groups of a wave, slots of an encoded chunk."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,7 +23,7 @@ def select(run: Run) -> Selected:
     # In the order of the video's groups, to which ties in the budget refer; budgets go back to visiting order.
     order = np.argsort([v.index for v in run.scan.visits])
     visits = [run.scan.visits[i] for i in order]
-    relevance = [_relevance_of(run, v) for v in visits]
+    relevance = [relevance_of(run, v) for v in visits]
     weights, budgets, covering = _budgets(run, visits, relevance)
     chosen = [
         np.flatnonzero(top_tokens(np.where(own, np.nan, r)[None], [b])[0])
@@ -44,7 +44,8 @@ def select(run: Run) -> Selected:
     )
 
 
-def _relevance_of(run: Run, visit: Visit) -> np.ndarray:
+def relevance_of(run: Run, visit: Visit) -> np.ndarray:
+    """The relevance by which a group's tokens are selected, float32[k M]."""
     if not run.config.debias or run.method == "flexselect":
         return visit.relevance
     return debias_relevance(visit.relevance.reshape(-1, run.video.per_slot)).reshape(-1)

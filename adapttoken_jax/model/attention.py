@@ -1,4 +1,4 @@
-"""Attention: one clear reference, one memory-bounded version of it, and the only place that chooses between them.
+"""Attention in XLA: one clear reference and a memory-bounded version of it; the twins of every kernel in `kernels.py`.
 
 All functions compute softmax in float32 and treat grouped queries without repeating keys. Masks are boolean, True where
 a query may look. Letters: B batch, T query, S key, N heads, K kv-heads, G query heads per kv-head, H head dim.
@@ -67,27 +67,40 @@ def causal_attention(q, k, v, valid, implementation: str | None = None) -> jax.A
     return CAUSAL[implementation](q, k, v, valid)
 
 
-def two_part_attention(q, context, tail):
+def context_attention(q, k, v, valid) -> tuple[jax.Array, jax.Array]:
+    """Attention of a few rows over a context: q[B, T, N, H], k and v[B, S, K, H], valid[B, S].
+
+    Returns:
+      values[B, T, N, H], and the log-sum-exp of every row's scores, float32[B, N, T].
+    """
+    products = jnp.where(valid[:, None, None], scores(q, k), _MASKED)
+    lse = jax.nn.logsumexp(products, -1)
+    return weighted_values(jnp.exp(products - lse[..., None]), v), lse
+
+
+def two_part_attention(q, context, tail, over_context=context_attention):
     """Attention over a shared context and a tail of its own, as one softmax.
 
     Args:
       q: [B, Q, T, N, H]; Q tails share the context of their batch entry.
       context: (k, v, mask) with k and v[B, S, K, H] and mask[B, S].
       tail: (k, v, mask) with k and v[B, Q, R, K, H] and mask[B, Q, T, R].
+      over_context: `context_attention`, or a kernel that does the same.
 
     Returns:
       values[B, Q, T, N, H] and the log-sum-exp of every row, float32[B, Q, N, T].
     """
     (ck, cv, cmask), (tk, tv, tmask) = context, tail
     B, Q, T, N, H = q.shape
-    to_context = scores(q.reshape(B, Q * T, N, H), ck).reshape(B, N, Q, T, -1)
-    to_context = jnp.where(cmask[:, None, None, None], to_context, _MASKED)
+    from_context, context_lse = over_context(q.reshape(B, Q * T, N, H), ck, cv, cmask)
+    context_lse = context_lse.reshape(B, N, Q, T)
     to_tail = jax.vmap(scores, 1, 2)(q, tk)  # [B, N, Q, T, R]
     to_tail = jnp.where(tmask[:, None], to_tail, _MASKED)
-    lse = jnp.logaddexp(jax.nn.logsumexp(to_context, -1), jax.nn.logsumexp(to_tail, -1))  # [B, N, Q, T]
-    from_context = weighted_values(jnp.exp(to_context - lse[..., None]).reshape(B, N, Q * T, -1), cv)
+    lse = jnp.logaddexp(context_lse, jax.nn.logsumexp(to_tail, -1))  # [B, N, Q, T]
+    share = jnp.moveaxis(jnp.exp(context_lse - lse), 1, 3)[..., None]  # of the context in every row's mass
+    from_context = (share * from_context.reshape(q.shape)).astype(cv.dtype)
     from_tail = jax.vmap(weighted_values, (2, 1), 1)(jnp.exp(to_tail - lse[..., None]), tv)
-    return from_context.reshape(B, Q, T, N, H) + from_tail, jnp.swapaxes(lse, 1, 2)
+    return from_context + from_tail, jnp.swapaxes(lse, 1, 2)
 
 
 def probabilities_from_lse(q, k, mask, lse) -> jax.Array:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.text import Context, Tail, TextDecoder
 
 
@@ -72,6 +73,7 @@ def generate(
     measure: Callable[[jax.Array], jax.Array],
     sampling: Sampling = Sampling(),
     key: jax.Array | None = None,
+    kernel: Kernel = XLA,
 ) -> Generation:
     """Generates an answer to every question.
 
@@ -85,6 +87,7 @@ def generate(
       end_ids: tokens that end an answer.
       measure: logits[B, Q, V] -> float32[B, Q, m].
       sampling, key: how tokens are chosen; greedy needs no key.
+      kernel: what computes attention over the context.
 
     Returns:
       The loop's last state.
@@ -112,7 +115,9 @@ def generate(
         token = jax.lax.dynamic_index_in_dim(state.tokens, last, 2)  # [B, Q, 1]
         position = jnp.broadcast_to((first_position + last)[..., None, None], (*token.shape[:2], 3, 1))
         valid = jnp.ones_like(token, bool)
-        hidden, tail, _ = text.extend(text.embed(token), position, valid, context, state.tail, start + last)
+        hidden, tail, _ = text.extend(
+            text.embed(token), position, valid, context, state.tail, start + last, kernel=kernel
+        )
         return record(dataclasses.replace(state, tail=tail), text.logits(hidden[:, :, -1]))
 
     shape = (*logits.shape[:2], tokens)

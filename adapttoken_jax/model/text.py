@@ -12,8 +12,9 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adapttoken_jax.model.attention import causal_attention, probabilities_from_lse, two_part_attention
+from adapttoken_jax.model.attention import probabilities_from_lse, two_part_attention
 from adapttoken_jax.model.block import Block, rms_norm
+from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.rotary import rotate, text_angles
 
 
@@ -76,15 +77,15 @@ class TextLayer(Block):
         h = rms_norm(x, self.norm2, self.config.eps)
         return x + (jax.nn.silu(h @ self.gate_kernel[...]) * (h @ self.up_kernel[...])) @ self.down_kernel[...]
 
-    def prefill(self, x, angles, valid, implementation):
+    def prefill(self, x, angles, valid, kernel):
         q, k, v = self.qkv(x, angles)
-        return self.finish(x, causal_attention(q, k, v, valid, implementation)), k, v
+        return self.finish(x, kernel.causal(q, k, v, valid)), k, v
 
-    def extend(self, x, angles, context, tail, mask, start):
+    def extend(self, x, angles, context, tail, mask, start, kernel):
         """One layer of `TextDecoder.extend`; also returns its queries and their log-sum-exp."""
         q, k, v = self.qkv(x, angles)
         k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, start, 2) for old, new in ((tail[0], k), (tail[1], v)))
-        mixed, lse = two_part_attention(q, context, (k, v, mask))
+        mixed, lse = two_part_attention(q, context, (k, v, mask), kernel.over_context)
         return self.finish(x, mixed), (k, v), q, lse
 
 
@@ -107,16 +108,17 @@ class TextDecoder(Block):
         c = self.config
         return text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections)
 
-    def prefill(self, embeddings, position_ids, valid, *, keep_layer=None, return_layers=False, implementation=None):
+    def prefill(self, embeddings, position_ids, valid, *, keep_layer=None, return_layers=False,
+                kernel: Kernel = XLA):  # fmt: skip
         """Runs a context from its beginning.
 
         Args:
           embeddings: [B, S, D].
           position_ids: int32[B, 3, S].
-          valid: bool[B, S]; padding may stand anywhere, nothing looks at it.
+          valid: bool[B, S]; padding stands at the end, nothing looks at it.
           keep_layer: a 0-based layer whose output is returned as "kept"[B, S, D].
           return_layers: return every layer's output as "layers"[L, B, S, D].
-          implementation: forces the attention, see `causal_attention`.
+          kernel: what computes attention.
 
         Returns:
           The `Context` and a dictionary of the intermediates asked for.
@@ -126,7 +128,7 @@ class TextDecoder(Block):
         def step(carry, indexed):
             x, kept = carry
             index, layer = indexed
-            x, k, v = layer.prefill(x, angles, valid, implementation)
+            x, k, v = layer.prefill(x, angles, valid, kernel)
             if keep_layer is not None:
                 kept = jnp.where(index == keep_layer, x, kept)
             return (x, kept), (k, v, x if return_layers else None)
@@ -143,7 +145,7 @@ class TextDecoder(Block):
         return Tail(buffer, buffer, jnp.zeros((batch, questions, length), bool))
 
     def extend(self, embeddings, position_ids, valid, context: Context, tail: Tail, start, *, probe=None,
-               return_layers=False):  # fmt: skip
+               return_layers=False, kernel: Kernel = XLA):  # fmt: skip
         """Runs tokens that follow a context and what the tail already holds.
 
         Args:
@@ -154,6 +156,7 @@ class TextDecoder(Block):
           tail: each question's own past; tokens are written at `start`, a (traced) integer.
           probe: the attention to observe, a `Probe`.
           return_layers: return every layer's output as "layers"[L, B, Q, T, D].
+          kernel: what computes attention over the context.
 
         Returns:
           Hidden states [B, Q, T, D], the grown `Tail`, and a dictionary of the intermediates asked for ("observed" for
@@ -168,7 +171,7 @@ class TextDecoder(Block):
         def step(carry, indexed):
             x, observed = carry
             (index, layer), (ck, cv, tk, tv) = indexed
-            x, (tk, tv), q, lse = layer.extend(x, angles, (ck, cv, context.valid), (tk, tv), mask, start)
+            x, (tk, tv), q, lse = layer.extend(x, angles, (ck, cv, context.valid), (tk, tv), mask, start, kernel)
             if probe is not None:
                 look = lambda: probe.observe(probabilities_from_lse(q, ck, context.valid, lse))
                 observed = jax.lax.cond(index == probe.layer, look, lambda: observed)

@@ -16,6 +16,7 @@ import math
 import numpy as np
 
 from adapttoken_jax.errors import UserError
+from adapttoken_jax.selection.arrays import array_and_namespace
 
 _DECIMALS = 12
 
@@ -27,14 +28,17 @@ _NEAREST = 16
 
 
 def _exponential(time, rows, cols, scale):
-    return np.exp(-(np.abs(time) / scale) - np.hypot(rows, cols))
+    time, xp = array_and_namespace(time)
+    return xp.exp(-(abs(time) / scale) - xp.hypot(rows, cols))
 
 
 def _window(time, rows, cols, scale):
-    return ((np.abs(time) <= scale) & (np.abs(rows) <= 1) & (np.abs(cols) <= 1)).astype(np.float64)
+    time, _ = array_and_namespace(time)
+    return ((abs(time) <= scale) & (abs(rows) <= 1) & (abs(cols) <= 1)).astype(time.dtype)
 
 
-# Proximity in [0, 1] from differences of time (seconds), row and column (merged cells), and the scale (seconds).
+# Proximity in [0, 1] from differences of time (seconds), row and column (merged cells), and the scale (seconds). They
+# serve JAX arrays too, for the compiled twin.
 KERNELS = {"exponential": _exponential, "window": _window}
 
 

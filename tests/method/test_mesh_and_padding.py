@@ -46,12 +46,14 @@ def test_every_mesh_agrees_with_one_device(directory, single, mesh):
     np.testing.assert_allclose(ours.trace["group_relevance"], alone.trace["group_relevance"], atol=1e-5)
 
 
-def test_lite_visits_the_same_groups_on_a_mesh(directory, single):
+@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "data=8,model=1"])
+def test_lite_visits_the_same_groups_on_a_mesh(directory, single, mesh):
+    """The compiled loop over waves, the last one padded, against one group at a time on the host."""
     model, full = single
     entropies = [g.entropy for g in full.groups]
     config = settings(model, stop_groups=2, stop_agreement=False, stop_entropy=sorted(entropies)[3] + 1e-4)
-    alone = at.answer(model, random_video(), QUESTION, OPTIONS, config, "lite")
-    waves = at.answer(at.load(directory, mesh="data=4"), random_video(), QUESTION, OPTIONS, config, "lite")
+    alone = at.answer(model, random_video(), QUESTION, OPTIONS, config, "lite", loop="host")
+    waves = at.answer(at.load(directory, mesh=mesh), random_video(), QUESTION, OPTIONS, config, "lite")
     assert alone.stop.early and alone.stop == waves.stop and alone.selected == waves.selected
 
 

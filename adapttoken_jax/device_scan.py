@@ -1,0 +1,203 @@
+"""The scan as one compiled loop: the groups of a chunk run without the host, and the loop ends itself early.
+
+Design decisions:
+- A chunk is a few waves of groups, padded to a fixed number of waves; its size follows from the model and the frame
+  size. No shape depends on the video's length: after the first chunk nothing compiles again, and the device holds no
+  more than two chunks of features.
+- The host puts the next chunk together while the device runs the current one. A scan that may stop early and whose
+  slots are decoded on demand gets one wave per chunk, and none ahead: decoding what is not visited costs more.
+- Stopping is decided on the device (`selection.compiled_stopping`). The host then applies the rule itself to what was
+  visited, as `scan.visit_groups` does, so that both loops stop alike whatever the device could not see.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adapttoken_jax.config import AdaptTokenConfig
+from adapttoken_jax.encoding import Progress, VisualTokens
+from adapttoken_jax.loading import Model
+from adapttoken_jax.passes import PassSpec, PromptBatch, exact, run_prompts
+from adapttoken_jax.prompt import Prompt
+from adapttoken_jax.scan import Scan, ScanLog, Stopping, group_context, group_spec, prompt_batch, read_visits
+from adapttoken_jax.selection import group_certainty, visiting_order
+from adapttoken_jax.selection.compiled_stopping import (
+    DeviceRule,
+    Stop,
+    StopState,
+    count_group,
+    device_rule,
+    start_state,
+)
+
+# Features of one chunk at most, and waves at most: enough to hide the host, little enough to hold two of them.
+_CHUNK_BYTES = 2**28
+_MOST_WAVES = 16
+
+
+class LoopState(NamedTuple):
+    """State of the compiled loop over the W waves of a chunk; a wave is w groups side by side.
+
+    It ends when `wave` reaches the last one asked for, or when no question is still `Stop.GOING`.
+
+    Attributes:
+      wave: int32[], the next wave.
+      stopping: what the stop rule remembers.
+      said: what `run_prompts` returned of every wave run, each array with a leading axis W; zeros elsewhere.
+    """
+
+    wave: jax.Array
+    stopping: StopState
+    said: dict[str, jax.Array]
+
+
+class Chunk(NamedTuple):
+    """Waves of groups on the device.
+
+    Attributes:
+      groups: the groups in visiting order.
+      lengths: visual tokens of each.
+      batch: their contexts; the fields `per_context` are [W, w, ...].
+      real: bool[W, w], False for padding.
+      waves: waves that are not padding alone.
+    """
+
+    groups: list[int]
+    lengths: list[int]
+    batch: PromptBatch
+    real: np.ndarray
+    waves: int
+
+
+def visit_groups(
+    model: Model,
+    video: VisualTokens,
+    prompts: list[Prompt],
+    config: AdaptTokenConfig,
+    stop: Stopping | None = None,
+    time_is_up: Callable[[], bool] | None = None,
+    on_progress: Progress | None = None,
+) -> list[Scan]:
+    """Steps 3 to 7 as `scan.visit_groups`, same arguments and results; progress is reported per chunk.
+
+    With `time_is_up` the loop returns after every wave, to ask.
+    """
+    log = ScanLog.start(video, prompts, config, stop)
+    rule = device_rule(stop.rule if stop else None, stop.blind if stop else [None] * len(prompts))
+    on_demand = (stop or time_is_up) and video.source is not None
+    state, chunks = None, _chunks(model, video, log.groups, prompts, config, 1 if on_demand else None)
+    chunk = next(chunks, None)
+    while chunk is not None:
+        state = state or start_state(len(prompts), chunk.batch.option_ids.shape[1])
+        first, following = 0, None
+        while first < chunk.waves and not log.done:
+            last = chunk.waves if time_is_up is None else first + 1
+            running = _run(model, chunk, rule, state, first, last, prompts, config)
+            following = following or (None if on_demand else next(chunks, None))
+            first, state = _collect(running, chunk, first, log, config)
+            log.after_wave(time_is_up, on_progress)
+        chunk = None if log.done else following or next(chunks, None)
+    return log.scans()
+
+
+def _run(model, chunk, rule, state, first, last, prompts, config) -> LoopState:
+    """Starts the loop on the waves `first` <= wave < `last` of a chunk; returns before it has ended."""
+    spec, span = group_spec(model, prompts, config), np.asarray([first, last], np.int32)
+    return run_waves(model.module, chunk.batch, chunk.real, span, rule, state, spec, config.bottom_fraction)
+
+
+def _collect(running: LoopState, chunk: Chunk, first: int, log: ScanLog, config) -> tuple[int, StopState]:
+    """Waits for the loop and logs what it visited: the wave to go on with, and the state to go on from."""
+    wave, stopping, said = jax.device_get(running)
+    side_by_side = chunk.real.shape[1]
+    for place in range(first * side_by_side, min(wave * side_by_side, len(chunk.groups))):
+        own = {name: value[place // side_by_side] for name, value in said.items()}
+        index, b = chunk.groups[place], place % side_by_side
+        log.add(read_visits(own, b, index, log.groups[index], chunk.lengths[place], config))
+    # A question that the device ended goes on if the host, which sees texts, does not agree.
+    ended = np.asarray([Stop.ENDED if reason else Stop.GOING for reason in log.reasons], np.int32)
+    return int(wave), stopping._replace(stop=ended)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "bottom_fraction"))
+@exact
+def run_waves(
+    model, batch: PromptBatch, real, span, rule: DeviceRule, state: StopState, spec: PassSpec, bottom_fraction: float
+) -> LoopState:
+    """The compiled loop over waves of a chunk, until every question has stopped.
+
+    Args:
+      model: a `Qwen25VL`.
+      batch: as `Chunk.batch`.
+      real: bool[W, w].
+      span: int32[2], the first wave and the one to end before.
+      rule, state: the stop rule, and what it remembers of earlier chunks.
+      spec: what a group pass holds.
+      bottom_fraction: share of an answer's least certain tokens that its entropy averages.
+    """
+    ask = lambda wave: run_prompts(model, _wave_of(batch, wave), spec)
+
+    def going(loop: LoopState):
+        return (loop.wave < span[1]) & jnp.any(loop.stopping.stop == Stop.GOING)
+
+    def advance(loop: LoopState) -> LoopState:
+        out = ask(loop.wave)
+        stopping = _count_wave(rule, loop.stopping, out, batch.option_ids, real[loop.wave], bottom_fraction)
+        said = jax.tree.map(lambda buffer, value: buffer.at[loop.wave].set(value), loop.said, out)
+        return LoopState(loop.wave + 1, stopping, said)
+
+    shapes = jax.eval_shape(ask, jnp.int32(0))
+    blank = jax.tree.map(lambda s: jnp.zeros((real.shape[0], *s.shape), s.dtype), shapes)
+    return jax.lax.while_loop(going, advance, LoopState(span[0], jax.tree.map(jnp.asarray, state), blank))
+
+
+def _wave_of(batch: PromptBatch, wave) -> PromptBatch:
+    return dataclasses.replace(batch, **{name: value[wave] for name, value in batch.per_context.items()})
+
+
+def _count_wave(rule, state, out, option_ids, real, bottom_fraction) -> StopState:
+    """The stop state after the groups of a wave, one by one in visiting order."""
+    entropy = -group_certainty(out["entropy"], out["counted"], bottom_fraction)  # [w, Q]
+    option = _chosen_option(out, option_ids)
+    step = lambda state, group: (count_group(rule, state, *group), None)
+    return jax.lax.scan(step, state, (entropy, option, real))[0]
+
+
+def _chosen_option(out, option_ids) -> jax.Array:
+    """The option that each answer names, int32[w, Q]: the letter it begins with, else the likeliest; -1 if open."""
+    is_letter = (out["tokens"][..., :1] == option_ids) & (option_ids >= 0)
+    letters = jnp.take_along_axis(out["first_logits"], jnp.maximum(option_ids, 0)[None], -1)
+    likeliest = jnp.where(option_ids >= 0, letters, -jnp.inf).argmax(-1)
+    option = jnp.where(is_letter.any(-1), is_letter.argmax(-1), likeliest)
+    return jnp.where((option_ids >= 0).any(-1), option, -1)
+
+
+def _chunks(model, video: VisualTokens, groups, prompts, config, fill: int | None = None) -> Iterator[Chunk]:
+    """The groups in visiting order, `fill` waves at a time; None: as many as a chunk holds."""
+    order = [int(g) for g in visiting_order(len(groups), config.group_order)]
+    waves = waves_per_chunk(model, config.slots_per_group * video.per_slot)
+    step = (fill or waves) * model.wave
+    for start in range(0, len(order), step):
+        yield _chunk(model, video, groups, order[start : start + step], waves, prompts, config)
+
+
+def waves_per_chunk(model: Model, size: int) -> int:
+    """Waves that fit into a chunk, at least one; `size`: visual tokens of a group."""
+    wave_bytes = model.wave * size * model.config.text.width * model.dtype.itemsize
+    return max(1, min(_MOST_WAVES, _CHUNK_BYTES // wave_bytes))
+
+
+def _chunk(model, video, groups, indices: list[int], waves: int, prompts, config) -> Chunk:
+    contexts = [group_context(video, groups[g], prompts, config) for g in indices]
+    lengths = [len(c.features) for c in contexts]
+    places = waves * model.wave
+    contexts += [contexts[-1]] * (places - len(contexts))
+    size = config.slots_per_group * video.per_slot
+    batch = prompt_batch(model, video, contexts, prompts, config, size, waves=waves)
+    real = (np.arange(places) < len(indices)).reshape(waves, model.wave)
+    return Chunk(indices, lengths, batch, real, int(real[:, 0].sum()))

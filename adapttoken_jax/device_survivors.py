@@ -1,0 +1,92 @@
+"""Steps 8 to 10 as compiled programs; `survivors.select` is the reference twin.
+
+Sizes come from the settings, not from the video: groups are padded to those of the longest video that `max_frames`
+allows, candidates to what the budget allows, so that the second question compiles nothing.
+"""
+
+import math
+
+import jax
+import numpy as np
+
+from adapttoken_jax.geometry import round_up
+from adapttoken_jax.run import Run, Selected
+from adapttoken_jax.scan import context_size
+from adapttoken_jax.selection import adaptive_temperature, compiled, coverage_count
+from adapttoken_jax.survivors import relevance_of
+
+
+def select(run: Run) -> tuple[Selected, jax.Array]:
+    """What `survivors.select` selects, and the features of the survivors, on the device and padded."""
+    config, equal = run.config, run.method == "flexselect"
+    stretches = 0 if equal else coverage_count(config.coverage, config.budget)
+    most = math.ceil(config.over_selection * config.budget) + 1
+    with compiled.precise():
+        scanned, places = _scanned(run, stretches)
+        numbers = _numbers(run)
+        found = compiled.choose_candidates(scanned, numbers, places=places, most=most, stretches=max(0, stretches))
+        candidates = _coordinates(run, np.asarray(found.place), places)
+        features = _padded(run.video.gather(candidates), most)
+        kept = found.free
+        if not equal:
+            similar = features if config.similarity == "projector" else _padded(_hidden(run, candidates), most)
+            positions = np.column_stack([run.video.slot_times[candidates[:, 0]], candidates[:, 1:]])
+            kept = compiled.remove_redundant(
+                similar.astype(np.float32), _padded(positions, most), found, numbers.scale, kernel=config.proximity
+            )
+        size = context_size(config.budget)
+        chosen, survivors = compiled.gather_survivors(features, found, kept, size=size, places=places)
+    visited = [v.index for v in run.scan.visits]
+    weights, budgets = (np.asarray(each)[visited] for each in (found.weights, found.budgets))
+    tokens = _coordinates(run, np.asarray(survivors), places)
+    return Selected(weights.astype(np.float64), budgets.astype(np.int64), candidates, tokens), chosen
+
+
+def _scanned(run: Run, stretches: int) -> tuple[compiled.Scanned, int]:
+    """The visits as padded arrays, and the number of places in the video's order."""
+    K, M, slots = run.config.slots_per_group, run.video.per_slot, run.plan.clip.grid[0]
+    most_slots = max(slots, math.ceil(run.config.max_frames / run.plan.clip.vision.temporal_patch))
+    G, places = round_up(most_slots, K) // K, round_up(most_slots, K) * M
+    relevance, place = np.full((G, K * M), np.nan, np.float32), np.full((G, K * M), places, np.int32)
+    certainty, visited = np.zeros(G), np.zeros(G, bool)
+    for visit in run.scan.visits:
+        own, n = visit.index, len(visit.relevance)
+        relevance[own, :n] = relevance_of(run, visit)
+        place[own, :n] = (visit.slots[:, None] * M + np.arange(M)).reshape(-1)
+        certainty[own] = 0.0 if run.method == "flexselect" else visit.reply.certainty
+        visited[own] = True
+    stretch = place.astype(np.int64) // M * stretches // slots
+    return compiled.Scanned(
+        relevance, certainty, visited, place, np.minimum(stretch, stretches).astype(np.int32)
+    ), places
+
+
+def _numbers(run: Run) -> compiled.Numbers:
+    config = run.config
+    if run.method == "flexselect":
+        over_selection, temperature, minimum = 1.0, 1.0, 0
+    else:
+        over_selection, temperature, minimum = config.over_selection, config.temperature, config.min_tokens_per_group
+        if config.temperature_target:
+            certainty = [v.reply.certainty for v in sorted(run.scan.visits, key=lambda v: v.index)]
+            temperature = adaptive_temperature(certainty, config.temperature_target)
+    floats = np.asarray([over_selection, temperature, config.proximity_scale])
+    return compiled.Numbers(np.int32(config.budget), floats[0], floats[1], np.int32(minimum), floats[2])
+
+
+def _coordinates(run: Run, places: np.ndarray, padding: int) -> np.ndarray:
+    """(slot, row, column), int64[n, 3], of places in the video's order; padding is left out."""
+    slot, token = np.divmod(places[places < padding].astype(np.int64), run.video.per_slot)
+    row, col = np.divmod(token, run.plan.clip.grid[2] // run.video.merge)
+    return np.stack([slot, row, col], 1)
+
+
+def _hidden(run: Run, candidates: np.ndarray) -> np.ndarray:
+    """Hidden states [n, D] of the candidates at the reference layer."""
+    M, cols = run.video.per_slot, run.plan.clip.grid[2] // run.video.merge
+    where = {int(slot): (visit, i * M) for visit in run.scan.visits for i, slot in enumerate(visit.slots)}
+    return np.stack([where[s][0].hidden[where[s][1] + r * cols + c] for s, r, c in candidates.tolist()])
+
+
+def _padded(array: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(array, ((0, size - len(array)), (0, 0)))

@@ -1,0 +1,176 @@
+"""The compiled loop over groups against the loop on the host: same visits, same numbers, nothing compiled twice."""
+
+import jax
+import numpy as np
+import pytest
+
+import adapttoken_jax as at
+from adapttoken_jax import device_scan, scan
+from adapttoken_jax.encoding import encode_video
+from adapttoken_jax.passes import run_prompts
+from adapttoken_jax.pipeline import plan_run
+from adapttoken_jax.prompt import build_prompt
+from adapttoken_jax.selection import StopRule
+from adapttoken_jax.selection.compiled_stopping import REASONS, Stop, device_rule, start_state
+from tests import tiny
+from tests.method.test_oracle import OPTIONS, random_video, settings
+
+QUESTION = "What is in the video?"
+VIDEO = random_video()  # 23 slots; 6 groups of up to 4 slots
+QUESTIONS, CHOICES = [QUESTION, "Is it?", "And what of the video is the end?"], [OPTIONS, None, OPTIONS[:2]]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    cache = {}
+
+    def load(shape):
+        if shape not in cache:
+            cache[shape] = at.load(tiny.write_checkpoint(tmp_path_factory.mktemp(shape), tiny.SHAPES[shape]))
+        return cache[shape]
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def model(load):
+    return load("base")
+
+
+def both(model, questions=QUESTION, options=OPTIONS, method="adapttoken", **given):
+    """The results of the device's loop and of the host's."""
+    config = settings(model, **given)
+    device, host = (
+        at.answer(model, VIDEO, questions, options, config, method, trace=True, loop=loop)
+        for loop in ("device", "host")
+    )
+    return zip(device, host, strict=True) if isinstance(device, list) else [(device, host)]
+
+
+def assert_same(ours, theirs):
+    assert ours.stop == theirs.stop and ours.answer == theirs.answer and ours.selected == theirs.selected
+    assert [(g.visited, g.answer, g.budget) for g in ours.groups] == [
+        (g.visited, g.answer, g.budget) for g in theirs.groups
+    ]
+    for key in ("group_entropy", "group_relevance", "group_first_logits"):
+        # The same operations; fused otherwise in a loop, they may round otherwise.
+        np.testing.assert_allclose(ours.trace[key], theirs.trace[key], rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("shape", ["base", "multi_query", "seven_per_kv"])
+def test_all_groups_and_several_questions(load, shape):
+    for device, host in both(load(shape), QUESTIONS, CHOICES, similarity="reference_layer", group_order="bit_reversed"):
+        assert_same(device, host)
+        assert device.stop.groups_visited == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"stop_groups": 2}, "certain groups agree"),
+        ({"stop_groups": 4, "stop_agreement": False}, "enough certain groups"),
+        ({"stop_groups": 1, "stop_entropy": 0.0, "give_up_groups": 1}, "no group more certain for long"),
+        ({"stop_groups": 2, "stop_rule": "rerun"}, "certain over the groups so far"),
+        ({"stop_groups": 1, "stop_gain": 1e-6, "stop_agreement": False, "give_up_groups": 5}, None),
+        ({"stop_entropy": 0.0}, "all groups visited"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("options", [OPTIONS, None], ids=["options", "open"])
+def test_every_reason_to_stop(model, given, reason, options):
+    [(device, host)] = both(model, options=options, method="lite", **{"stop_entropy": 9.0, **given})
+    assert_same(device, host)
+    # Random open answers never agree; whether a random model gains by looking is its own affair.
+    if reason and (options or reason != "certain groups agree"):
+        assert device.stop.reason == reason
+
+
+def test_each_question_stops_on_its_own_within_one_loop(model):
+    visited = []
+    for device, host in both(model, QUESTIONS, CHOICES, "lite", stop_groups=2, stop_entropy=9.0):
+        assert_same(device, host)
+        visited.append(device.stop.groups_visited)
+    assert len(set(visited)) > 1
+
+
+def test_a_deadline_stops_the_loop_after_a_wave(model):
+    late = at.answer(model, VIDEO, QUESTION, OPTIONS, settings(model), deadline=0.0)
+    assert (late.stop.groups_visited, late.stop.reason) == (1, scan.DEADLINE)
+
+
+# Inside the loop
+
+
+@pytest.fixture(scope="module")
+def chunk(model):
+    """One chunk with all six groups, and what a pass holds."""
+    config = settings(model)
+    video = encode_video(model, plan_run(model.config, VIDEO, config, "adapttoken").clip)
+    prompts = [build_prompt(model.tokenizer, q, o) for q, o in zip(QUESTIONS, CHOICES, strict=True)]
+    log = scan.ScanLog.start(video, prompts, config, None)
+    [chunk] = device_scan._chunks(model, video, log.groups, prompts, config)
+    return chunk, scan.group_spec(model, prompts, config)
+
+
+def loop(model, chunk, rule, first=0, last=None, state=None):
+    held, spec = chunk
+    state = state or start_state(len(QUESTIONS), held.batch.option_ids.shape[1])
+    return device_scan.run_waves(
+        model.module, held.batch, held.real, np.asarray([first, held.waves if last is None else last], np.int32),
+        device_rule(rule, [None] * len(QUESTIONS)), state, spec, 0.1,
+    )  # fmt: skip
+
+
+def test_the_device_itself_ends_the_loop(model, chunk):
+    ended = loop(model, chunk, StopRule("groups", 3, 9.0, False))
+    assert int(ended.wave) == 3 and [REASONS[Stop(s)] for s in ended.stopping.stop] == ["enough certain groups"] * 3
+    assert np.asarray(ended.said["relevance"][:3]).any() and not np.asarray(ended.said["relevance"][3:]).any()
+    whole = loop(model, chunk, None)
+    assert int(whole.wave) == 6 and (np.asarray(whole.stopping.visited) == 6).all()
+
+
+def test_a_loop_in_parts_is_the_loop_in_one(model, chunk):
+    rule = StopRule("groups", 5, 9.0, False)
+    whole, part = loop(model, chunk, rule), loop(model, chunk, rule, last=2)
+    rest = loop(model, chunk, rule, 2, state=part.stopping)
+    for ours, theirs in zip(rest.stopping, whole.stopping, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for name, value in whole.said.items():
+        np.testing.assert_array_equal(np.concatenate([part.said[name][:2], rest.said[name][2:]]), value)
+
+
+def test_only_the_last_position_reaches_the_head(model, chunk):
+    held, spec = chunk
+    batch = device_scan._wave_of(held.batch, 0)
+    jaxpr = jax.make_jaxpr(lambda module: run_prompts(module, batch, spec))(model.module)
+    vocab = model.config.text.vocab
+    logits = [shape for shape in _shapes(jaxpr.jaxpr, "dot_general") if shape[-1] == vocab]
+    assert logits and all(np.prod(shape) == len(QUESTIONS) * vocab for shape in logits)
+
+
+def _shapes(jaxpr, primitive):
+    """Output shapes of a primitive in a jaxpr and in all that it calls."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == primitive:
+            yield equation.outvars[0].aval.shape
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _shapes(inner, primitive)
+
+
+def test_no_video_of_the_same_frame_size_compiles_again(load):
+    lowered = []
+    listen = lambda event, _, **__: lowered.append(event) if "jaxpr_to_mlir" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    model = load("tied")
+    try:
+        for frames, slots in ((140, 70), (130, 65), (332, 166), (180, 90)):
+            for method in ("adapttoken", "lite"):
+                config = settings(model, stop_groups=2, stop_entropy=9.0)
+                result = at.answer(model, random_video(frames), QUESTION, OPTIONS, config, method)
+                assert result.video.slots == slots and result.stop.early == (method == "lite")
+            if frames == 140:
+                first = len(lowered)
+        assert len(lowered) == first > 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

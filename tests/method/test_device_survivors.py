@@ -1,0 +1,58 @@
+"""The compiled selection in the whole method against its NumPy twin: the same tokens, and an answer from the device."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import adapttoken_jax as at
+from adapttoken_jax import device_survivors, pipeline, survivors
+from adapttoken_jax.encoding import encode_video
+from adapttoken_jax.prompt import build_prompt
+from tests import tiny
+from tests.method.test_oracle import OPTIONS, random_video, settings
+
+SETTINGS = {
+    "defaults": {},
+    "sharp": {"temperature": 0.05, "min_tokens_per_group": 3, "group_order": "bit_reversed"},
+    "beyond": {"coverage": 0.3, "debias": True, "temperature_target": 2.0},
+    "hidden": {"similarity": "reference_layer", "proximity": "window", "proximity_scale": 0.7, "over_selection": 1.5},
+    "lite": {"stop_groups": 2, "stop_agreement": False, "stop_entropy": 9.0, "budget": 60},
+    "flexselect": {},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return at.load(tiny.write_checkpoint(tmp_path_factory.mktemp("base"), tiny.SHAPES["base"]))
+
+
+def scanned(model, name):
+    method = name if name in ("lite", "flexselect") else "adapttoken"
+    config = settings(model, **SETTINGS[name]).resolve(model.config)
+    plan = pipeline.plan_run(model.config, random_video(), config, method)
+    prompt = build_prompt(model.tokenizer, "What is in the video?", OPTIONS)
+    return pipeline.scan_video(model, plan, encode_video(model, plan.clip), [prompt], config, method)[0]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_same_tokens(model, name):
+    run = scanned(model, name)
+    ours, features = device_survivors.select(run)
+    theirs = survivors.select(run)
+    np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-12)
+    for field in ("budgets", "candidates", "tokens"):
+        np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field), err_msg=field)
+    n = len(theirs.tokens)
+    np.testing.assert_array_equal(features[:n], run.video.gather(theirs.tokens))
+    assert isinstance(features, jax.Array) and not np.asarray(features[n:]).any()
+
+
+def test_the_answer_from_features_on_the_device(model, monkeypatch):
+    run = scanned(model, "defaults")
+    monkeypatch.setattr(pipeline.jax, "default_backend", lambda: "gpu")  # where the compiled selection is the default
+    ours, theirs = pipeline.conclude(run), pipeline.conclude(dataclasses.replace(run, loop="host"))
+    np.testing.assert_array_equal(ours.selected.tokens, theirs.selected.tokens)
+    np.testing.assert_array_equal(ours.reply.answer_ids, theirs.reply.answer_ids)
+    np.testing.assert_array_equal(ours.reply.first_logits, theirs.reply.first_logits)

@@ -1,0 +1,104 @@
+"""Every attention kernel against its reference twin. Splash runs in Pallas' interpreter; cuDNN is lowered, not run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adapttoken_jax as at
+from adapttoken_jax import device_scan, scan, sharding
+from adapttoken_jax.encoding import encode_video
+from adapttoken_jax.model import attention, kernels
+from adapttoken_jax.model.kernels import XLA, Kernel
+from adapttoken_jax.passes import run_prompts
+from adapttoken_jax.pipeline import plan_run
+from adapttoken_jax.prompt import build_prompt
+from tests import tiny
+from tests.method.test_oracle import random_video, settings
+from tests.model.test_attention import random
+
+H = 128  # splash takes whole lanes only
+
+
+def case(B=2, T=130, S=130, N=4, K=2, dtype=jnp.float32):
+    """q, k, v and a mask with padding at the end of the second entry."""
+    q, k, v = random(B, T, N, H), random(B, S, K, H, seed=1), random(B, S, K, H, seed=2)
+    valid = np.arange(S) < np.asarray([[S], [S - 9]])
+    return *(x.astype(dtype) for x in (q, k, v)), valid
+
+
+def assert_valid_rows_agree(ours, theirs, valid):
+    # Both are float32; the kernel adds up in other blocks.
+    np.testing.assert_allclose(np.asarray(ours)[valid], np.asarray(theirs)[valid], atol=5e-6)
+
+
+def test_splash_is_the_causal_reference():
+    q, k, v, valid = case()
+    ours = jax.jit(Kernel("splash").causal)(q, k, v, valid)
+    assert_valid_rows_agree(ours, XLA.causal(q, k, v, valid), valid)
+    assert not np.allclose(ours, Kernel("splash").causal(q, k, v, np.ones_like(valid)), atol=1e-3)
+
+
+def test_splash_over_a_context_gives_values_and_log_sum_exp():
+    q, k, v, _ = case(T=5, S=130)
+    valid = np.random.default_rng(0).random((2, 130)) < 0.7  # padding anywhere
+    ours, lse = jax.jit(Kernel("splash").over_context)(q, k, v, valid)
+    values, expected = attention.context_attention(q, k, v, valid)
+    np.testing.assert_allclose(ours, values, atol=5e-6)
+    np.testing.assert_allclose(lse, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 2)])
+def test_splash_on_a_mesh_hands_each_device_its_heads(shape):
+    kernel = Kernel("splash", sharding.make_mesh(sharding.MeshShape(*shape)))
+    q, k, v, valid = case(T=20, S=20)  # two key heads for up to four devices; two entries for up to four
+    ours = jax.jit(kernel.causal)(q, k, v, valid)
+    assert_valid_rows_agree(ours, XLA.causal(q, k, v, valid), valid)
+    ours, lse = jax.jit(kernel.over_context)(q, k, v, valid)
+    values, expected = XLA.over_context(q, k, v, valid)
+    np.testing.assert_allclose(ours, values, atol=5e-6)
+    np.testing.assert_allclose(lse, expected, atol=5e-6)
+
+
+def test_the_arguments_for_cudnn_mean_the_reference():
+    """The same call through jax.nn's own XLA implementation: cuDNN itself needs a GPU."""
+    q, k, v, valid = case()
+    ours = kernels._cudnn_causal(q, k, v, valid, implementation="xla")
+    assert_valid_rows_agree(ours, XLA.causal(q, k, v, valid), valid)
+
+
+@pytest.mark.parametrize("method", ["causal", "over_context"])
+def test_splash_lowers_for_a_tpu(method):
+    q, k, v, valid = case(T=1000, S=1000, dtype=jnp.bfloat16)
+    exported = jax.export.export(jax.jit(getattr(Kernel("splash"), method)), platforms=["tpu"])(q, k, v, valid)
+    assert "tpu_custom_call" in exported.mlir_module()
+
+
+def test_the_resolver_takes_kernels_only_where_they_run_exactly_enough():
+    chosen = lambda *args, **kwargs: kernels.resolve(*args, **kwargs).name
+    assert chosen(jnp.bfloat16, 128, platform="tpu") == "splash"
+    assert chosen(jnp.bfloat16, 128, platform="gpu") == "cudnn"
+    assert chosen(jnp.bfloat16, 128, platform="cpu") == "xla"
+    assert {chosen(jnp.float32, 128, platform=platform) for platform in ("tpu", "gpu", "cpu")} == {"xla"}
+    assert chosen(jnp.bfloat16, 80, platform="tpu") == "xla" and chosen(jnp.float16, 256, platform="gpu") == "xla"
+    assert chosen(jnp.float32, 128) == "xla"  # this machine
+
+
+def test_a_group_pass_with_splash_is_the_pass_with_xla(tmp_path):
+    shape = tiny.TinyShape(width=256, heads=2, kv_heads=1, sections=(16, 24, 24), layers=2, seed=12)
+    model = at.load(tiny.write_checkpoint(tmp_path, shape))
+    config = settings(model, slots_per_group=8)
+    video = encode_video(model, plan_run(model.config, random_video(20), config, "adapttoken").clip)
+    prompts = [build_prompt(model.tokenizer, "Why?", None), build_prompt(model.tokenizer, "What?", ["this", "that"])]
+    log = scan.ScanLog.start(video, prompts, config, None)
+    [chunk] = device_scan._chunks(model, video, log.groups, prompts, config)
+    spec = scan.group_spec(model, prompts, config)
+    run = lambda kernel: run_prompts(
+        model.module, device_scan._wave_of(chunk.batch, 0), dataclasses.replace(spec, kernel=kernel)
+    )
+    ours, theirs = run(Kernel("splash")), run(XLA)
+    for name in ("relevance", "entropy", "first_logits"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-4 if name != "relevance" else 1e-6)
+    np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])

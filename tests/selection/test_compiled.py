@@ -1,0 +1,123 @@
+"""The compiled steps 8 to 10 against their NumPy twins: the same integers and the same tokens, ties included."""
+
+import jax
+import numpy as np
+import pytest
+
+from adapttoken_jax import selection
+from adapttoken_jax.selection import compiled
+
+G, GROUPS = 6, 4  # padded, visited
+
+
+@jax.jit
+def budgets_of(certainty, visited, capacity, total, numbers):
+    return compiled.allocate_budget(certainty, visited, capacity, total, numbers)
+
+
+def numbers(budget, over_selection=1.0, temperature=2.0, minimum=0, scale=2.0):
+    floats = np.asarray([over_selection, temperature, scale])
+    return compiled.Numbers(np.int32(budget), floats[0], floats[1], np.int32(minimum), floats[2])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_budgets_are_the_twins(seed):
+    rng = np.random.default_rng(seed)
+    visited = np.zeros(G, bool)
+    visited[rng.choice(G, GROUPS, replace=False)] = True
+    # Few levels, so that shares tie; a group may have nothing left.
+    certainty = rng.choice([0.0, -0.1, -0.1, -1.3], GROUPS) if seed % 2 else -rng.random(GROUPS)
+    capacity = rng.integers(0 if seed % 3 else 5, 40, GROUPS)
+    temperature, minimum = float(rng.choice([2.0, 0.3, 1e-3])), int(seed % 4)
+    budget = int(rng.integers(minimum * GROUPS, 120))
+    ours = np.zeros((2, G))
+    ours[0, visited], ours[1, visited] = certainty, capacity
+    with compiled.precise():
+        total = np.int32(min(budget, capacity.sum()))
+        got = budgets_of(ours[0], visited, ours[1].astype(np.int32), total, numbers(0, 1.0, temperature, minimum))
+    expected = selection.allocate_budget(certainty, capacity, budget, temperature, minimum)
+    np.testing.assert_array_equal(np.asarray(got)[visited], expected)
+    assert not np.asarray(got)[~visited].any()
+
+
+def random_tokens(rng, n, C, ties):
+    """Features, positions and scores of n tokens in video order, padded to C; with `ties` a static scene's."""
+    features, positions, score = np.zeros((C, 8), np.float32), np.zeros((C, 3)), np.zeros(C)
+    features[:n] = rng.integers(0, 2, (n, 8)) if ties else rng.normal(size=(n, 8))
+    positions[:n] = np.column_stack([np.sort(rng.integers(0, 5, n)) / 2, rng.integers(0, 3, (n, 2))])
+    score[:n] = rng.integers(0, 3, n) / 4 if ties else rng.random(n)
+    return features, positions, score
+
+
+@pytest.mark.parametrize("kernel", list(selection.KERNELS))
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_survivors_are_the_twins(kernel, ties, seed):
+    rng = np.random.default_rng(seed)
+    n, C, keep = int(rng.integers(20, 40)), 40, int(rng.integers(1, 25))
+    features, positions, score = random_tokens(rng, n, C, ties)
+    covering = rng.random(C) < 0.2
+    covering[n:] = False
+    free = ~covering & (np.arange(C) < n)
+    with compiled.precise():
+        found = compiled.Candidates(None, None, np.arange(C, dtype=np.int32), score, free, covering, np.int32(keep))
+        kept = np.asarray(compiled.remove_redundant(features, positions, found, np.float64(1.3), kernel=kernel))
+    expected = covering.copy()
+    expected[free] = selection.remove_redundant(
+        features[free], positions[free], score[free], keep, kernel=kernel, scale=1.3
+    )
+    np.testing.assert_array_equal(kept, expected)
+
+
+@pytest.mark.parametrize("stretches", [0, 3, 7])
+@pytest.mark.parametrize("seed", range(8))
+def test_candidates_are_the_twins(stretches, seed):
+    """Interleaved groups of up to 3 slots of 4 tokens, some of them not visited, in a video of 11 slots."""
+    rng, K, M, slots = np.random.default_rng(seed), 3, 4, 11
+    groups = selection.group_slots(slots, K)
+    seen = np.sort(rng.choice(len(groups), 3, replace=False))
+    relevance, place = np.full((G, K * M), np.nan, np.float32), np.full((G, K * M), G * K * M, np.int32)
+    certainty, visited = np.zeros(G), np.zeros(G, bool)
+    for g in seen:
+        n = len(groups[g]) * M
+        relevance[g, :n] = rng.integers(0, 5, n) / 8 if seed % 2 else rng.random(n)
+        place[g, :n] = (groups[g][:, None] * M + np.arange(M)).reshape(-1)
+        certainty[g], visited[g] = -rng.random(), True
+    budget, over = 14, 1.3
+    stretch = np.minimum(place.astype(np.int64) // M * stretches // slots, stretches).astype(np.int32)
+    with compiled.precise():
+        found = compiled.choose_candidates(
+            compiled.Scanned(relevance, certainty, visited, place, stretch), numbers(budget, over, 0.5, 1),
+            places=G * K * M, most=24, stretches=stretches,
+        )  # fmt: skip
+    rows = [relevance[g, : len(groups[g]) * M] for g in seen]
+    weights = selection.group_weights(certainty[seen], 0.5)
+    score = np.concatenate([w * row for w, row in zip(weights, rows, strict=True)])
+    at = np.concatenate([place[g, : len(row)] for g, row in zip(seen, rows, strict=True)])
+    covering = selection.coverage_tokens(at // M, score, slots, stretches)
+    parts = np.split(covering, np.cumsum([len(row) for row in rows])[:-1])
+    left = np.asarray([(~part).sum() for part in parts])
+    total = selection.candidate_count(budget - covering.sum(), over, left.sum())
+    budgets = selection.allocate_budget(certainty[seen], left, total, 0.5, 1)
+    top = [
+        selection.top_tokens(np.where(part, np.nan, row)[None], [b])[0]
+        for part, row, b in zip(parts, rows, budgets, strict=True)
+    ]
+    chosen = np.concatenate(top) | covering
+    n, order = chosen.sum(), np.argsort(at[chosen])
+    np.testing.assert_array_equal(found.place[:n], np.sort(at[chosen]))
+    assert (np.asarray(found.place[n:]) == G * K * M).all() and not np.asarray(found.free | found.covering)[n:].any()
+    np.testing.assert_array_equal(found.free[:n], np.concatenate(top)[chosen][order])
+    np.testing.assert_array_equal(found.covering[:n], covering[chosen][order])
+    np.testing.assert_allclose(found.score[:n], score[chosen][order], rtol=1e-12)
+    np.testing.assert_array_equal(np.asarray(found.budgets)[seen], budgets + [part.sum() for part in parts])
+    assert int(found.keep) == budget - covering.sum()
+
+
+def test_survivors_keep_their_order_and_padding_is_zero():
+    features = np.arange(12, dtype=np.float32).reshape(6, 2) + 1
+    kept = np.asarray([False, True, True, False, True, False])
+    found = compiled.Candidates(None, None, np.arange(6, dtype=np.int32) * 3, None, kept, ~kept, np.int32(3))
+    got, places = compiled.gather_survivors(features, found, kept, size=5, places=99)
+    np.testing.assert_array_equal(got, [[3, 4], [5, 6], [9, 10], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(places, [3, 6, 12, 99, 99])
