@@ -20,7 +20,7 @@ from adapttoken_jax.loading import Model
 from adapttoken_jax.model import Qwen25VL
 from adapttoken_jax.model.generation import Sampling
 from adapttoken_jax.passes import PassSpec, PromptBatch, encode_slots, run_prompts
-from adapttoken_jax.scan import _CONTEXT_STEP, _SUFFIX_STEP
+from adapttoken_jax.scan import _SUFFIX_STEP, context_size
 
 _OPTIONS = 4  # letters of a multiple-choice question
 _END_IDS = (151645, 151643)  # any two tokens will do
@@ -122,7 +122,7 @@ def group_pass(model: Model, work: Work) -> Program:
 
 def final_pass(model: Model, work: Work) -> Program:
     """`passes.run_prompts` on the tokens that were selected, one question at a time."""
-    tokens = round_up(work.final_tokens, _CONTEXT_STEP)
+    tokens = context_size(work.final_tokens)
     return _prompts("final", model, work, final_spec(work.config), 1, tokens, 1, work.questions)
 
 
