@@ -22,7 +22,7 @@ from adapttoken_jax.model.generation import Sampling
 from adapttoken_jax.passes import PassSpec, PromptBatch, encode_slots, run_prompts
 from adapttoken_jax.scan import _SUFFIX_STEP, context_size
 
-_OPTIONS = 4  # letters of a multiple-choice question
+_OPTIONS = 8  # letters of a multiple-choice question, padded
 _END_IDS = (151645, 151643)  # any two tokens will do
 
 
