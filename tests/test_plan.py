@@ -322,7 +322,15 @@ def test_the_group_pass_is_compiled_as_by_the_scan():
     for changed in ({}, {"similarity": "reference_layer", "certainty": "deepconf", "relevance_text": "mean"}):
         config = dataclasses.replace(SETTINGS, **changed)
         real = scan.group_spec(model, PROMPTS, config)
-        assert programs.group_spec(config) == dataclasses.replace(real, end_ids=programs.group_spec(config).end_ids)
+        asked = programs.group_spec(config, model.kernel)
+        assert asked == dataclasses.replace(real, end_ids=asked.end_ids)
+
+
+def test_the_released_models_are_planned_with_the_kernel_of_a_tpu():
+    mesh = AbstractMesh((1, 4), sharding.AXES)
+    for config in SIZES.values():
+        assert programs.tpu_kernel(programs.abstract_model(config, mesh)).name == "splash"
+    assert programs.tpu_kernel(on_cpu()).name == "xla"  # float32
 
 
 def test_parameters_per_chip():

@@ -19,6 +19,7 @@ from adapttoken_jax.geometry import round_up
 from adapttoken_jax.loading import Model
 from adapttoken_jax.model import Qwen25VL
 from adapttoken_jax.model.generation import Sampling
+from adapttoken_jax.model.kernels import Kernel, resolve
 from adapttoken_jax.passes import PassSpec, PromptBatch, encode_slots, run_prompts
 from adapttoken_jax.scan import _SUFFIX_STEP, context_size
 
@@ -117,16 +118,23 @@ def group_pass(model: Model, work: Work) -> Program:
     """`passes.run_prompts` on one wave of groups: as many as the mesh is wide."""
     tokens = work.config.slots_per_group * work.grid[1] * work.grid[2] // model.config.vision.merge**2
     runs = -(-work.groups // model.wave)
-    return _prompts("group", model, work, group_spec(work.config), model.wave, tokens, work.questions, runs)
+    spec = group_spec(work.config, tpu_kernel(model))
+    return _prompts("group", model, work, spec, model.wave, tokens, work.questions, runs)
 
 
 def final_pass(model: Model, work: Work) -> Program:
     """`passes.run_prompts` on the tokens that were selected, one question at a time."""
     tokens = context_size(work.final_tokens)
-    return _prompts("final", model, work, final_spec(work.config), 1, tokens, 1, work.questions)
+    spec = final_spec(work.config, tpu_kernel(model))
+    return _prompts("final", model, work, spec, 1, tokens, 1, work.questions)
 
 
-def group_spec(config: AdaptTokenConfig) -> PassSpec:
+def tpu_kernel(model: Model) -> Kernel:
+    """What computes attention on the TPUs that are planned for, which this machine need not have."""
+    return resolve(model.dtype, model.config.text.head_dim, model.mesh, platform="tpu")
+
+
+def group_spec(config: AdaptTokenConfig, kernel: Kernel) -> PassSpec:
     """What `scan.group_spec` compiles into the pass of a question with options."""
     return PassSpec(
         relevance=(config.reference_layer, config.relevance_heads, config.relevance_text),
@@ -134,10 +142,11 @@ def group_spec(config: AdaptTokenConfig) -> PassSpec:
         keep_layer=config.reference_layer if config.similarity == "reference_layer" else None,
         answer_tokens=1,
         end_ids=_END_IDS,
+        kernel=kernel,
     )
 
 
-def final_spec(config: AdaptTokenConfig) -> PassSpec:
+def final_spec(config: AdaptTokenConfig, kernel: Kernel) -> PassSpec:
     """What `scan.final_reply` compiles into the final pass."""
     return PassSpec(
         relevance=None,
@@ -146,6 +155,7 @@ def final_spec(config: AdaptTokenConfig) -> PassSpec:
         answer_tokens=config.max_answer_tokens,
         end_ids=_END_IDS,
         sampling=Sampling(config.sampling_temperature, config.top_p),
+        kernel=kernel,
     )
 
 
