@@ -7,9 +7,13 @@ a query may look. Letters: B batch, T query, S key, N heads, K kv-heads, G query
 import jax
 import jax.numpy as jnp
 
+from adapttoken_jax.geometry import round_up
+from adapttoken_jax.model.block import product
+
 _MASKED = -1e30  # finite, so that a row with nothing to look at gives numbers, not NaN
-_BLOCK = 512  # queries per block of the memory-bounded version
-_REFERENCE_UP_TO = 1024  # keys up to which the score matrix is small enough to form whole
+_BLOCK = 64  # queries per block of the memory-bounded version: a block's scores stay in a CPU's cache
+_SEGMENTS = 16  # parts of a sequence whose blocks look no further than the part's end: half of the work is never done
+_REFERENCE_UP_TO = 128  # keys up to which the score matrix is formed whole
 
 
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -26,7 +30,7 @@ def weighted_values(probabilities: jax.Array, v: jax.Array) -> jax.Array:
     B, N, T, S = probabilities.shape
     K = v.shape[2]
     grouped = probabilities.reshape(B, K, N // K, T, S).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", grouped, v).reshape(B, T, N, v.shape[3])
+    return product("BKGTS,BSKH->BTKGH", grouped, v).reshape(B, T, N, v.shape[3])
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -40,17 +44,31 @@ def _causal_reference(q, k, v, valid):
 
 
 def _causal_blocked(q, k, v, valid):
-    T = q.shape[1]
-    starts = jnp.arange(0, T, _BLOCK)
-    padded = jnp.pad(q, ((0, 0), (0, -T % _BLOCK), (0, 0), (0, 0)))
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    whole = round_up(T, _BLOCK)
+    blocks = jnp.pad(q, ((0, 0), (0, whole - T), (0, 0), (0, 0))).reshape(B, -1, _BLOCK, K, N // K, H)
+    blocks = jnp.transpose(blocks, (1, 0, 3, 4, 2, 5))  # [blocks, B, K, G, block, H]
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, S, H]: one plain product per key head
+    rows = round_up(-(-whole // _SEGMENTS), _BLOCK)
+    mixed = [_segment(blocks, k, v, valid, start, min(start + rows, whole)) for start in range(0, whole, rows)]
+    return jnp.transpose(jnp.concatenate(mixed), (1, 0, 4, 2, 3, 5)).reshape(B, whole, N, H)[:, :T]
 
-    def block(start):
-        rows = start + jnp.arange(_BLOCK)
-        causal = rows[:, None] >= jnp.arange(k.shape[1])
-        return attention(jax.lax.dynamic_slice_in_dim(padded, start, _BLOCK, 1), k, v, causal & valid[:, None])
 
-    blocks = jax.lax.map(block, starts)  # [T / block, B, block, N, H]
-    return jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :T]
+def _segment(blocks, k, v, valid, start, stop):
+    """Rows `start` to `stop`, block by block, over no more keys than those before `stop`."""
+    k, v, valid = k[:, :, :stop], v[:, :, :stop], valid[:, :stop]
+
+    def block(place_and_rows):
+        place, q = place_and_rows
+        row = place * _BLOCK + jnp.arange(_BLOCK)
+        mask = (row[:, None] >= jnp.arange(valid.shape[1])) & valid[:, None]
+        products = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        probabilities = jax.nn.softmax(jnp.where(mask[:, None, None], products, _MASKED))
+        return product("BKGTS,BKSH->BKGTH", probabilities.astype(v.dtype), v)
+
+    places = slice(start // _BLOCK, stop // _BLOCK)
+    return jax.lax.map(block, (jnp.arange(places.start, places.stop), blocks[places]))
 
 
 CAUSAL = {"reference": _causal_reference, "blocked": _causal_blocked}

@@ -1,5 +1,6 @@
-"""What every part of the model shares: parameters by name, and RMS normalisation."""
+"""What every part of the model shares: parameters by name, products, and RMS normalisation."""
 
+import functools
 from typing import ClassVar
 
 import jax
@@ -20,6 +21,18 @@ class Block(nnx.Module):
         self.config = config
         for name, value in values.items():
             setattr(self, name, self.parts[name](config, value) if isinstance(value, dict) else nnx.Param(value))
+
+
+def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.einsum` of two arrays of one type, in that type.
+
+    On a CPU a half-precision product is asked for in float32 and rounded afterwards: only then does XLA use the
+    processor's own instructions, twice as fast as what it does otherwise, which is to widen both factors first.
+    """
+    if x.dtype == jnp.float32:
+        return jnp.einsum(spec, x, y)
+    wide = lambda x, y: jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jax.lax.platform_dependent(x, y, cpu=wide, default=functools.partial(jnp.einsum, spec))
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from adapttoken_jax.model.attention import probabilities_from_lse, two_part_attention
-from adapttoken_jax.model.block import Block, rms_norm
+from adapttoken_jax.model.block import Block, product, rms_norm
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.rotary import rotate, text_angles
 
@@ -66,16 +66,18 @@ class TextLayer(Block):
     def qkv(self, x, angles):
         """Rotated queries [..., T, N, H] and keys [..., T, K, H], values [..., T, K, H]."""
         x = rms_norm(x, self.norm1, self.config.eps)
-        q = jnp.einsum("...TD,DNH->...TNH", x, self.q_kernel[...]) + self.q_bias[...]
-        k = jnp.einsum("...TD,DKH->...TKH", x, self.k_kernel[...]) + self.k_bias[...]
-        v = jnp.einsum("...TD,DKH->...TKH", x, self.v_kernel[...]) + self.v_bias[...]
+        q = product("...TD,DNH->...TNH", x, self.q_kernel[...]) + self.q_bias[...]
+        k = product("...TD,DKH->...TKH", x, self.k_kernel[...]) + self.k_bias[...]
+        v = product("...TD,DKH->...TKH", x, self.v_kernel[...]) + self.v_bias[...]
         return rotate(q, angles), rotate(k, angles), v
 
     def finish(self, x, mixed):
         """Adds the attention's output and the feed-forward block to the residual stream."""
-        x = x + jnp.einsum("...TNH,NHD->...TD", mixed, self.o_kernel[...])
+        x = x + product("...TNH,NHD->...TD", mixed, self.o_kernel[...])
         h = rms_norm(x, self.norm2, self.config.eps)
-        return x + (jax.nn.silu(h @ self.gate_kernel[...]) * (h @ self.up_kernel[...])) @ self.down_kernel[...]
+        gate = product("...D,DF->...F", h, self.gate_kernel[...])
+        up = product("...D,DF->...F", h, self.up_kernel[...])
+        return x + product("...F,FD->...D", jax.nn.silu(gate) * up, self.down_kernel[...])
 
     def prefill(self, x, angles, valid, kernel):
         q, k, v = self.qkv(x, angles)

@@ -13,7 +13,7 @@ import numpy as np
 
 from adapttoken_jax.geometry import WindowLayout
 from adapttoken_jax.model.attention import attention
-from adapttoken_jax.model.block import Block, rms_norm
+from adapttoken_jax.model.block import Block, product, rms_norm
 from adapttoken_jax.model.rotary import rotate, vision_angles
 
 
@@ -25,11 +25,11 @@ class VisionLayer(Block):
         c = self.config
         q, k, v = self.qkv(rms_norm(x, self.norm1, c.eps), angles)
         mixed = jax.lax.cond(full, self.within_slot, self.within_windows, q, k, v, mask)
-        x = x + jnp.einsum("TPNH,NHD->TPD", mixed, self.o_kernel[...]) + self.o_bias[...]
+        x = x + product("TPNH,NHD->TPD", mixed, self.o_kernel[...]) + self.o_bias[...]
         return x + self.feed_forward(rms_norm(x, self.norm2, c.eps))
 
     def qkv(self, x, angles):
-        qkv = jnp.einsum("TPD,DcNH->cTPNH", x, self.qkv_kernel[...]) + self.qkv_bias[...][:, None, None]
+        qkv = product("TPD,DcNH->cTPNH", x, self.qkv_kernel[...]) + self.qkv_bias[...][:, None, None]
         return rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2]
 
     @staticmethod
@@ -43,8 +43,9 @@ class VisionLayer(Block):
         return attention(split(q), split(k), split(v), windows).reshape(q.shape)
 
     def feed_forward(self, x):
-        gate = jax.nn.silu(x @ self.gate_kernel[...] + self.gate_bias[...])
-        return (gate * (x @ self.up_kernel[...] + self.up_bias[...])) @ self.down_kernel[...] + self.down_bias[...]
+        gate = jax.nn.silu(product("TPD,DF->TPF", x, self.gate_kernel[...]) + self.gate_bias[...])
+        up = product("TPD,DF->TPF", x, self.up_kernel[...]) + self.up_bias[...]
+        return product("TPF,FD->TPD", gate * up, self.down_kernel[...]) + self.down_bias[...]
 
 
 class VisionTower(Block):
@@ -79,7 +80,7 @@ class VisionTower(Block):
 
     def embed(self, patches, layout):
         """Linear patch embedding, then patches to their window places: [T, W U', D]."""
-        x = patches.astype(self.patch_kernel.dtype) @ self.patch_kernel[...]
+        x = product("TPF,FD->TPD", patches.astype(self.patch_kernel.dtype), self.patch_kernel[...])
         units = x.reshape(x.shape[0], -1, self.config.merge**2, x.shape[-1])  # [T, M, merge^2, D]
         return units[:, layout.token.reshape(-1)].reshape(x.shape[0], -1, x.shape[-1])
 
@@ -98,5 +99,6 @@ class VisionTower(Block):
         """Norm, concatenation of each token's patches, two linear layers with exact (erf) GELU between."""
         units = rms_norm(self.unwindow(x, layout), self.merger_norm, self.config.eps)
         units = units.reshape(*units.shape[:2], -1)
-        hidden = jax.nn.gelu(units @ self.merger_in_kernel[...] + self.merger_in_bias[...], approximate=False)
-        return hidden @ self.merger_out_kernel[...] + self.merger_out_bias[...]
+        hidden = product("TMD,DF->TMF", units, self.merger_in_kernel[...]) + self.merger_in_bias[...]
+        hidden = jax.nn.gelu(hidden, approximate=False)
+        return product("TMF,FD->TMD", hidden, self.merger_out_kernel[...]) + self.merger_out_bias[...]

@@ -4,8 +4,6 @@ import os
 import pathlib
 from fractions import Fraction
 
-import av
-
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle.scenes import Scene
 
@@ -37,6 +35,8 @@ def write_mp4(scene: Scene, path, fps: float = 4.0, quality: int = 12) -> pathli
 
 
 def _encode(scene, path, fps, quality):
+    import av  # scenes in memory need no encoder
+
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = scene.width, scene.height, "yuv420p"

@@ -1,0 +1,100 @@
+"""The speed comparison: its arithmetic by hand, its PyTorch side against the plain one, a whole run in miniature."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from adapttoken_jax.parity import pytorch_fast as fast
+from adapttoken_jax.parity import pytorch_method as plain
+from adapttoken_jax.parity import speed
+
+# The command with modules blocked that a machine with jax, flax, torch and transformers alone would lack.
+_BARE = """
+import runpy, sys
+for name in ("av", "PIL", "matplotlib", "tensorflow_datasets", "grain"):
+    sys.modules[name] = None
+runpy.run_module("experiments.benchmark", run_name="__main__")
+"""
+
+
+def run(*arguments):
+    command = [sys.executable, "-c", _BARE, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def test_a_row_by_hand():
+    stage = speed.Stage(speed.GROUP, lambda: None, lambda: None, flops=6e9)
+    row = speed.summary(stage, speed.Times(9.0, [1.0, 3.0, 2.0], [4.0, 3.0, 5.0]), peak=12e9)
+    assert (row["ours_s"], row["pytorch_s"], row["compile_s"]) == (2.0, 4.0, 7.0)
+    assert row["ratio"] == 2.5  # of 4/1, 3/3 and 5/2, not 4/2
+    assert (row["ours_flops_per_s"], row["pytorch_flops_per_s"]) == (3e9, 1.5e9)
+    assert (row["ours_share_of_peak"], row["pytorch_share_of_peak"]) == (0.25, 0.125)
+    alone = speed.summary(stage, speed.Times(1.0, [2.0], []), peak=None)
+    assert alone["pytorch_s"] is alone["ratio"] is alone["pytorch_flops_per_s"] is alone["ours_share_of_peak"] is None
+    assert alone["compile_s"] == 0.0
+
+
+def test_costs_by_hand():
+    times = {
+        speed.GROUP: speed.Times(0.0, [1.1, 2.2, 4.4], [3.0, 3.0, 3.0]),
+        speed.PREFILL: speed.Times(0.0, [1.0, 2.0, 4.0], [2.0, 2.0, 2.0]),
+        speed.VISION: speed.Times(0.0, [0.9, 0.8, 0.6], []),
+        speed.MORE: speed.Times(0.0, [1.5, 2.6, 4.8], []),
+    }
+    assert speed.overhead(times) == pytest.approx({"ours": 0.1, "pytorch": 0.5})
+    # 0.4 s for four more questions: 0.1 s each, of scans that take 2, 3 and 5 s
+    assert speed.further_question(times, 5) == pytest.approx({"seconds": 0.1, "share": 0.1 / 3})
+
+
+def test_both_sides_run_in_turn():
+    calls = []
+    stages = [
+        speed.Stage("a", lambda: calls.append("A"), lambda: calls.append("a"), 0.0),
+        speed.Stage("b", lambda: calls.append("B"), None, 0.0),
+    ]
+    times = speed.measure(stages, 2)
+    assert "".join(calls) == "AaB" + "AaB" + "aAB"
+    assert [len(times["a"].ours), len(times["a"].theirs), len(times["b"].ours), len(times["b"].theirs)] == [2, 2, 2, 0]
+
+
+def test_fast_removal_is_the_plain_one():
+    rng = np.random.default_rng(0)
+    for n in (2, 9, 40):
+        pairs = np.round(rng.random((n, n)), 1)  # full of ties
+        pairs, scores = np.maximum(pairs, pairs.T), np.round(rng.random(n), 1)
+        for keep in {1, n // 2, n - 1, n}:
+            expected = plain.remove_redundant(pairs, scores, keep)
+            np.testing.assert_array_equal(fast.remove_redundant(pairs, scores, keep), expected)
+
+
+def test_a_whole_run_in_miniature_without_a_decoder():
+    small = ("--models=needle", "--groups=2", "--slots_per_group=3", "--budget=9", "--repetitions=1", "--questions=2")
+    done = run(*small, "--dtypes=float32", "--threads=1", "--json=-")
+    assert done.returncode == 0, done.stderr
+    assert "the two sides agree" in done.stderr
+    content = json.loads(done.stdout)
+    (found,) = content["models"]
+    assert content["about"]["threads"] == 1 and {"jax", "torch"} <= set(content["about"]["versions"])
+    assert found["visual_tokens_per_group"] == 12 and found["agreement"]["selected_in_common"] == 1.0
+    assert found["agreement"]["ok"] and found["agreement"]["same_answer"]
+    stages = {row["stage"]: row for row in found["stages"]}
+    assert list(stages) == [speed.VISION, speed.GROUP, speed.PREFILL, speed.SELECT, speed.FINAL, speed.WHOLE,
+                            speed.MORE]  # fmt: skip
+    for row in list(stages.values())[:-1]:
+        assert row["ratio"] == pytest.approx(row["pytorch_all_s"][0] / row["ours_all_s"][0])
+    group = stages[speed.GROUP]
+    assert group["ours_flops_per_s"] == pytest.approx(group["flops"] / group["ours_s"])
+    assert group["ours_share_of_peak"] == pytest.approx(group["ours_flops_per_s"] / found["peak_flops_per_s"])
+    assert found["further_question"]["entropy"] < 1e-5  # the same sums in another order
+
+
+def test_mistakes_are_one_line():
+    for flags, said in (
+        (["--models=huge"], "--models=huge"), (["--dtypes=int8"], "--dtypes=int8"),
+        (["--threads=4096"], "--threads=4096"),
+    ):  # fmt: skip
+        done = run(*flags)
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
