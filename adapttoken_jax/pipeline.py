@@ -238,7 +238,7 @@ def answer_from(run: Run, selected: Selected, features=None) -> Outcome:
 
 def _select(run: Run) -> tuple[Selected, jax.Array | None]:
     """Steps 8 to 10, and the survivors' features if they already lie on the device."""
-    # On a CPU the NumPy twin is the faster one: it skips the pairs that are too far apart to be redundant.
+    # On a CPU compiling costs more than a few selections save, and the NumPy twin skips pairs that are far apart.
     if run.scan and run.loop == "device" and jax.default_backend() != "cpu":
         return device_survivors.select(run)
     everything, empty = run.video.coordinates(np.arange(run.plan.clip.grid[0])), np.zeros(0)
