@@ -565,13 +565,18 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     """Runs `adapttoken` with the arguments after the program's name and returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        status = _main(argv, commands)
-        sys.stdout.flush()
-        return status
+        with _terminable():
+            status = _main(argv, commands)
+            sys.stdout.flush()
+            return status
     except BrokenPipeError:
         # Python flushes stdout once more at exit; give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
+    except KeyboardInterrupt as error:
+        word, status = ("terminated", TERMINATED) if isinstance(error, _Terminated) else ("interrupted", INTERRUPTED)
+        trace = traceback.format_exc() if "--debug" in argv else ""
+        return _fail(" ".join([PROGRAM, *argv[:1]]), word, trace, status)
 
 
 def _main(argv: Sequence[str], commands: Sequence[Command]) -> int:
@@ -606,13 +611,9 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
             return OK
         _check_required(command, values)
         _keep_compilations()
-        with _terminable():
-            return command.run(values)
+        return command.run(values)
     except UserError as error:
         return _fail(name, str(error), traceback.format_exc() if debug else "")
-    except KeyboardInterrupt as error:
-        word, status = ("terminated", TERMINATED) if isinstance(error, _Terminated) else ("interrupted", INTERRUPTED)
-        return _fail(name, word, traceback.format_exc() if debug else "", status)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -631,31 +632,35 @@ class _Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Within the block SIGTERM unwinds as Ctrl-C does: threads stop, half-written files go."""
+    """Within the block SIGTERM unwinds as Ctrl-C does: threads stop, half-written files go.
 
-    def unwind(_, frame):
-        if _swallows(frame):
-            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        else:
-            raise _Terminated
-
+    A signal whose exception gets lost, as in finalizers and in callbacks of the garbage collector, is sent again.
+    """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    before = signal.signal(signal.SIGTERM, unwind)
+    again: list[threading.Timer] = []
+
+    def unwind(*_):
+        raise _Terminated
+
+    def send_again(lost):
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            hook(lost)
+        elif not any(timer.is_alive() for timer in again):
+            number = signal.SIGTERM if issubclass(lost.exc_type, _Terminated) else signal.SIGINT
+            again.append(threading.Timer(0.05, os.kill, (os.getpid(), number)))
+            again[-1].start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, send_again
+    handler = signal.signal(signal.SIGTERM, unwind)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _swallows(frame) -> bool:
-    """Whether what is raised in this frame gets lost, as in callbacks of the garbage collector and in finalizers."""
-    while frame is not None:
-        if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
-            return True
-        frame = frame.f_back
-    return False
+        signal.signal(signal.SIGTERM, handler)
+        sys.unraisablehook = hook
+        for timer in again:
+            timer.cancel()
 
 
 def _keep_compilations() -> None:

@@ -1,6 +1,7 @@
 """The command line around the commands: help, flags, exit codes, what goes to which stream. No weights are loaded."""
 
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import av
 import numpy as np
@@ -304,6 +306,75 @@ def test_ctrl_c_ends_the_process_with_130_and_no_traceback():
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20)[1] == "adapttoken try: interrupted\n"
     assert process.returncode == 130
+
+
+def terminate(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)  # Python calls its handler between two instructions
+
+
+class Heavy:
+    """An object during whose finalization SIGTERM comes."""
+
+    def __del__(self):
+        terminate()
+
+
+def in_a_finalizer():
+    Heavy()
+
+
+def in_a_callback_of_a_weak_reference():
+    thing = set()
+    there = weakref.ref(thing, terminate)
+    del thing
+    assert there() is None
+
+
+def in_a_callback_of_the_garbage_collector():
+    gc.callbacks.append(terminate)
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.remove(terminate)
+
+
+@pytest.mark.parametrize(
+    "come", [terminate, in_a_finalizer, in_a_callback_of_a_weak_reference, in_a_callback_of_the_garbage_collector]
+)
+def test_a_signal_that_comes_where_exceptions_get_lost_is_heard(capsys, come):
+    def run(values):
+        come()
+        time.sleep(20)
+
+    begin = time.monotonic()
+    assert cli.main(["try"], command(run)) == 143
+    assert capsys.readouterr() == ("", "adapttoken try: terminated\n") and time.monotonic() - begin < 10
+
+
+def test_a_signal_before_the_command_runs_and_one_while_an_error_is_printed(capsys, monkeypatch):
+    def commands():
+        terminate()
+        yield from cli.COMMANDS
+
+    assert cli.main(["try"], commands()) == 143
+    assert capsys.readouterr() == ("", "adapttoken try: terminated\n")
+
+    class Interrupted(io.StringIO):
+        def write(self, text):
+            if "broken" in text:
+                terminate()
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", Interrupted())
+    assert cli.main(["try"], raising(UserError("broken"))) == 143
+    assert sys.stderr.getvalue() == "adapttoken try: terminated\n"
+
+
+def test_afterwards_the_signals_are_as_before():
+    before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    assert cli.main(["try"], command(lambda values: 0)) == 0
+    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -1,17 +1,15 @@
 """Reading as far as is asked for: the order, what it costs, and the same results as reading everything first."""
 
-import os
 import pathlib
 import signal
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
 
-from adapttoken_jax import cli, costs, encoding, pipeline
+from adapttoken_jax import costs, encoding, pipeline
 from adapttoken_jax.config import SIZES
 from adapttoken_jax.encoding import encode_video, stream_video
 from adapttoken_jax.errors import UserError
@@ -207,21 +205,6 @@ sys.exit(cli.main(["try"], [cli.Command("try", "", (cli.Flag("debug", bool, "", 
         process.send_signal(getattr(signal, sent))
         assert process.communicate(timeout=60)[1] == f"adapttoken try: {word}\n"
     assert process.returncode == status
-
-
-def test_a_signal_inside_a_finalizer_is_not_lost():
-    class Heavy:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
-
-    def run(values):
-        Heavy()
-        time.sleep(20)
-
-    begin = time.monotonic()
-    assert cli.main(["try"], [cli.Command("try", "", (cli.Flag("debug", bool, "", "General"),), run)]) == 143
-    assert time.monotonic() - begin < 10
 
 
 # The whole method
