@@ -1,8 +1,8 @@
-"""Reading published files: tables with named columns, and videos under one of several names."""
+"""Reading published files: tables of rows, and videos under one of several names."""
 
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from adapttoken_jax.errors import UserError
@@ -52,19 +52,6 @@ _READERS = {
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def require_columns(
-    rows: Iterable[dict[str, Any]], columns: Sequence[str], path: pathlib.Path, nullable: Sequence[str] = ()
-) -> None:
-    """Raises `UserError` naming the file, the row and the column where one of `columns` is missing.
-
-    Those of `nullable` must be there too, but may hold nothing.
-    """
-    for number, row in enumerate(rows):
-        empty = [column for column in columns if row.get(column) is None]
-        for column in [*empty, *(column for column in nullable if column not in row)]:
-            raise UserError(f"{path}: row {number} has no {column}; this is not the published layout")
 
 
 def find_video(folders: Sequence[pathlib.Path], name: str) -> pathlib.Path | None:

@@ -2,15 +2,18 @@
 
 import pathlib
 
-from adapttoken_jax.benchmarks.files import find_video, first_file, read_rows, require_columns
+from adapttoken_jax.benchmarks import columns
+from adapttoken_jax.benchmarks.files import find_video, first_file, read_rows
 from adapttoken_jax.benchmarks.items import Benchmark, Item, SubtitleFile
 from adapttoken_jax.errors import UserError
 
-_COLUMNS = (
-    "id", "video_id", "video_path", "question", "correct_choice", "duration", "duration_group", "question_category",
-    "topic_category",
-)  # fmt: skip
-_SUBTITLES = ("subtitle_path", "starting_timestamp_for_subtitles")
+_COLUMNS = {
+    **dict.fromkeys(("id", "video_id", "video_path", "question", "question_category", "topic_category"), columns.TEXT),
+    "correct_choice": columns.WHOLE_NUMBER,
+    "duration": columns.NUMBER,
+    "duration_group": columns.TEXT_OR_NUMBER,
+}
+_SUBTITLES = {"subtitle_path": columns.TEXT, "starting_timestamp_for_subtitles": columns.NUMBER}
 _OPTIONS = tuple(f"option{i}" for i in range(5))
 _ABSENT = (None, "", "N/A")
 _BREAKDOWNS = ("duration_group", "question_category", "topic_category")
@@ -19,8 +22,9 @@ _BREAKDOWNS = ("duration_group", "question_category", "topic_category")
 def _read(directory: pathlib.Path) -> list[Item]:
     path = first_file(directory, ("lvb_val.json", "validation-*.parquet", "*/validation-*.parquet", "*.parquet"))
     rows = read_rows(path)
-    require_columns(rows, _COLUMNS, path, nullable=_SUBTITLES)
-    require_columns(rows, ("candidates",) if path.suffix == ".json" else _OPTIONS[:2], path)
+    columns.require(rows, _COLUMNS | _SUBTITLES, path, nullable=tuple(_SUBTITLES))
+    options = {"candidates": columns.TEXTS} if path.suffix == ".json" else dict.fromkeys(_OPTIONS, columns.TEXT)
+    columns.require(rows, options, path, nullable=_OPTIONS[2:])
     return [_item(row, directory, path) for row in rows]
 
 

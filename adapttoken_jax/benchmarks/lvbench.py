@@ -2,7 +2,8 @@
 
 import pathlib
 
-from adapttoken_jax.benchmarks.files import find_video, first_file, read_rows, require_columns
+from adapttoken_jax.benchmarks import columns
+from adapttoken_jax.benchmarks.files import find_video, first_file, read_rows
 from adapttoken_jax.benchmarks.items import Benchmark, Item
 from adapttoken_jax.benchmarks.options import letter_in, split_options
 from adapttoken_jax.errors import UserError
@@ -16,17 +17,26 @@ ABILITIES = {
     "reasoning": "Rea",
     "temporal grounding": "TG",
 }
+_VIDEO = {"key": columns.TEXT, "type": columns.TEXT, "video_info": columns.MAPPING, "qa": columns.ROWS}
+_QUESTION = {
+    "uid": columns.TEXT_OR_NUMBER,
+    "question": columns.TEXT,
+    "answer": columns.TEXT,
+    "question_type": columns.TEXT_OR_TEXTS,
+    "time_reference": columns.TEXT,
+}
 
 
 def _read(directory: pathlib.Path) -> list[Item]:
     path = first_file(directory, ("video_info.meta.jsonl", "data/video_info.meta.jsonl"))
     videos = read_rows(path)
-    require_columns(videos, ("key", "type", "video_info", "qa"), path)
+    columns.require(videos, _VIDEO, path)
     folders = [directory / "all_videos", directory / "videos", directory / "data"]
     items = []
     for line in videos:
-        require_columns(line["qa"], ("uid", "question", "answer", "question_type", "time_reference"), path)
-        require_columns([line["video_info"]], ("duration_minutes",), path)
+        place = f"{path}: {line['key']}"
+        columns.require([line["video_info"]], {"duration_minutes": columns.NUMBER}, place)
+        columns.require(line["qa"], _QUESTION, place)
         file = find_video(folders, line["key"])
         items += [_item(row, line, file, path) for row in line["qa"]]
     return items

@@ -3,7 +3,8 @@
 import pathlib
 from collections import Counter
 
-from adapttoken_jax.benchmarks.files import find_video, first_file, read_rows, require_columns
+from adapttoken_jax.benchmarks import columns
+from adapttoken_jax.benchmarks.files import find_video, first_file, read_rows
 from adapttoken_jax.benchmarks.items import Benchmark, Item
 from adapttoken_jax.benchmarks.options import letter_in, letter_of_text, split_options
 from adapttoken_jax.errors import UserError
@@ -20,6 +21,14 @@ _FILES = {
 }
 _OTHER_NAMES = {"findNeedle": "needle"}
 
+_PUBLISHED = {
+    **dict.fromkeys(("video", "question", "question_type"), columns.TEXT),
+    "duration": columns.NUMBER,
+    "candidates": columns.TEXTS_OR_NUMBERS,
+    "answer": columns.TEXT_OR_NUMBER,
+}
+_REPACKED = dict.fromkeys(("video_name", "question", "answer", "task_type"), columns.TEXT)
+
 
 def _read(directory: pathlib.Path) -> list[Item]:
     for root in (directory, directory / "MLVU"):
@@ -33,7 +42,7 @@ def _read(directory: pathlib.Path) -> list[Item]:
 
 def _task(task: str, path: pathlib.Path, root: pathlib.Path) -> list[Item]:
     rows = read_rows(path)
-    require_columns(rows, ("video", "duration", "question", "candidates", "answer", "question_type"), path)
+    columns.require(rows, _PUBLISHED, path)
     return [
         _item(task, number, row["video"], root, row["question"], tuple(map(str, row["candidates"])), row)
         for number, row in enumerate(rows)
@@ -42,7 +51,8 @@ def _task(task: str, path: pathlib.Path, root: pathlib.Path) -> list[Item]:
 
 def _repacked(path: pathlib.Path, directory: pathlib.Path) -> list[Item]:
     rows = read_rows(path)
-    require_columns(rows, ("video_name", "question", "answer", "task_type"), path)
+    lengths = {"duration": columns.NUMBER} if "duration" in rows[0] else {}
+    columns.require(rows, _REPACKED | lengths, path, nullable=tuple(lengths))
     items, seen = [], Counter()
     for row in rows:
         task = _OTHER_NAMES.get(row["task_type"], row["task_type"])

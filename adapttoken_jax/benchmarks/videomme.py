@@ -2,21 +2,23 @@
 
 import pathlib
 
-from adapttoken_jax.benchmarks.files import find_video, first_file, read_rows, require_columns
+from adapttoken_jax.benchmarks import columns
+from adapttoken_jax.benchmarks.files import find_video, first_file, read_rows
 from adapttoken_jax.benchmarks.items import Benchmark, Item, SubtitleFile
 from adapttoken_jax.benchmarks.options import letter_in, without_letter
 
-_COLUMNS = (
+_TEXTS = (
     "video_id", "duration", "domain", "sub_category", "url", "videoID", "question_id", "task_type", "question",
-    "options", "answer",
+    "answer",
 )  # fmt: skip
+_COLUMNS = dict.fromkeys(_TEXTS, columns.TEXT) | {"options": columns.TEXTS}
 _BY_DURATION = ("domain", "sub_category", "task_type")
 
 
 def _read(directory: pathlib.Path) -> list[Item]:
     path = first_file(directory, ("videomme/test-*.parquet", "test-*.parquet", "videomme/*.parquet", "*.parquet"))
     rows = read_rows(path)
-    require_columns(rows, _COLUMNS, path)
+    columns.require(rows, _COLUMNS, path)
     return [_item(row, directory) for row in rows]
 
 

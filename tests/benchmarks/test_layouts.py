@@ -211,7 +211,71 @@ def test_a_missing_column_is_named_with_its_file(tmp_path, benchmark, name, row,
     WRITE[path.suffix](path, [row])
     with pytest.raises(UserError) as error:
         BENCHMARKS[benchmark].load(tmp_path)
-    assert str(error.value).startswith(f"{path}: row 0 has no {column}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+    assert f"row 0 has no {column};" in str(error.value)
+
+
+def in_question(row: dict, **cells) -> dict:
+    """An LVBench line with other cells in its first question."""
+    return row | {"qa": [row["qa"][0] | cells, *row["qa"][1:]]}
+
+
+def other(benchmark: str, name: str, **cells):
+    """A file whose first row has one cell of the wrong kind."""
+    rows = {"videomme": layouts.videomme_rows, "longvideobench": layouts.longvideobench_rows,
+            "mlvu": lambda: layouts.mlvu_rows()["ego"], "lvbench": layouts.lvbench_rows}  # fmt: skip
+    return benchmark, name, rows[benchmark]()[0] | cells
+
+
+REPACKED = {
+    "video_name": "a.mp4",
+    "question": "Q?\n(A) x\n(B) y",
+    "answer": "A",
+    "task_type": "ego",
+    "duration": "480.5",
+}
+WRONG_KINDS = [
+    (*other("videomme", "test-0.parquet", options="A. x, B. y"), "'A. x, B. y' as its options, not a list of texts"),
+    (*other("videomme", "test-0.parquet", answer=1), "1 as its answer, not a text"),
+    (*other("videomme", "test-0.parquet", videoID=7.5), "7.5 as its videoID, not a text"),
+    (*other("longvideobench", "lvb_val.json", duration="long"), "'long' as its duration, not a number"),
+    (*other("longvideobench", "lvb_val.json", duration=True), "True as its duration, not a number"),
+    (*other("longvideobench", "lvb_val.json", correct_choice="B"), "'B' as its correct_choice, not a whole number"),
+    (*other("longvideobench", "lvb_val.json", candidates=["a", 2]), "['a', 2] as its candidates, not a list of texts"),
+    (*other("longvideobench", "lvb_val.json", starting_timestamp_for_subtitles=[1]), "[1] as its starting_timestamp"),
+    (*other("lvbench", "video_info.meta.jsonl", qa={"uid": 1}), "{'uid': 1} as its qa, not a list of rows"),
+    (*other("lvbench", "video_info.meta.jsonl", video_info=30), "30 as its video_info, not named columns"),
+    (
+        *other("lvbench", "video_info.meta.jsonl", video_info={"duration_minutes": "half an hour"}),
+        "first: row 0 has 'half an hour' as its duration_minutes, not a number",
+    ),
+    (
+        "lvbench", "video_info.meta.jsonl", in_question(layouts.lvbench_rows()[0], question_type=3),
+        "row 0 has 3 as its question_type, not a text or a list of texts",
+    ),
+    (*other("mlvu", "json/3_ego.json", candidates="yes or no"), "'yes or no' as its candidates, not a list of texts"),
+    (*other("mlvu", "json/3_ego.json", duration=[1, 2]), "[1, 2] as its duration, not a number"),
+    (*other("mlvu", "json/3_ego.json", video={"a": "x" * 99}), "as its video, not a text"),
+    ("mlvu", "test-0.parquet", REPACKED | {"question": 1}, "row 0 has 1 as its question, not a text"),
+    ("mlvu", "test-0.parquet", REPACKED | {"duration": "?"}, "row 0 has '?' as its duration, not a number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("benchmark", "name", "row", "words"), WRONG_KINDS)
+def test_a_cell_of_the_wrong_kind_is_named_with_its_file(tmp_path, benchmark, name, row, words):
+    path = tmp_path / name
+    WRITE[path.suffix](path, [row])
+    with pytest.raises(UserError) as error:
+        BENCHMARKS[benchmark].load(tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and words in message and "\n" not in message and len(message) < 300
+
+
+@pytest.mark.parametrize("duration", ["480.5", 480.5, 480, None])
+def test_a_length_may_be_written_as_a_text_where_it_was_passed_on(tmp_path, duration):
+    layouts.write_parquet(tmp_path / "test-0.parquet", [REPACKED | {"duration": duration}])
+    [item], _ = BENCHMARKS["mlvu"].load(tmp_path)
+    assert item.duration_s == (None if duration is None else float(duration))
 
 
 @pytest.mark.parametrize(
