@@ -33,6 +33,11 @@ def _listed(subtitles: str, space: str = "") -> str:
     return f"This video's subtitles are listed below:{space}\n{subtitles}\n"
 
 
+def _listed_or_none(item: Item, subtitles: str) -> str:
+    """As lmms-eval: a video whose frames see no line has an empty list, one without a file has this sentence."""
+    return _listed(subtitles if item.subtitles else "No subtitles available", " ")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Video-MME: the options as they are published, which bring their letters
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,8 +59,7 @@ def _videomme_lmms_eval(item: Item, subtitles: str | None) -> Ask:
     instruction = f"{_SELECT} and the subtitles.{_LETTER_ONLY}\n"
     if subtitles is None:
         return _ask(item, instruction, f"{_published_options(item)}\n{OPTIONS_INSTRUCTION}")
-    shown = subtitles if item.subtitles else "No subtitles available"
-    return _ask(item, _listed(shown, " ") + instruction, f"{_published_options(item)}The best answer is:")
+    return _ask(item, _listed_or_none(item, subtitles) + instruction, f"{_published_options(item)}The best answer is:")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,7 +134,7 @@ def _mlvu_flexselect(item: Item, subtitles: str | None) -> Ask:
 
 
 def _qwen(item: Item, subtitles: str | None) -> Ask:
-    shown = "" if subtitles is None else _listed(subtitles or "No subtitles available", " ")
+    shown = "" if subtitles is None else _listed_or_none(item, subtitles)
     after = f"\nOptions:\n{_lines(item)}\nAnswer with the option letter only."
     return _ask(item, f"{shown}Question: ", after)
 

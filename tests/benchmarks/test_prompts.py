@@ -40,6 +40,16 @@ VIDEOMME = {
         "This video's subtitles are listed below: \nHello.\n"
         f"{SELECT} and the subtitles. {LETTER_ONLY}\n{VIDEOMME_QUESTION}The best answer is:"
     ),
+    # The video has a file, and no line of it falls on a sampled frame.
+    ("lmms-eval", ""): (
+        "This video's subtitles are listed below: \n\n"
+        f"{SELECT} and the subtitles. {LETTER_ONLY}\n{VIDEOMME_QUESTION}The best answer is:"
+    ),
+    ("qwen", ""): (
+        "This video's subtitles are listed below: \n\n"
+        "Question: What is in video 1, question 1?\nOptions:\nA. Apples.\nB. Candles.\nC. Berries.\nD. A (B) sign.\n"
+        "Answer with the option letter only."
+    ),
     ("flexselect", None): (
         f"{SELECT} and the subtitles. {LETTER_ONLY}\n{VIDEOMME_QUESTION}"
         "\nAnswer with the option's letter from the given choices directly."
@@ -129,10 +139,11 @@ def test_the_text_of_each_prompt(tmp_path, benchmark, name, subtitles):
     )
 
 
-def test_lmms_eval_says_so_where_a_video_has_no_subtitles(tmp_path):
+@pytest.mark.parametrize("name", ["lmms-eval", "flexselect", "qwen"])
+def test_a_video_without_subtitles_is_said_to_have_none(tmp_path, name):
     items, _ = BENCHMARKS["videomme"].load(layouts.videomme(tmp_path))
     with_file, without = items[0], items[-1]
-    said = lambda item: PROMPTS["videomme"]["lmms-eval"](item, "").text.splitlines()[1]
+    said = lambda item: PROMPTS["videomme"][name](item, "").text.splitlines()[1]
     assert (said(with_file), said(without)) == ("", "No subtitles available")
 
 
