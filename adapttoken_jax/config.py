@@ -34,6 +34,7 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
+        """H, channels per attention head of the tower."""
         return self.width // self.heads
 
     @property

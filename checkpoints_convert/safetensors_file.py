@@ -35,6 +35,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> np.ndarray:

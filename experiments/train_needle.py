@@ -148,10 +148,12 @@ class Run:
 
     @property
     def steps(self) -> int:
+        """Optimiser steps of all phases together."""
         return sum(phase.steps for phase in self.phases)
 
     @property
     def fixed(self) -> dict:
+        """The arguments of the loss that no step changes."""
         return {"config": self.config, "prefix_ids": self.maker.prefix_ids}
 
     def validate(self, values, batches: int = 4) -> dict:

@@ -55,6 +55,7 @@ class Item:
 
     @property
     def letters(self) -> tuple[str, ...]:
+        """Of the options, from A on."""
         return tuple(string.ascii_uppercase[: len(self.options)])
 
 

@@ -58,6 +58,7 @@ class Scores:
     missing: int
 
     def to_json(self) -> dict:
+        """As in `results.json`."""
         return dataclasses.asdict(self)
 
 

@@ -48,18 +48,26 @@ class _Questions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class VideoMME(_Questions):
+    """Video-MME: 2700 questions about 900 videos."""
+
     name, benchmark = "adapttoken_videomme", BENCHMARKS["videomme"]
 
 
 class LongVideoBench(_Questions):
+    """LongVideoBench, validation split: 1337 questions."""
+
     name, benchmark = "adapttoken_longvideobench", BENCHMARKS["longvideobench"]
 
 
 class LVBench(_Questions):
+    """LVBench: 1549 questions about 103 videos, with the times at which the answers are seen."""
+
     name, benchmark = "adapttoken_lvbench", BENCHMARKS["lvbench"]
 
 
 class MLVU(_Questions):
+    """MLVU, the 2175 multiple-choice questions of its development set."""
+
     name, benchmark = "adapttoken_mlvu", BENCHMARKS["mlvu"]
 
 

@@ -1,5 +1,10 @@
 """Decoding the videos to come while one is on the accelerator, in one thread and a bounded amount of memory.
 
+This goes from video to video; `video.ahead` goes from frame to frame inside one and does the decoding here too. Two,
+because they bound different things: there images of one file in one order, here bytes of however many files wait, each
+opened, indexed and planned ahead as well, which takes seconds where a video is long. What is wrong with a file is kept
+until its turn comes.
+
 Only decoding runs ahead. The accelerator is driven from the main thread alone, so that on a mesh every program starts
 in the same order on every device. Lite reads a video itself: which of its groups it will want nobody knows ahead.
 """

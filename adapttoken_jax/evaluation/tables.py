@@ -36,6 +36,7 @@ class FinishedRun:
 
     @property
     def benchmark(self) -> str:
+        """As in `--benchmark`."""
         return self.results["benchmark"]
 
     @property
@@ -50,6 +51,7 @@ class FinishedRun:
 
     @property
     def method(self) -> str:
+        """As in `--method`, and whether its selections were replayed."""
         return self.results["method"] + (" (replayed)" if self.run["flags"]["replay"] else "")
 
     def cell(self, rule: str) -> Mapping[str, Any]:

@@ -52,6 +52,7 @@ class ClipSettings:
 
     @property
     def tokens_per_slot(self) -> int:
+        """Merged visual tokens of one temporal slot."""
         return (self.size[0] // CELL) * (self.size[1] // CELL)
 
 

@@ -65,6 +65,7 @@ class Question:
 
     @property
     def answer(self) -> str:
+        """The words of the true answer."""
         return " ".join(part.word for part in self.parts)
 
     @property

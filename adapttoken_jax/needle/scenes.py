@@ -92,6 +92,7 @@ class Scene:
 
     @property
     def frames(self) -> int:
+        """How many the video has."""
         return len(self.table.phase)
 
     def visible(self, frames: Sequence[int]) -> tuple[bool, ...]:

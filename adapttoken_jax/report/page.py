@@ -60,6 +60,7 @@ class Answered:
 
     @property
     def result(self):
+        """The `Result` that is shown."""
         return self.entry.result
 
 
