@@ -363,21 +363,36 @@ def atomic_file(path) -> Iterator[typing.BinaryIO]:
     """Opens a binary file that replaces `path` when the block ends well and leaves nothing behind when it does not.
 
     A link is followed. Something that is not a plain file, as /dev/null, is written to directly.
+
+    Raises:
+      OSError: it cannot be written; names the file, also where the disk is full.
     """
     path = pathlib.Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        with open(path, "wb") as file:
+        with naming(path), open(path, "wb") as file:
             yield file
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with naming(path):
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path) -> Iterator[None]:
+    """Within the block an `OSError` that names no file, such as that of a full disk, gets this one's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_result(path, result: Result) -> None:

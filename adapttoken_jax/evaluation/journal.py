@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from adapttoken_jax.errors import UserError
+from adapttoken_jax.result import naming
 
 
 class Journal:
@@ -38,12 +39,10 @@ class Journal:
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Adds records, in one write, and waits until they are on the disk."""
         lines = "".join(json_line(record) for record in records).encode("utf-8")
-        try:
+        with naming(self.path):
             while lines:
                 lines = lines[self._file.write(lines) :]
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def keep_while(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         """Drops the first record that is not wanted, and all after it."""
