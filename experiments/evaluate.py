@@ -1,6 +1,6 @@
 """Runs one benchmark with one method and one model: the same as `adapttoken evaluate`.
 
-    python -m experiments.evaluate --flagfile=experiments/configs/qwen2.5-vl-7b/videomme_adapttoken.cfg \\
+    python -m experiments.evaluate --flagfile=experiments/configs/qwen2.5-vl-7b/adapttoken.cfg --benchmark=videomme \\
         --data=/data/Video-MME --model=/models/Qwen2.5-VL-7B-Instruct --workdir=runs/videomme_adapttoken
 """
 

@@ -11,6 +11,8 @@ import pytest
 import adapttoken_jax as at
 from adapttoken_jax import cli
 from adapttoken_jax.benchmarks import BENCHMARKS, PROMPTS, SCORERS
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.evaluation.runner import group_by_video, run_videos
 from adapttoken_jax.evaluation.saved_selection import SavedSelection
 from tests import media, tiny
 from tests.evaluation import bench
@@ -108,6 +110,20 @@ def test_a_corrupt_video_in_the_middle_is_recorded_and_the_rest_goes_on(places, 
     assert results["scores"]["official"]["missing"] == 2 and results["answered"] == 4
     # Going on does not try again: the run is whole.
     assert run(capsys, bench.evaluate_flags(tmp_path / "data", model, tmp_path / "run"))[0] == out
+
+
+def test_with_strict_a_corrupt_video_ends_the_run_after_those_before_it(places, tmp_path):
+    data, path, _ = places
+    shutil.copytree(data, tmp_path / "data")
+    video = tmp_path / "data" / "all_videos" / "clip1.mp4"
+    media.truncated(video, video, 0.7)
+    model, written = at.load(path), []
+    config = at.AdaptTokenConfig.for_model(model.config, **SETTINGS)
+    videos = group_by_video(BENCHMARKS["lvbench"].load(tmp_path / "data")[0])
+    word = lambda item, clip: PROMPTS["lvbench"]["lmms-eval"](item, None)
+    with pytest.raises(UserError, match=rf"^--strict: {video}: ") as error:
+        run_videos(model, videos, word, config, "uniform", lambda video, _: written.append(video.id), strict=True)
+    assert written == ["clip0"] and "\n" not in str(error.value)
 
 
 def test_strict_stops_at_what_is_missing_and_says_so(places, tmp_path, capsys):
