@@ -12,6 +12,13 @@ def text_flops(config: ModelConfig, new: int, past: int = 0) -> float:
     return c.layers * (2 * new * projections + 4 * pairs * c.heads * c.head_dim)
 
 
+def context_flops(config: ModelConfig, tokens: int) -> float:
+    """Decoder layers on a context that only later tokens look at: the last one makes keys and values alone."""
+    c = config.text
+    last = 2 * tokens * c.width * c.head_dim * 2 * c.kv_heads
+    return text_flops(config, tokens) * (c.layers - 1) / c.layers + last
+
+
 def head_flops(config: ModelConfig, tokens: int) -> float:
     """Logits of `tokens` positions."""
     return 2.0 * tokens * config.text.width * config.text.vocab
@@ -32,5 +39,5 @@ def vision_flops(config: ModelConfig, slots: int, height: int, width: int) -> fl
 
 def prompt_flops(config: ModelConfig, context: int, suffix: int, answer: int) -> float:
     """One prompt: its context, the question's suffix, the head, and `answer` generated tokens after the first."""
-    total = text_flops(config, context) + text_flops(config, suffix, context) + head_flops(config, 1 + answer)
+    total = context_flops(config, context) + text_flops(config, suffix, context) + head_flops(config, 1 + answer)
     return total + text_flops(config, answer, context + suffix)

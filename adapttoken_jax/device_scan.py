@@ -4,6 +4,8 @@ Design decisions:
 - A chunk is a few waves of groups, padded to a fixed number of waves; its size follows from the model and the frame
   size. No shape depends on the video's length: after the first chunk nothing compiles again, and the device holds no
   more than two chunks of features.
+- Groups of few tokens run several side by side on each device, where products of one alone would not fill it; not in a
+  scan that may stop early, which would compute groups that it does not visit.
 - The host puts the next chunk together while the device runs the current one. A scan that may stop early and whose
   slots are decoded on demand gets one wave per chunk, and none ahead: decoding what is not visited costs more.
 - Stopping is decided on the device (`selection.compiled_stopping`). The host then applies the rule itself to what was
@@ -38,6 +40,7 @@ from adapttoken_jax.selection.compiled_stopping import (
 # Features of one chunk at most, and waves at most: enough to hide the host, little enough to hold two of them.
 _CHUNK_BYTES = 2**28
 _MOST_WAVES = 16
+_ROWS = 256  # visual tokens that fill a device
 
 
 class LoopState(NamedTuple):
@@ -89,8 +92,10 @@ def visit_groups(
     """
     log = ScanLog.start(video, prompts, config, stop)
     rule = device_rule(stop.rule if stop else None, stop.blind if stop else [None] * len(prompts))
-    on_demand = (stop or time_is_up) and video.source is not None
-    state, chunks = None, _chunks(model, video, log.groups, prompts, config, 1 if on_demand else None)
+    hurried = stop is not None or time_is_up is not None
+    on_demand = hurried and video.source is not None
+    width = model.wave if hurried else side_by_side(model, config.slots_per_group * video.per_slot)
+    state, chunks = None, _chunks(model, video, log.groups, prompts, config, width, 1 if on_demand else None)
     chunk = next(chunks, None)
     while chunk is not None:
         state = state or start_state(len(prompts), chunk.batch.option_ids.shape[1])
@@ -114,10 +119,10 @@ def _run(model, chunk, rule, state, first, last, prompts, config) -> LoopState:
 def _collect(running: LoopState, chunk: Chunk, first: int, log: ScanLog, config) -> tuple[int, StopState]:
     """Waits for the loop and logs what it visited: the wave to go on with, and the state to go on from."""
     wave, stopping, said = jax.device_get(running)
-    side_by_side = chunk.real.shape[1]
-    for place in range(first * side_by_side, min(wave * side_by_side, len(chunk.groups))):
-        own = {name: value[place // side_by_side] for name, value in said.items()}
-        index, b = chunk.groups[place], place % side_by_side
+    width = chunk.real.shape[1]
+    for place in range(first * width, min(wave * width, len(chunk.groups))):
+        own = {name: value[place // width] for name, value in said.items()}
+        index, b = chunk.groups[place], place % width
         log.add(read_visits(own, b, index, log.groups[index], chunk.lengths[place], config))
     # A question that the device ended goes on if the host, which sees texts, does not agree.
     ended = np.asarray([Stop.ENDED if reason else Stop.GOING for reason in log.reasons], np.int32)
@@ -177,27 +182,34 @@ def _chosen_option(out, option_ids) -> jax.Array:
     return jnp.where((option_ids >= 0).any(-1), option, -1)
 
 
-def _chunks(model, video: VisualTokens, groups, prompts, config, fill: int | None = None) -> Iterator[Chunk]:
-    """The groups in visiting order, `fill` waves at a time; None: as many as a chunk holds."""
+def _chunks(
+    model, video: VisualTokens, groups, prompts, config, width: int, fill: int | None = None
+) -> Iterator[Chunk]:
+    """The groups in visiting order, `fill` waves of `width` at a time; None: as many as a chunk holds."""
     order = [int(g) for g in visiting_order(len(groups), config.group_order)]
-    waves = waves_per_chunk(model, config.slots_per_group * video.per_slot)
-    step = (fill or waves) * model.wave
+    waves = waves_per_chunk(model, width * config.slots_per_group * video.per_slot)
+    step = (fill or waves) * width
     for start in range(0, len(order), step):
-        yield _chunk(model, video, groups, order[start : start + step], waves, prompts, config)
+        yield _chunk(model, video, groups, order[start : start + step], (waves, width), prompts, config)
+
+
+def side_by_side(model: Model, size: int) -> int:
+    """Groups of `size` visual tokens in a wave: one per device of the `data` axis, or as many as fill each."""
+    return model.wave * max(1, _ROWS // size)
 
 
 def waves_per_chunk(model: Model, size: int) -> int:
-    """Waves that fit into a chunk, at least one; `size`: visual tokens of a group."""
-    wave_bytes = model.wave * size * model.config.text.width * model.dtype.itemsize
+    """Waves that fit into a chunk, at least one; `size`: visual tokens of a wave."""
+    wave_bytes = size * model.config.text.width * model.dtype.itemsize
     return max(1, min(_MOST_WAVES, _CHUNK_BYTES // wave_bytes))
 
 
-def _chunk(model, video, groups, indices: list[int], waves: int, prompts, config) -> Chunk:
+def _chunk(model, video, groups, indices: list[int], shape: tuple[int, int], prompts, config) -> Chunk:
     contexts = [group_context(video, groups[g], prompts, config) for g in indices]
     lengths = [len(c.features) for c in contexts]
-    places = waves * model.wave
-    contexts += [contexts[-1]] * (places - len(contexts))
+    waves, width = shape
+    contexts += [contexts[-1]] * (waves * width - len(contexts))
     size = config.slots_per_group * video.per_slot
     batch = prompt_batch(model, video, contexts, prompts, config, size, waves=waves)
-    real = (np.arange(places) < len(indices)).reshape(waves, model.wave)
+    real = (np.arange(waves * width) < len(indices)).reshape(shape)
     return Chunk(indices, lengths, batch, real, int(real[:, 0].sum()))

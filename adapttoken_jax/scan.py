@@ -23,7 +23,7 @@ from adapttoken_jax.prompt import Prompt, parse_option
 from adapttoken_jax.selection import StopRule, group_certainty, group_slots, least_certain_mean, visiting_order
 
 # Padded sizes are multiples of these, so that questions of similar length, and contexts, share a program.
-_SUFFIX_STEP = 32
+_SUFFIX_STEP = 16
 _CONTEXT_STEP = 64
 _OPTION_STEP = 8
 

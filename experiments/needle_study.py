@@ -37,7 +37,7 @@ _ARMS = flags.DEFINE_list("arms", list(sections.ARMS), "Arms of the main table."
 _JSON = flags.DEFINE_string("json", None, "Write the numbers here; - for stdout.")
 _OUTPUT = flags.DEFINE_string("output", None, "Measure everything and write evidence.md and evidence/ here.")
 _SECTIONS = flags.DEFINE_list(
-    "sections", ["layers", "choose", "main", "scanned", "hard", "seconds", "torch"],
+    "sections", ["layers", "choose", "stop", "main", "scanned", "hard", "seconds", "torch"],
     "With --output: what to measure; the rest is kept from the last time.",
 )  # fmt: skip
 _QUICK = flags.DEFINE_bool("quick", False, "Fewer lengths and questions: a look in minutes, no evidence.")
@@ -72,7 +72,7 @@ def study_size() -> sections.Size:
 
 _LITTLE = {
     "frames": (64, 256), "questions": 40, "detail_frames": (256,), "scan_questions": 16, "choice_questions": 16,
-    "hard_frames": 256, "timed_videos": 2, "torch_questions": 8,
+    "stop_questions": 24, "hard_frames": 256, "timed_videos": 2, "torch_questions": 8,
 }  # fmt: skip
 
 
@@ -89,6 +89,7 @@ def study(own: lab.Lab, size: sections.Size, config) -> dict:
     todo = {
         "layers": lambda: layers_section(own, size, chosen),
         "choose": lambda: sections.choose(own, size, config),
+        "stop": lambda: sections.choose_stop(own, size, chosen),
         "main": lambda: sections.main_section(own, size, chosen, _ARMS.value),
         "scanned": lambda: sections.scanned_section(own, size, chosen),
         "hard": lambda: sections.hard_section(own, size, chosen),
@@ -100,7 +101,7 @@ def study(own: lab.Lab, size: sections.Size, config) -> dict:
         raise UserError(f"--sections={','.join(sorted(unknown))}: choose from {', '.join(todo)}")
     found["about"] = about(own.model, size, checked(own.model, size, config))
     for name in [name for name in todo if name in _SECTIONS.value]:
-        settings = found["choose"]["settings"] if "choose" in found else None
+        settings = {k: v for step in ("choose", "stop") for k, v in found.get(step, {}).get("settings", {}).items()}
         chosen = dataclasses.replace(sections.paper_settings(config), **settings) if settings else config
         found["settings"] = dataclasses.asdict(chosen)
         begin = time.perf_counter()
@@ -113,7 +114,7 @@ def study(own: lab.Lab, size: sections.Size, config) -> dict:
 
 def layers_section(own: lab.Lab, size: sections.Size, config) -> dict:
     """The layer probe on validation videos of the first task."""
-    cell = size.cell(size.tasks[0], size.detail_frames[0], size.choice_questions, split="validation", seed=0)
+    cell = size.choice_cell(*size.choice_places[0])
     numbers, model = range(cells.count_videos(cell)), own.model
     footage = (each for number in numbers for each in cells.film_video(model, cell, number, config))
     own.on_progress("layers", 0, len(numbers))

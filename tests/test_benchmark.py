@@ -55,8 +55,8 @@ def test_both_sides_run_in_turn():
         speed.Stage("a", lambda: calls.append("A"), lambda: calls.append("a"), 0.0),
         speed.Stage("b", lambda: calls.append("B"), None, 0.0),
     ]
-    times = speed.measure(stages, 2)
-    assert "".join(calls) == "AaB" + "AaB" + "aAB"
+    times = speed.measure(stages, 2, least_seconds=0)
+    assert "".join(calls) == "AaA" + "BB" + "AaB" + "aAB"
     assert [len(times["a"].ours), len(times["a"].theirs), len(times["b"].ours), len(times["b"].theirs)] == [2, 2, 2, 0]
 
 

@@ -49,7 +49,7 @@ def _causal_blocked(q, k, v, valid):
     whole = round_up(T, _BLOCK)
     blocks = jnp.pad(q, ((0, 0), (0, whole - T), (0, 0), (0, 0))).reshape(B, -1, _BLOCK, K, N // K, H)
     blocks = jnp.transpose(blocks, (1, 0, 3, 4, 2, 5))  # [blocks, B, K, G, block, H]
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, S, H]: one plain product per key head
+    k, v = jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)  # [B, K, H, S] and [B, K, S, H]: plain products
     rows = round_up(-(-whole // _SEGMENTS), _BLOCK)
     mixed = [_segment(blocks, k, v, valid, start, min(start + rows, whole)) for start in range(0, whole, rows)]
     return jnp.transpose(jnp.concatenate(mixed), (1, 0, 4, 2, 3, 5)).reshape(B, whole, N, H)[:, :T]
@@ -57,15 +57,17 @@ def _causal_blocked(q, k, v, valid):
 
 def _segment(blocks, k, v, valid, start, stop):
     """Rows `start` to `stop`, block by block, over no more keys than those before `stop`."""
-    k, v, valid = k[:, :, :stop], v[:, :, :stop], valid[:, :stop]
+    k, v, valid = k[..., :stop], v[:, :, :stop], valid[:, :stop]
 
     def block(place_and_rows):
         place, q = place_and_rows
         row = place * _BLOCK + jnp.arange(_BLOCK)
         mask = (row[:, None] >= jnp.arange(valid.shape[1])) & valid[:, None]
-        products = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        probabilities = jax.nn.softmax(jnp.where(mask[:, None, None], products, _MASKED))
-        return product("BKGTS,BKSH->BKGTH", probabilities.astype(v.dtype), v)
+        products = jnp.einsum("BKGTH,BKHS->BKGTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        products = jnp.where(mask[:, None, None], products, _MASKED)
+        weights = jnp.exp(products - products.max(-1, keepdims=True))
+        mixed = product("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v)
+        return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)  # fewer numbers to divide than the weights
 
     places = slice(start // _BLOCK, stop // _BLOCK)
     return jax.lax.map(block, (jnp.arange(places.start, places.stop), blocks[places]))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from adapttoken_jax.model.block import rms_norm
-from adapttoken_jax.model.rotary import rotate, text_angles
+from adapttoken_jax.model.rotary import rotate, text_angles, turns
 from adapttoken_jax.model.text import TextDecoder
 
 
@@ -20,13 +20,13 @@ def decode_sequence(text: TextDecoder, embeddings: jax.Array, position_ids: jax.
       "layers"[L, S, D] outputs, "attention"[L, N, S, S] probabilities in float32, "logits"[S, V] in float32.
     """
     c = text.config
-    angles = text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections)
+    turn = turns(text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections))
     x, layers, attentions = embeddings, [], []
     for index in range(c.layers):
         layer = jax.tree.map(lambda stacked, i=index: stacked[i], text.layers)
         h = rms_norm(x, layer.norm1, c.eps)
-        q = rotate(jnp.einsum("SD,DNH->SNH", h, layer.q_kernel[...]) + layer.q_bias[...], angles)
-        k = rotate(jnp.einsum("SD,DKH->SKH", h, layer.k_kernel[...]) + layer.k_bias[...], angles)
+        q = rotate(jnp.einsum("SD,DNH->SNH", h, layer.q_kernel[...]) + layer.q_bias[...], turn)
+        k = rotate(jnp.einsum("SD,DKH->SKH", h, layer.k_kernel[...]) + layer.k_bias[...], turn)
         v = jnp.einsum("SD,DKH->SKH", h, layer.v_kernel[...]) + layer.v_bias[...]
         k, v = (jnp.repeat(each, c.heads // c.kv_heads, axis=1) for each in (k, v))
         products = jnp.einsum("TNH,SNH->NTS", q, k) / jnp.sqrt(jnp.float32(c.head_dim))

@@ -26,8 +26,13 @@ def text_angles(position_ids: jax.Array, head_dim: int, theta: float, sections: 
     return ids * frequencies(head_dim, theta)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates x[..., T, heads, H] by angles[..., T, H / 2] in float32, pairing element i with i + H / 2."""
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+def turns(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines float32[..., T, 1, H / 2] of angles[..., T, H / 2]: once for all heads and layers."""
+    return jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+
+
+def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates x[..., T, heads, H] in float32 by the angles that have these `turns`; pairs element i with i + H / 2."""
+    cos, sin = turn
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

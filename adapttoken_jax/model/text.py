@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from adapttoken_jax.model.attention import probabilities_from_lse, two_part_attention
 from adapttoken_jax.model.block import Block, product, rms_norm
 from adapttoken_jax.model.kernels import XLA, Kernel
-from adapttoken_jax.model.rotary import rotate, text_angles
+from adapttoken_jax.model.rotary import rotate, text_angles, turns
 
 
 @jax.tree_util.register_dataclass
@@ -63,13 +63,14 @@ class Probe(NamedTuple):
 class TextLayer(Block):
     """One pre-norm decoder layer with grouped-query attention (biases on q, k, v) and a gated feed-forward block."""
 
-    def qkv(self, x, angles):
-        """Rotated queries [..., T, N, H] and keys [..., T, K, H], values [..., T, K, H]."""
-        x = rms_norm(x, self.norm1, self.config.eps)
-        q = product("...TD,DNH->...TNH", x, self.q_kernel[...]) + self.q_bias[...]
+    def queries(self, x, turn):
+        """Rotated queries [..., T, N, H] of the normalised x[..., T, D]."""
+        return rotate(product("...TD,DNH->...TNH", x, self.q_kernel[...]) + self.q_bias[...], turn)
+
+    def keys_and_values(self, x, turn):
+        """Rotated keys and values, [..., T, K, H] each, of the normalised x[..., T, D]."""
         k = product("...TD,DKH->...TKH", x, self.k_kernel[...]) + self.k_bias[...]
-        v = product("...TD,DKH->...TKH", x, self.v_kernel[...]) + self.v_bias[...]
-        return rotate(q, angles), rotate(k, angles), v
+        return rotate(k, turn), product("...TD,DKH->...TKH", x, self.v_kernel[...]) + self.v_bias[...]
 
     def finish(self, x, mixed):
         """Adds the attention's output and the feed-forward block to the residual stream."""
@@ -79,14 +80,18 @@ class TextLayer(Block):
         up = product("...D,DF->...F", h, self.up_kernel[...])
         return x + product("...F,FD->...D", jax.nn.silu(gate) * up, self.down_kernel[...])
 
-    def prefill(self, x, angles, valid, kernel):
-        q, k, v = self.qkv(x, angles)
-        return self.finish(x, kernel.causal(q, k, v, valid)), k, v
+    def prefill(self, x, turn, valid, kernel, needed):
+        """One layer of `TextDecoder.prefill`: its output where it is `needed`, else x; and its keys and values."""
+        h = rms_norm(x, self.norm1, self.config.eps)
+        k, v = self.keys_and_values(h, turn)
+        output = lambda: self.finish(x, kernel.causal(self.queries(h, turn), k, v, valid))
+        return jax.lax.cond(needed, output, lambda: x), k, v
 
-    def extend(self, x, angles, context, tail, mask, start, kernel):
+    def extend(self, x, turn, context, tail, mask, start, kernel):
         """One layer of `TextDecoder.extend`; also returns its queries and their log-sum-exp."""
-        q, k, v = self.qkv(x, angles)
-        k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, start, 2) for old, new in ((tail[0], k), (tail[1], v)))
+        h = rms_norm(x, self.norm1, self.config.eps)
+        q, new = self.queries(h, turn), self.keys_and_values(h, turn)
+        k, v = (jax.lax.dynamic_update_slice_in_dim(old, own, start, 2) for old, own in zip(tail, new, strict=True))
         mixed, lse = two_part_attention(q, context, (k, v, mask), kernel.over_context)
         return self.finish(x, mixed), (k, v), q, lse
 
@@ -106,13 +111,16 @@ class TextDecoder(Block):
         head = self.embedding[...].T if self.config.tied else self.head[...]
         return jnp.einsum("...D,DV->...V", x, head, preferred_element_type=jnp.float32)
 
-    def angles(self, position_ids):
+    def turns(self, position_ids):
         c = self.config
-        return text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections)
+        return turns(text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections))
 
     def prefill(self, embeddings, position_ids, valid, *, keep_layer=None, return_layers=False,
                 kernel: Kernel = XLA):  # fmt: skip
         """Runs a context from its beginning.
+
+        What follows a context looks at its keys and values alone, so the last layer ends there, unless its output is
+        asked for.
 
         Args:
           embeddings: [B, S, D].
@@ -125,12 +133,15 @@ class TextDecoder(Block):
         Returns:
           The `Context` and a dictionary of the intermediates asked for.
         """
-        angles = self.angles(position_ids)
+        turn = self.turns(position_ids)
+
+        last = self.config.layers - 1
+        read = return_layers or keep_layer == last
 
         def step(carry, indexed):
             x, kept = carry
             index, layer = indexed
-            x, k, v = layer.prefill(x, angles, valid, kernel)
+            x, k, v = layer.prefill(x, turn, valid, kernel, needed=read | (index < last))
             if keep_layer is not None:
                 kept = jnp.where(index == keep_layer, x, kept)
             return (x, kept), (k, v, x if return_layers else None)
@@ -164,7 +175,7 @@ class TextDecoder(Block):
           Hidden states [B, Q, T, D], the grown `Tail`, and a dictionary of the intermediates asked for ("observed" for
           the probe).
         """
-        angles = self.angles(position_ids)
+        turn = self.turns(position_ids)
         written = jax.lax.dynamic_update_slice_in_dim(tail.valid, valid, start, 2)
         T, R = embeddings.shape[2], written.shape[2]
         causal = start + jnp.arange(T)[:, None] >= jnp.arange(R)
@@ -173,7 +184,7 @@ class TextDecoder(Block):
         def step(carry, indexed):
             x, observed = carry
             (index, layer), (ck, cv, tk, tv) = indexed
-            x, (tk, tv), q, lse = layer.extend(x, angles, (ck, cv, context.valid), (tk, tv), mask, start, kernel)
+            x, (tk, tv), q, lse = layer.extend(x, turn, (ck, cv, context.valid), (tk, tv), mask, start, kernel)
             if probe is not None:
                 look = lambda: probe.observe(probabilities_from_lse(q, ck, context.valid, lse))
                 observed = jax.lax.cond(index == probe.layer, look, lambda: observed)

@@ -14,23 +14,23 @@ import numpy as np
 from adapttoken_jax.geometry import WindowLayout
 from adapttoken_jax.model.attention import attention
 from adapttoken_jax.model.block import Block, product, rms_norm
-from adapttoken_jax.model.rotary import rotate, vision_angles
+from adapttoken_jax.model.rotary import rotate, turns, vision_angles
 
 
 class VisionLayer(Block):
     """One pre-norm layer: attention within windows or within the slot, then a gated feed-forward block with biases."""
 
-    def __call__(self, x, angles, mask, full):
+    def __call__(self, x, turn, mask, full):
         """x[T, W U', D] -> the same; `full` is a traced bool that widens attention from the window to the slot."""
         c = self.config
-        q, k, v = self.qkv(rms_norm(x, self.norm1, c.eps), angles)
+        q, k, v = self.qkv(rms_norm(x, self.norm1, c.eps), turn)
         mixed = jax.lax.cond(full, self.within_slot, self.within_windows, q, k, v, mask)
         x = x + product("TPNH,NHD->TPD", mixed, self.o_kernel[...]) + self.o_bias[...]
         return x + self.feed_forward(rms_norm(x, self.norm2, c.eps))
 
-    def qkv(self, x, angles):
+    def qkv(self, x, turn):
         qkv = product("TPD,DcNH->cTPNH", x, self.qkv_kernel[...]) + self.qkv_bias[...][:, None, None]
-        return rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2]
+        return rotate(qkv[0], turn), rotate(qkv[1], turn), qkv[2]
 
     @staticmethod
     def within_slot(q, k, v, mask):
@@ -64,12 +64,12 @@ class VisionTower(Block):
         Returns:
           "features"[T, M, D_text] in raster order; with `return_layers` also "layers"[L, T, P, D] in patch order.
         """
-        x, mask, angles = self.embed(patches, layout), *self.places(layout)
+        x, mask, turn = self.embed(patches, layout), *self.places(layout)
         full = np.isin(np.arange(self.config.layers), self.config.full_attention_layers)
 
         def step(x, layer_and_kind):
             layer, full = layer_and_kind
-            x = layer(x, angles, mask, full)
+            x = layer(x, turn, mask, full)
             return x, x if return_layers else None
 
         x, layers = jax.lax.scan(step, x, (self.layers, jnp.asarray(full)))
@@ -85,10 +85,11 @@ class VisionTower(Block):
         return units[:, layout.token.reshape(-1)].reshape(x.shape[0], -1, x.shape[-1])
 
     def places(self, layout):
-        """Mask [W, U'] of real patches and rotary angles [W U', H / 2]."""
+        """Mask [W, U'] of real patches, and the rotary `turns` of all places [W U']."""
         c = self.config
         mask = np.repeat(layout.valid, c.merge**2, axis=1)
-        return jnp.asarray(mask), jnp.asarray(vision_angles(layout.rows, layout.cols, c.head_dim, c.rope_theta))
+        angles = vision_angles(layout.rows, layout.cols, c.head_dim, c.rope_theta)
+        return jnp.asarray(mask), turns(jnp.asarray(angles))
 
     def unwindow(self, x, layout):
         """[T, W U', D] -> [T, M, merge^2, D], merged tokens in raster order."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from adapttoken_jax import costs, parameters, passes, pipeline, scan, survivors
+from adapttoken_jax import costs, device_scan, parameters, passes, pipeline, scan, survivors
 from adapttoken_jax.config import SIZES, AdaptTokenConfig, ModelConfig, TextConfig, VisionConfig, read_model_config
 from adapttoken_jax.encoding import VisualTokens, chunk_slots
 from adapttoken_jax.loading import Model
@@ -179,19 +179,27 @@ def visual_tokens(pair: Pair, features: np.ndarray) -> VisualTokens:
     return VisualTokens(features, pair.plan.clip, vision.merge, vision.tokens_per_second, None, seconds)
 
 
-def pass_group(pair: Pair, video: VisualTokens, group: int, questions: int = 1) -> dict[str, np.ndarray]:
-    """Steps 4 to 6 for one group and the first few questions: what `run_prompts` returned."""
-    prompts, slots = pair.prompts[:questions], pair.plan.groups[group]
-    ids = scan.group_position_ids(video, slots, prompts[0], pair.config)
-    context = scan.ContextTokens(video.gather(video.coordinates(slots)), ids)
-    batch = scan.prompt_batch(pair.model, video, [context], prompts, pair.config, len(context.features))
+def wave(pair: Pair) -> list[np.ndarray]:
+    """Slots of the groups that run side by side in one pass, as in `device_scan`."""
+    size = pair.shape.slots_per_group * pair.plan.tokens_per_slot
+    return pair.plan.groups[: device_scan.side_by_side(pair.model, size)]
+
+
+def pass_groups(pair: Pair, video: VisualTokens, questions: int = 1) -> dict[str, np.ndarray]:
+    """Steps 4 to 6 for the first wave of groups and the first few questions: what `run_prompts` returned."""
+    prompts = pair.prompts[:questions]
+    contexts = [scan.group_context(video, slots, prompts, pair.config) for slots in wave(pair)]
+    batch = scan.prompt_batch(pair.model, video, contexts, prompts, pair.config, len(contexts[0].features))
     return jax.device_get(
         passes.run_prompts(pair.model.module, batch, scan.group_spec(pair.model, prompts, pair.config))
     )
 
 
 def prefill(pair: Pair, embeddings: jax.Array, position_ids: np.ndarray):
-    """A plain prefill of one prompt [S, D] with ids int [3, S]: the cache, and logits [V] after the last token."""
+    """A plain prefill of prompts [B, S, D] with ids int [B, 3, S]: the caches, and logits [B, V] after the last token.
+
+    Every layer runs on every row, as engines do it.
+    """
     kernel = scan.group_spec(pair.model, pair.prompts[:1], pair.config).kernel
     return jax.block_until_ready(_prefill(pair.model.module, embeddings, jnp.asarray(position_ids), kernel=kernel))
 
@@ -200,11 +208,10 @@ def prefill(pair: Pair, embeddings: jax.Array, position_ids: np.ndarray):
 @passes.exact
 def _prefill(model: Qwen25VL, embeddings, position_ids, kernel):
     text = model.text
-    valid = jnp.ones((1, embeddings.shape[0]), bool)
-    context, found = text.prefill(
-        embeddings[None], position_ids[None], valid, keep_layer=model.config.text.layers - 1, kernel=kernel
-    )
-    return context, text.logits(found["kept"][0, -1])
+    valid = jnp.ones(embeddings.shape[:2], bool)
+    last = model.config.text.layers - 1
+    context, found = text.prefill(embeddings, position_ids, valid, keep_layer=last, kernel=kernel)
+    return context, text.logits(found["kept"][:, -1])
 
 
 def scan_once(pair: Pair, video: VisualTokens, questions: int = 1) -> list[Run]:
@@ -245,12 +252,12 @@ def agreement(pair: Pair) -> dict:
 
 
 def questions_agree(pair: Pair) -> dict[str, float]:
-    """Largest differences between asking all questions in one pass of the first group and asking each alone."""
+    """Largest differences between asking all questions in one pass of the first groups and asking each alone."""
     video = visual_tokens(pair, encode(pair, np.arange(len(pair.patches))))
-    together = pass_group(pair, video, 0, len(pair.prompts))
+    together = pass_groups(pair, video, len(pair.prompts))
     worst = {"entropy": 0.0, "relevance": 0.0}
     for q, prompt in enumerate(pair.prompts):
-        alone = pass_group(dataclasses.replace(pair, prompts=[prompt]), video, 0)
+        alone = pass_groups(dataclasses.replace(pair, prompts=[prompt]), video)
         for name in worst:
             difference = float(np.max(np.abs(together[name][:, q] - alone[name][:, 0])))
             worst[name] = max(worst[name], difference)
@@ -270,12 +277,20 @@ MORE = "group pass, further questions"
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """The same work on both sides; `theirs` is None where only ours is of interest. `flops` of either side."""
+    """The same work on both sides.
+
+    Attributes:
+      name: of its row.
+      ours, theirs: one call; `theirs` is None where only ours is of interest.
+      flops: of one group, or of what is done once.
+      groups: groups that one call handles; seconds are per group.
+    """
 
     name: str
     ours: Callable[[], object]
     theirs: Callable[[], object] | None
     flops: float
+    groups: int = 1
 
 
 def stages(pair: Pair) -> list[Stage]:
@@ -284,35 +299,34 @@ def stages(pair: Pair) -> list[Stage]:
     features = encode(pair, np.arange(len(pair.patches)))
     video, torch_features = visual_tokens(pair, features), _tensor(features).to(model.device)
     (run,) = scan_once(pair, video)
-    visits = [
-        fast.pass_group(model, inputs, torch_features, slots, config) for slots in map(np.asarray, pair.plan.groups)
-    ]
+    visits = [fast.pass_group(model, inputs, torch_features, slots, config) for slots in pair.plan.groups]
     selection = survivors.select(run)
-    selected = selection.tokens
-    group, grid = pair.plan.groups[0], (pair.shape.slots_per_group, *pair.shape.grid)
-    group_patches = pair.patches[group].reshape(-1, pair.patches.shape[-1])
-    embeddings, ids = group_prompt(pair, torch_features)
-    ours_embeddings = jnp.asarray(embeddings.float().cpu().numpy(), pair.model.dtype)
+    encoded = np.concatenate(wave(pair))
+    patches, grid = pair.patches[encoded].reshape(-1, pair.patches.shape[-1]), (len(encoded), *pair.shape.grid)
+    prompts = [group_prompt(pair, torch_features, slots) for slots in wave(pair)]
+    embeddings = jnp.stack([jnp.asarray(rows.float().cpu().numpy(), pair.model.dtype) for rows, _ in prompts])
+    ids = np.stack([ids for _, ids in prompts])
     found = [
-        Stage(VISION, lambda: encode(pair, group), lambda: fast.encode(model, group_patches, grid, pair.chunk), 0),
-        Stage(GROUP, lambda: pass_group(pair, video, 0),
-              lambda: fast.pass_group(model, inputs, torch_features, group, config), 0),
-        Stage(PREFILL, lambda: prefill(pair, ours_embeddings, ids), lambda: fast.prefill(model, embeddings, ids), 0),
+        Stage(VISION, lambda: encode(pair, encoded), lambda: fast.encode(model, patches, grid, pair.chunk), 0),
+        Stage(GROUP, lambda: pass_groups(pair, video),
+              lambda: [fast.pass_group(model, inputs, torch_features, slots, config) for slots in wave(pair)], 0),
+        Stage(PREFILL, lambda: prefill(pair, embeddings, ids),
+              lambda: [fast.prefill(model, *prompt) for prompt in prompts], 0),
         Stage(SELECT, lambda: survivors.select(run),
               lambda: fast.select(model, inputs, torch_features, visits, config), 0),
         Stage(FINAL, lambda: pipeline.answer_from(run, selection),
-              lambda: fast.final_answer(model, inputs, torch_features, selected, config), 0),
+              lambda: fast.final_answer(model, inputs, torch_features, selection.tokens, config), 0),
         Stage(WHOLE, lambda: answer(pair), lambda: fast.run(model, inputs, config, pair.chunk), 0),
     ]  # fmt: skip
     if len(pair.prompts) > 1:
-        found.append(Stage(MORE, lambda: pass_group(pair, video, 0, len(pair.prompts)), None, 0))
+        found.append(Stage(MORE, lambda: pass_groups(pair, video, len(pair.prompts)), None, 0))
     counted = flops(pair)
-    return [dataclasses.replace(stage, flops=counted[stage.name]) for stage in found]
+    of_groups = {name: len(prompts) for name in (VISION, GROUP, PREFILL, MORE)}
+    return [dataclasses.replace(s, flops=counted[s.name], groups=of_groups.get(s.name, 1)) for s in found]
 
 
-def group_prompt(pair: Pair, features: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-    """The first group's whole prompt on the PyTorch side: embeddings [S, D] and ids int [3, S]."""
-    slots = pair.plan.groups[0]
+def group_prompt(pair: Pair, features: torch.Tensor, slots: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    """A group's whole prompt on the PyTorch side: embeddings [S, D] and ids int [3, S]."""
     embeddings = fast.prompt_embeddings(pair.torch_model, pair.inputs, features[torch.as_tensor(slots)].flatten(0, 1))
     return embeddings, plain.group_position_ids(pair.torch_model, pair.inputs, slots, pair.config)
 
@@ -332,7 +346,8 @@ def flops(pair: Pair) -> dict[str, float]:
         count(prefix + group, suffix, 0),
         count(prefix + shape.budget, suffix, pair.config.max_answer_tokens - 1),
     )
-    return {VISION: vision, GROUP: one, PREFILL: one, SELECT: 0.0, FINAL: final, MORE: one + further,
+    whole = costs.text_flops(shape.model, prefix + group + suffix) + costs.head_flops(shape.model, 1)
+    return {VISION: vision, GROUP: one, PREFILL: whole, SELECT: 0.0, FINAL: final, MORE: one + further,
             WHOLE: shape.groups * (vision + one) + final}  # fmt: skip
 
 
@@ -350,31 +365,34 @@ class Times:
     theirs: list[float]
 
 
-def measure(stages: Sequence[Stage], repetitions: int) -> dict[str, Times]:
+def measure(stages: Sequence[Stage], repetitions: int, least_seconds: float = 0.3) -> dict[str, Times]:
     """Warms every stage up, then runs all of them again and again, the two sides in turn and in changing order.
 
-    Load from outside then falls on both sides alike, which is what makes their ratio robust.
+    Load from outside then falls on both sides alike, which is what makes their ratio robust. Short calls are timed
+    several in a row, for `least_seconds`: the threads of the other side keep a core busy for a while after their work.
     """
-    times = {}
+    times, calls = {}, {}
     for stage in stages:
-        times[stage.name] = Times(_seconds(stage.ours), [], [])
-        if stage.theirs:
-            _seconds(stage.theirs)
+        times[stage.name] = Times(_seconds(stage.ours) / stage.groups, [], [])
+        warm = max(_seconds(call) for call in (stage.theirs, stage.ours) if call)
+        calls[stage.name] = max(1, round(least_seconds / warm))
     for repetition in range(repetitions):
         for stage in stages:
             sides = [(stage.ours, times[stage.name].ours), (stage.theirs, times[stage.name].theirs)]
             for call, seconds in sides if repetition % 2 == 0 else sides[::-1]:
                 if call:
-                    seconds.append(_seconds(call))
+                    seconds.append(_seconds(call, calls[stage.name]) / stage.groups)
     return times
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object], times: int = 1) -> float:
+    """Wall seconds of one call, the mean of several in a row."""
     begin = time.perf_counter()
-    call()
+    for _ in range(times):
+        call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return (time.perf_counter() - begin) / times
 
 
 def summary(stage: Stage, times: Times, peak: float | None) -> dict:

@@ -161,7 +161,7 @@ def final_spec(config: AdaptTokenConfig, kernel: Kernel) -> PassSpec:
 
 def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Program:
     batch = abstract_batch(model, contexts, tokens, work.prefix, work.question, questions)
-    answered = spec.answer_tokens - 1  # the first token needs no further step
+    answered, layers = spec.answer_tokens - 1, model.config.text.layers  # the first token needs no further step
     each = costs.prompt_flops(model.config, work.prefix + tokens, work.question, answered)
     more = costs.text_flops(model.config, work.question, work.prefix + tokens) + costs.head_flops(model.config, 1)
     return Program(
@@ -171,7 +171,7 @@ def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Prog
         flops=contexts * (each + (questions - 1) * more),
         absent="vision",
         trips={"/answer/while": answered},
-        shares={"/question/": 1 / model.config.text.layers},
+        shares={"/question/": 1 / layers, "/context/": (layers - 1) / layers},
         visited={"/context/": 0.5},  # causal
     )
 

@@ -107,7 +107,7 @@ def chunk(model):
     video = encode_video(model, plan_run(model.config, VIDEO, config, "adapttoken").clip)
     prompts = [build_prompt(model.tokenizer, q, o) for q, o in zip(QUESTIONS, CHOICES, strict=True)]
     log = scan.ScanLog.start(video, prompts, config, None)
-    [chunk] = device_scan._chunks(model, video, log.groups, prompts, config)
+    [chunk] = device_scan._chunks(model, video, log.groups, prompts, config, width=1)
     return chunk, scan.group_spec(model, prompts, config)
 
 

@@ -74,9 +74,9 @@ def test_text_angles_follow_their_sections():
 
 def test_rotation_keeps_what_depends_on_distance_alone():
     q, k = random(1, 1, 16), random(1, 1, 16, seed=1)
-    angle = lambda p: rotary.text_angles(jnp.full((3, 1), p), 16, 1e4, (2, 3, 3))
-    products = [float((rotary.rotate(q, angle(p)) * rotary.rotate(k, angle(p + 9))).sum()) for p in (0, 3, 100)]
+    turn = lambda p: rotary.turns(rotary.text_angles(jnp.full((3, 1), p), 16, 1e4, (2, 3, 3)))
+    products = [float((rotary.rotate(q, turn(p)) * rotary.rotate(k, turn(p + 9))).sum()) for p in (0, 3, 100)]
     np.testing.assert_allclose(products, products[0], atol=1e-5)
-    half = rotary.rotate(q.astype(jnp.bfloat16), angle(257))
+    half = rotary.rotate(q.astype(jnp.bfloat16), turn(257))
     assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), rotary.rotate(q, angle(257)), atol=0.02)  # bfloat16's rounding
+    np.testing.assert_allclose(half.astype(jnp.float32), rotary.rotate(q, turn(257)), atol=0.02)  # bfloat16's rounding

@@ -93,7 +93,7 @@ def test_a_group_pass_with_splash_is_the_pass_with_xla(tmp_path):
     video = encode_video(model, plan_run(model.config, random_video(20), config, "adapttoken").clip)
     prompts = [build_prompt(model.tokenizer, "Why?", None), build_prompt(model.tokenizer, "What?", ["this", "that"])]
     log = scan.ScanLog.start(video, prompts, config, None)
-    [chunk] = device_scan._chunks(model, video, log.groups, prompts, config)
+    [chunk] = device_scan._chunks(model, video, log.groups, prompts, config, width=1)
     spec = scan.group_spec(model, prompts, config)
     run = lambda kernel: run_prompts(
         model.module, device_scan._wave_of(chunk.batch, 0), dataclasses.replace(spec, kernel=kernel)

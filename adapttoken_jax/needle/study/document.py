@@ -21,6 +21,7 @@ def evidence_page(study: Mapping[str, Any], figures: Sequence[str]) -> str:
         "torch": _torch_part,
         "layers": _layers_part,
         "choose": _choose_part,
+        "stop": _stop_part,
     }
     for name, make in makers.items():
         if study.get(name):
@@ -114,7 +115,7 @@ def _main_parts(study) -> list[str]:
 
 
 def _settings_text(study) -> str:
-    chosen = study.get("choose", {}).get("settings")
+    chosen = {k: v for step in ("choose", "stop") for k, v in study.get(step, {}).get("settings", {}).items()}
     if not chosen:
         return "the model's preset"
     return ", ".join(f"`{name}={value}`" for name, value in chosen.items())
@@ -453,7 +454,7 @@ Proposed reference layer: {study["layers"]["proposed"]}.
 
 
 def _choose_part(study) -> list[str]:
-    steps = [each for each in study["choose"]["steps"] if "mean" in each]
+    steps = study["choose"]["steps"]
     lines = [
         (
             step["setting"],
@@ -465,7 +466,6 @@ def _choose_part(study) -> list[str]:
         for label, values in step["accuracy"].items()
     ]
     head = ("setting", "value", *(f"{TITLES[task]}, {frames}" for task, frames in steps[0]["cells"]), "mean")
-    stop = study["choose"]["steps"][-1]
     return [
         f"""## How the settings were chosen
 
@@ -474,9 +474,28 @@ from the published \
 values with temperature 0.1. A value replaces an asterisked or earlier one only if its mean is more than half a \
 point higher.
 
-{table(head, lines)}
+{table(head, lines)}"""
+    ]
 
-Stop rule: `{stop["chosen"]}` (rule, `stop_groups`, `stop_entropy`, order): of all rules that lose no more than a \
-point in any of these \
-cells it visits the fewest groups."""
+
+def _stop_part(study) -> list[str]:
+    stop = study["stop"]
+    losses = lambda row: zip(map(_percent, row["loss"]), map(_percent, row["loss_at_most"]), strict=True)
+    lines = [
+        (f"`{name}`" + (" **←**" if name == stop["chosen"] else ""), _percent(row["share"]),
+         *(f"{loss} (at most {most})" for loss, most in losses(row)))
+        for name, row in stop["decided"].items()
+    ]  # fmt: skip
+    questions = stop["cells"][0][2]
+    head = ("rule", "groups visited", *(f"{TITLES[task]}, {frames}" for task, frames, _ in stop["cells"]))
+    return [
+        f"""## How the stop rule was chosen
+
+All {len(stop["tried"])} rules were tried on the validation questions above; those that lost no more than two points \
+and visited the fewest groups were tried again on {questions} questions per cell about other validation videos. Each \
+cell has the points of accuracy lost to the full run, and the upper end of the loss's 95 % interval. Chosen is the \
+rule that visits the fewest groups while that end stays within a point on single needles and two on pairs. A rule's \
+name is its kind, `stop_groups`, `stop_entropy` and the visiting order.
+
+{table(head, lines)}"""
     ]

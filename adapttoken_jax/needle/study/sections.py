@@ -5,6 +5,7 @@ Each function returns plain numbers, ready for JSON. Shares are in 0..1, entropi
 
 import dataclasses
 import math
+import operator
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +27,9 @@ STOP_ENTROPIES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 _BINS = np.linspace(0.0, 1.6, 41)
 # A setting replaces the one before it in the list only if it is right this much more often.
 _WORTH = 0.005
+# Stop rules that are tried on many questions, and what each task may lose to the full run.
+_SHORT_LIST = 6
+_MOST_LOSS = {"single": 0.01, "pair": 0.02}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Size:
       detail_frames: lengths at which settings are varied one at a time.
       scan_questions: questions for settings that need scans of their own.
       choice_questions: questions per cell where settings are chosen.
+      stop_questions: questions per cell where the stop rule is chosen, among the few that `choice_questions` leave.
       hard_frames: length of the videos of other difficulties.
       timed_videos: videos answered one by one with a clock.
       torch_questions: questions answered by PyTorch too.
@@ -52,6 +57,7 @@ class Size:
     detail_frames: tuple[int, ...] = (256, 1024)
     scan_questions: int = 200
     choice_questions: int = 160
+    stop_questions: int = 1200
     hard_frames: int = 1024
     timed_videos: int = 8
     torch_questions: int = 200
@@ -60,6 +66,16 @@ class Size:
         """A cell of this study."""
         cell = Cell(task, frames, questions or self.questions, self.seed, self.split, self.difficulty, self.per_video)
         return dataclasses.replace(cell, **changes)
+
+    def choice_cell(self, task: str, frames: int) -> Cell:
+        """A cell of validation questions, where settings are chosen."""
+        return self.cell(task, frames, self.choice_questions, split="validation", seed=0)
+
+    @property
+    def choice_places(self) -> list[tuple[str, int]]:
+        """Task and length of the cells where settings are chosen."""
+        lengths = [f for f in self.frames if f in self.detail_frames] or [self.frames[0]]
+        return [(task, frames) for task in self.tasks for frames in lengths]
 
 
 def paper_settings(config: AdaptTokenConfig) -> AdaptTokenConfig:
@@ -274,10 +290,7 @@ def choose(lab: Lab, size: Size, config: AdaptTokenConfig) -> dict[str, Any]:
     """
     current = dataclasses.replace(paper_settings(config), temperature=0.1)
     steps: list[dict] = []
-    lengths = [f for f in size.frames if f in size.detail_frames] or [size.frames[0]]
-    cells = [
-        size.cell(task, f, size.choice_questions, split="validation", seed=0) for task in size.tasks for f in lengths
-    ]
+    cells = [size.choice_cell(task, frames) for task, frames in size.choice_places]
     variants = [*scanned(lab.model.config.text.layers), *_temperature_candidates(), *REPLAYED]
     for name in (
         "reference layer",
@@ -292,7 +305,6 @@ def choose(lab: Lab, size: Size, config: AdaptTokenConfig) -> dict[str, Any]:
         "attention debias",
     ):
         current = _step(lab, cells, [each for each in variants if each[0] == name], current, steps)
-    current = _choose_stop(lab, cells, current, steps)
     default = paper_settings(config)
     names = [f.name for f in dataclasses.fields(current) if f.name not in MODEL_FIELDS]
     settings = {n: getattr(current, n) for n in names if getattr(current, n) != getattr(default, n)}
@@ -339,19 +351,44 @@ def preferred(mean: Mapping[str, float]) -> str:
     return best
 
 
-def _choose_stop(lab, cells, current, steps) -> AdaptTokenConfig:
-    """The stop rule that visits the fewest groups while no cell loses more than a point to the full run."""
-    arms = {"full": Arm("adapttoken", current)} | lite_arms(current)
-    results = [lab.measure(cell, arms, "choose: stop rule", keep=True) for cell in cells]
+def choose_stop(lab: Lab, size: Size, config: AdaptTokenConfig) -> dict[str, Any]:
+    """Settles Lite's stop rule on validation videos. A rule is safe if its loss to the full run stays below a point on
+    singles and two on pairs in every cell, the 95 % interval of the loss included; the safe rule that visits the fewest
+    groups is chosen. Few questions make a short list, many more, about other videos, decide among it.
+
+    Returns:
+      "settings": the rule's fields, empty where no rule is safe; "tried": every rule on the few questions; "decided":
+      the short list on the many; "cells".
+    """
+    arms = {"full": Arm("adapttoken", config)} | lite_arms(config)
+    few = [size.choice_cell(task, frames) for task, frames in size.choice_places]
+    many = [dataclasses.replace(cell, questions=size.stop_questions, seed=1) for cell in few]
+    tried = _stop_table(lab, few, arms)
+    short = sorted((n for n in tried if max(tried[n]["loss"]) <= 0.02), key=lambda n: tried[n]["share"])[:_SHORT_LIST]
+    decided = _stop_table(lab, many, {name: arms[name] for name in ("full", *short)})
+    limits = [_MOST_LOSS[cell.task] for cell in many]
+    safe = [n for n in short if all(map(operator.le, decided[n]["loss_at_most"], limits))]
+    best = min(safe, key=lambda name: decided[name]["share"], default="full")
+    fields = ("group_order", "stop_rule", "stop_groups", "stop_entropy")
+    settings = {} if best == "full" else {name: getattr(arms[best].config, name) for name in fields}
+    return {"settings": settings, "chosen": best, "cells": [[c.task, c.frames, c.questions] for c in many],
+            "tried": tried, "decided": decided}  # fmt: skip
+
+
+def _stop_table(lab, cells, arms) -> dict[str, dict]:
+    """Per stop rule and cell: accuracy lost to the full run, the upper end of its 95 % interval, groups visited."""
+    results = [lab.measure(cell, arms, "choose: stop rule") for cell in cells]
     table = {}
-    for name in arms:
-        loss = [float(r.values("full", "right").mean() - r.values(name, "right").mean()) for r in results]
-        share = [float(r.values(name, "visited").mean()) for r in results]
-        table[name] = {"largest_loss": max(loss), "share": float(np.mean(share)), "loss": loss, "shares": share}
-    safe = [name for name in arms if table[name]["largest_loss"] <= 0.01]
-    best = min(safe, key=lambda name: table[name]["share"])
-    steps.append({"setting": "stop rule", "chosen": best, "cells": [[c.task, c.frames] for c in cells], "table": table})
-    return current if best == "full" else arms[best].config
+    for name in (name for name in arms if name != "full"):
+        found = [against(result, name, "full") for result in results]
+        shares = [each["groups_visited_share"] for each in found]
+        table[name] = {
+            "loss": [-each["gain"] for each in found],
+            "loss_at_most": [each["half_width"] - each["gain"] for each in found],
+            "shares": shares,
+            "share": float(np.mean(shares)),
+        }
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
