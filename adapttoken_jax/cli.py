@@ -6,9 +6,9 @@ Design decisions:
 - Every field of `AdaptTokenConfig` is a flag whose default is "not given", so that only what the user writes wins over
   the model's preset.
 - Exit codes: 0 success, 1 `compare` found a difference or `plan` that it does not fit, 2 the user's mistake (one line
-  on stderr), 3 a fault of this program, 130 interrupted, 141 nobody reads stdout, 143 terminated. A traceback only
-  with `--debug`.
-- stdout carries the answer, everything else goes to stderr.
+  on stderr), 3 a fault of this program, 4 another process of the run was lost, 130 interrupted, 141 nobody reads
+  stdout, 143 terminated. A traceback only with `--debug`.
+- stdout carries the answer, everything else goes to stderr. Of several processes the first one writes.
 - Nothing heavy is imported before a command runs: help must not wait for JAX.
 """
 
@@ -32,6 +32,7 @@ from typing import Any
 from absl import flags
 
 from adapttoken_jax import config as configs
+from adapttoken_jax import hosts
 from adapttoken_jax.errors import UserError
 
 OK, DIFFERENT, USAGE, INTERNAL, INTERRUPTED, CLOSED_PIPE, TERMINATED = 0, 1, 2, 3, 130, 141, 143
@@ -204,6 +205,30 @@ _VIDEO = Flag("video", str, "video file", "Input", "FILE", required=True)
 _QUESTION = Flag("question", str, "what to ask about the video", "Input", "TEXT", required=True)
 _OPTION = Flag("option", list, "an answer to choose from, without its letter; repeat the flag", "Input", "TEXT")
 
+
+def _process_flags(together: str) -> tuple[Flag, ...]:
+    """The flags of a command that several processes can run together; `together` says how they share the work."""
+    return (
+        Flag("distributed", bool, f"start jax.distributed; {together}", "Devices"),
+        Flag(
+            "process",
+            str,
+            "which process this is, where no cluster says so; the first one listens at HOST:PORT",
+            "Devices",
+            "INDEX/COUNT@HOST:PORT",
+        ),
+        Flag(
+            "lost_after",
+            int,
+            "a process that has shown no sign of life for so long is lost, and the others end",
+            "Devices",
+            "SECONDS",
+            hosts.LOST_AFTER,
+            low=5,
+        ),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # answer
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +256,14 @@ _ANSWER_FLAGS = (
     Flag("json", str, "write result.json here; - writes it to stdout instead of the answer", "Output", "FILE"),
     Flag("report", str, "write a page with the answer and the moments it rests on, as .html", "Output", "FILE"),
     Flag("trace", str, "write every array needed to recompute the run, as .npz", "Output", "FILE"),
-    Flag("mesh", str, "devices that hold groups and layers, as data=4,model=2", "Devices", "SIZES"),
+    Flag(
+        "mesh",
+        str,
+        "devices that hold groups and layers, as data=4,model=2",
+        "Devices",
+        "SIZES",
+        shown_default="one device of one process; groups on all devices of several",
+    ),
     Flag(
         "dtype",
         str,
@@ -241,6 +273,7 @@ _ANSWER_FLAGS = (
         choices=("float32", "bfloat16", "float16"),
         shown_default="float32 on a CPU, elsewhere the checkpoint's own",
     ),
+    *_process_flags("--mesh lies over the devices of all processes"),
     *setting_flags(),
     _DEBUG,
 )
@@ -249,7 +282,8 @@ _ANSWER_FLAGS = (
 def _answer(values: flags.FlagValues) -> int:
     """`adapttoken answer`. What can be wrong is checked before weights are loaded."""
     method = _method(values)
-    _check_outputs(values, ("json", "report", "trace"))
+    if hosts.leads():
+        _check_outputs(values, ("json", "report", "trace"))
     if values.question is None and not values.dry_run:
         raise UserError("--question is required: what to ask about the video")
     from adapttoken_jax import pipeline
@@ -258,10 +292,11 @@ def _answer(values: flags.FlagValues) -> int:
     certificate = _certificate(values, method, settings)
     plan = pipeline.dry_run(values.model, values.video, settings, method, values.question, values.option)
     if values.dry_run:
-        return _show_plan(values, plan)
+        return _show_plan(values, plan) if hosts.leads() else OK
     result = _run(values, method, settings, certificate)
-    _write_outputs(values, result)
-    _print_answer(result, as_json=values.json == "-")
+    if hosts.leads():
+        _write_outputs(values, result)
+        _print_answer(result, as_json=values.json == "-")
     return OK
 
 
@@ -305,9 +340,9 @@ def _run(values: flags.FlagValues, method: str, settings: Mapping[str, Any], cer
     import adapttoken_jax as at
     from adapttoken_jax.progress import Progress
 
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and hosts.leads():
         print(f"loading {values.model}", file=sys.stderr, flush=True)
-    model = at.load(values.model, mesh=values.mesh, dtype=values.dtype)
+    model = at.load(values.model, mesh=values.mesh or hosts.default_mesh(), dtype=values.dtype)
     config = at.AdaptTokenConfig.for_model(model.config, **settings)
     if certificate is not None:
         from adapttoken_jax.calibration import model_fingerprint
@@ -326,7 +361,7 @@ def _run(values: flags.FlagValues, method: str, settings: Mapping[str, Any], cer
             abstain_above=values.abstain_above,
             deadline=values.deadline,
             feature_cache=values.feature_cache,
-            on_progress=progress,
+            on_progress=progress if hosts.leads() else None,
         )
 
 
@@ -519,9 +554,9 @@ _EVALUATE_FLAGS = (
     Flag("strict", bool, "stop at a missing file or a video that cannot be read", "Run"),
     Flag("resume", bool, "go on with a run that the directory holds", "Run", default=True, shown_default="true"),
     Flag("shard", str, "answer part INDEX of COUNT, as 0/4; parts share the work directory", "Run", "INDEX/COUNT"),
-    Flag("distributed", bool, "start jax.distributed; each process answers its part", "Run"),
-    _MESH,
+    dataclasses.replace(_MESH, shown_default="one device"),
     _DTYPE,
+    *_process_flags("each process answers its part on its own devices"),
     *setting_flags(),
     _DEBUG,
 )
@@ -568,15 +603,15 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         with _terminable():
             status = _main(argv, commands)
             sys.stdout.flush()
-            return status
     except BrokenPipeError:
         # Python flushes stdout once more at exit; give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
+        status = CLOSED_PIPE
     except KeyboardInterrupt as error:
         word, status = ("terminated", TERMINATED) if isinstance(error, _Terminated) else ("interrupted", INTERRUPTED)
         trace = traceback.format_exc() if "--debug" in argv else ""
-        return _fail(" ".join([PROGRAM, *argv[:1]]), word, trace, status)
+        _fail(" ".join([PROGRAM, *argv[:1]]), word, trace)
+    return hosts.leave(status)
 
 
 def _main(argv: Sequence[str], commands: Sequence[Command]) -> int:
@@ -611,6 +646,7 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
             return OK
         _check_required(command, values)
         _keep_compilations()
+        _join(name, values)
         return command.run(values)
     except UserError as error:
         return _fail(name, str(error), traceback.format_exc() if debug else "")
@@ -620,10 +656,18 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(name, f"{place}{error.strerror or error}", traceback.format_exc() if debug else "")
     except Exception as error:
+        if hosts.lost(error) and not debug:
+            hosts.end(name)
         first_line = str(error).strip().partition("\n")[0]
         message = f"internal error: {type(error).__name__}: {first_line}"
         hint = "" if debug else " (run again with --debug for a traceback)"
         return _fail(name, message + hint, traceback.format_exc() if debug else "", status=INTERNAL)
+
+
+def _join(name: str, values: flags.FlagValues) -> None:
+    """Joins the other processes of the run, if the flags say that there are any."""
+    if "distributed" in values and (values.distributed or values.process):
+        hosts.start(name, values.process, values.lost_after, values.debug)
 
 
 class _Terminated(KeyboardInterrupt):

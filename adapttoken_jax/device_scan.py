@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adapttoken_jax import sharding
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import Progress, VisualTokens
 from adapttoken_jax.loading import Model
@@ -113,7 +114,8 @@ def visit_groups(
 def _run(model, chunk, rule, state, first, last, prompts, config) -> LoopState:
     """Starts the loop on the waves `first` <= wave < `last` of a chunk; returns before it has ended."""
     spec, span = group_spec(model, prompts, config), np.asarray([first, last], np.int32)
-    return run_waves(model.module, chunk.batch, chunk.real, span, rule, state, spec, config.bottom_fraction)
+    loop = run_waves(model.module, chunk.batch, chunk.real, span, rule, state, spec, config.bottom_fraction)
+    return sharding.everywhere(loop, model.mesh)
 
 
 def _collect(running: LoopState, chunk: Chunk, first: int, log: ScanLog, config) -> tuple[int, StopState]:

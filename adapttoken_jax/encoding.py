@@ -7,6 +7,7 @@ Design decisions:
 - Decoding and resizing run ahead in threads, by a bounded number of images. The vision tower is called in the thread
   that asks, one chunk ahead of the device: the order of computations on the devices, on which the hosts of a pod must
   agree, then does not depend on how fast files are read.
+- On a mesh of several processes each decodes the slots that its own devices encode; the features are gathered on all.
 - Every call of the vision tower has the same shape: it is compiled once, and the order does not change a bit.
 """
 
@@ -142,6 +143,9 @@ class SlotEncoder:
         # One size whatever the order: another one rounds differently in the last bit.
         self._size = chunk_slots(model, clip)
         self.features = np.empty((slots, height * width // vision.merge**2, vision.out_width), model.dtype)
+        # What is kept or was read already is whole on every process.
+        whole = keep_patches or chunks is not None
+        self._own = np.ones(self._size, bool) if whole else sharding.own_rows(model.mesh, self._size)
         self._entry = entry
         self._there = entry.read(self.features) if entry else np.zeros(slots, bool)
         self._started = self._there.copy()
@@ -173,14 +177,19 @@ class SlotEncoder:
         self.seconds["waiting"] += time.perf_counter() - begin
 
     def _read(self, order: Sequence[Part]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (slots, float32 [n, h w, 1176] patches), no more than a call of the vision tower takes."""
+        """Yields (slots, float32 [n, h w, 1176] patches), no more than a call of the vision tower takes.
+
+        The patches are those of the slots that this process's devices encode.
+        """
         for part in order:
             slots, busy = part.slots[~self._there[part.slots]], self.seconds["decode"]
-            with SlotImages(self._clip, slots, part.ahead) as reader:
+            own = self._own[np.arange(len(slots)) % self._size]
+            with SlotImages(self._clip, slots[own], part.ahead) as reader:
                 for start in range(0, len(slots), self._size):
-                    patches = patch_rows(reader.take_slots(self._size), self._clip.vision)
+                    chunk = slice(start, start + self._size)
+                    patches = patch_rows(reader.take_slots(int(own[chunk].sum())), self._clip.vision)
                     self.seconds["decode"] = busy + reader.busy_s
-                    yield slots[start : start + self._size], patches
+                    yield slots[chunk], patches
 
     def _start(self, slots: np.ndarray, patches: np.ndarray) -> tuple[np.ndarray, jax.Array]:
         """Hands a chunk to the device, padded to the one shape that is compiled."""
@@ -188,9 +197,10 @@ class SlotEncoder:
         if self._keep:
             self.patches.append(patches)
         padded = np.zeros((self._size, *patches.shape[1:]), np.float32)
-        padded[: len(slots)] = patches
+        padded[np.flatnonzero(self._own[: len(slots)])] = patches
         self._started[slots] = True
-        return slots, encode_slots(self._model.module, _place(self._model, padded), height, width)
+        encoded = encode_slots(self._model.module, _place(self._model, padded), height, width)
+        return slots, sharding.everywhere(encoded, self._model.mesh)
 
     def _collect(self, slots: np.ndarray, encoded: jax.Array) -> None:
         self.features[slots] = np.asarray(encoded)[: len(slots)]
@@ -238,7 +248,7 @@ def chunk_slots(model: Model, clip: Clip) -> int:
 
 
 def _place(model: Model, array: np.ndarray):
-    return array if model.mesh is None else jax.device_put(array, sharding.batch_sharding(model.mesh))
+    return array if model.mesh is None else sharding.place(array, sharding.batch_sharding(model.mesh))
 
 
 def _timed(iterator: Iterable, seconds: dict[str, float], stage: str) -> Iterator:

@@ -26,6 +26,7 @@ from adapttoken_jax.record import make_result, make_trace
 from adapttoken_jax.run import Outcome, Plan, Run, Selected
 from adapttoken_jax.scan import ContextTokens, Stopping, Visit, agreed_answer, blind_replies, final_reply
 from adapttoken_jax.selection import StopRule, coverage_count, group_slots, visiting_order
+from adapttoken_jax.sharding import agreed
 from adapttoken_jax.streaming import Part, one_pass, reading_order
 from adapttoken_jax.survivors import select
 from adapttoken_jax.video import plan_clip, probe
@@ -130,7 +131,8 @@ def answer(
     if loop not in LOOPS:
         raise UserError(f"loop={loop}: choose one of {', '.join(LOOPS)}")
     plan = plan_run(model.config, video, config, method)
-    time_is_up = None if deadline is None else (lambda: time.perf_counter() - begin >= deadline)
+    late = lambda: time.perf_counter() - begin >= deadline
+    time_is_up = None if deadline is None else (lambda: agreed(late(), model.mesh))
     order = slot_order(model, plan, config, method, deadline)
     with _open_tokens(model, plan, order, trace, feature_cache, on_progress) as tokens:
         runs = scan_video(model, plan, tokens, prompts, config, method, time_is_up, on_progress, loop)

@@ -173,7 +173,7 @@ def visit_groups(
         # A short wave repeats its last group, so that every wave has the same shape.
         contexts += [contexts[-1]] * (model.wave - len(contexts))
         batch = prompt_batch(model, video, contexts, prompts, config, config.slots_per_group * video.per_slot)
-        out = jax.device_get(run_prompts(model.module, batch, group_spec(model, prompts, config)))
+        out = run_and_read(model, batch, group_spec(model, prompts, config))
         for b, g in enumerate(wave):
             log.add(read_visits(out, b, int(g), log.groups[g], len(contexts[b].features), config))
         log.after_wave(time_is_up, on_progress)
@@ -304,8 +304,8 @@ def prompt_batch(model, video, contexts, prompts, config, size=None, limit=None,
         whole_waves = waves is not None or len(contexts) == model.wave
         everywhere = sharding.replicated(model.mesh)
         over_data = sharding.batch_sharding(model.mesh, axis=0 if waves is None else 1)
-        split = jax.device_put(split, over_data if whole_waves else everywhere)
-        shared = jax.device_put(shared, everywhere)
+        split = sharding.place(split, over_data if whole_waves else everywhere)
+        shared = sharding.place(shared, everywhere)
     return PromptBatch(**split, **shared)
 
 
@@ -348,7 +348,7 @@ def blind_replies(model, video, prompts, config) -> list[Reply]:
     nothing = ContextTokens(np.zeros((0, video.features.shape[-1]), video.features.dtype), np.zeros((3, 0), np.int32))
     batch = prompt_batch(model, video, [nothing], prompts, config)
     spec = answer_spec(model, max(_group_limit(p, config) for p in prompts), config)
-    out = jax.device_get(run_prompts(model.module, batch, spec))
+    out = run_and_read(model, batch, spec)
     return [reply(out, 0, q, config) for q in range(len(prompts))]
 
 
@@ -360,4 +360,9 @@ def final_reply(model, video, context, prompt, config, room: int = 0) -> Reply:
         answer_spec(model, config.max_answer_tokens, config),
         sampling=Sampling(config.sampling_temperature, config.top_p),
     )
-    return reply(jax.device_get(run_prompts(model.module, batch, spec)), 0, 0, config)
+    return reply(run_and_read(model, batch, spec), 0, 0, config)
+
+
+def run_and_read(model: Model, batch: PromptBatch, spec: PassSpec) -> dict[str, np.ndarray]:
+    """What `run_prompts` returns, on the host."""
+    return jax.device_get(sharding.everywhere(run_prompts(model.module, batch, spec), model.mesh))

@@ -5,8 +5,11 @@ feed-forward blocks by F, embedding and head by V. Weights are replicated over `
 """
 
 import dataclasses
+import functools
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -45,15 +48,19 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices=None) -> Mesh:
-    """A (data, model) mesh over the first data x model devices.
+    """A (data, model) mesh over the first data x model devices, by default those of all processes.
 
     Raises:
-      UserError: more devices asked for than there are.
+      UserError: more devices asked for than there are, or some left over where the processes of a run share them.
     """
+    shared = devices is None and jax.process_count() > 1
     devices = jax.devices() if devices is None else devices
-    need = shape.data * shape.model
+    need, asked = shape.data * shape.model, f"--mesh=data={shape.data},model={shape.model}"
     if need > len(devices):
-        raise UserError(f"--mesh=data={shape.data},model={shape.model}: needs {need} devices, {len(devices)} available")
+        raise UserError(f"{asked}: needs {need} devices, {len(devices)} available")
+    if shared and need < len(devices):
+        owners = f"{jax.process_count()} processes"
+        raise UserError(f"{asked}: takes {need} of the {len(devices)} devices of {owners}; their product must be all")
     # An axis of the mesh need not be a whole axis of a TPU's torus: data=2,model=8 on 4x4 splits one of its axes.
     places = create_device_mesh((shape.data, shape.model), devices[:need], allow_split_physical_axes=True)
     return Mesh(places, AXES, (AxisType.Auto,) * 2)
@@ -91,3 +98,49 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays of a mesh that spans several processes; on any other mesh these are what JAX does by itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def place(tree, where: NamedSharding):
+    """Host arrays, the same on every process, as device arrays. A process hands over only what its devices hold."""
+    if where.is_fully_addressable:
+        return jax.device_put(tree, where)
+    return jax.tree.map(lambda array: _place(array, where), tree)
+
+
+def _place(array, where: NamedSharding) -> jax.Array:
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_place(jax.random.key_data(array), where))
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+
+
+def own_rows(mesh: Mesh | None, rows: int) -> np.ndarray:
+    """Which of `rows` entries split by `batch_sharding` lie on devices of this process: bool[rows]."""
+    own = np.zeros(rows, bool)
+    if mesh is None or not mesh.is_multi_process:
+        return ~own
+    for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
+        own[index] = True
+    return own
+
+
+def everywhere(tree, mesh: Mesh | None):
+    """Device arrays as every process can read them: whole, on each of its devices."""
+    return tree if mesh is None or not mesh.is_multi_process else _gather(mesh)(tree)
+
+
+@functools.lru_cache
+def _gather(mesh: Mesh):
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+def agreed(flag: bool, mesh: Mesh | None) -> bool:
+    """What process 0 says, on every process of the mesh."""
+    if mesh is None or not mesh.is_multi_process:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(flag)))

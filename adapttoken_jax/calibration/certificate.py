@@ -94,10 +94,13 @@ def model_fingerprint(model) -> str:
     """
     import jax
 
+    from adapttoken_jax import sharding
+
     digest = hashlib.sha256(f"{model.config} {model.dtype.name} {model.tokenizer.eos}".encode())
     digest.update(model.tokenizer.tokenizer.to_str().encode())
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model.module)}
-    samples = jax.device_get(jax.jit(lambda leaves: jax.tree.map(_sample, leaves))(leaves))
+    samples = jax.jit(lambda leaves: jax.tree.map(_sample, leaves))(leaves)
+    samples = jax.device_get(sharding.everywhere(samples, model.mesh))
     for path in sorted(leaves):
         digest.update(f"{path} {leaves[path].shape}".encode() + samples[path].astype(np.float32).tobytes())
     return digest.hexdigest()

@@ -36,7 +36,6 @@ class Evaluation:
       settings: the fields of `AdaptTokenConfig` that the user gave.
       prompt: None is the benchmark's default.
       shard: "0/4"; None is the whole, or with several JAX processes this one's part.
-      distributed: start `jax.distributed` as the cluster's variables say.
       replay: directory of a run whose selections are answered again; None to select.
     """
 
@@ -52,7 +51,6 @@ class Evaluation:
     strict: bool = False
     resume: bool = True
     shard: str | None = None
-    distributed: bool = False
     replay: str | None = None
     mesh: str | None = None
     dtype: str | None = None
@@ -129,8 +127,6 @@ def evaluate(asked: Evaluation) -> dict[str, Any] | None:
 
 def this_part(asked: Evaluation) -> Shard:
     """The shard of this process: as asked for, else by its number among the JAX processes."""
-    if asked.distributed:
-        jax.distributed.initialize()
     if asked.shard:
         return Shard.parse(asked.shard)
     return Shard(jax.process_index(), jax.process_count())

@@ -1,0 +1,136 @@
+"""The processes of one run, usually one per host: how they start, which one writes, and how they end.
+
+Design decisions:
+- Every process runs the same program and takes the same decisions: what it reads back from the devices it reads whole
+  (`sharding.everywhere`), and process 0's clock counts (`sharding.agreed`). A process hands the devices its own part of
+  an array only (`sharding.place`), so it decodes its share of the video and reads its share of the weights.
+- Process 0 alone prints the answer and writes files.
+- Nobody waits for a process that is lost. JAX notices it, by silence or by a collective that fails, and where no Python
+  runs it ends the process by abort(); both become one line and the status `LOST`.
+- A process that fails waits a moment for others that may be failing alike, then leaves, and the others lose it.
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import sys
+import threading
+
+from adapttoken_jax.errors import UserError
+
+LOST = 4  # exit status of a process that was left alone
+LOST_AFTER = 60  # seconds without a sign of life
+
+_MOMENT = 5.0  # seconds in which processes that fail alike find each other
+_PATIENCE = 7 * 24 * 3600  # seconds that a process waits at its end for others that are still at work
+
+# What collectives say when a peer's connection breaks: gloo on CPUs, NCCL on GPUs, the coordination service.
+_BROKEN = re.compile(r"gloo|nccl|coordination service|connection (closed|reset)", re.IGNORECASE)
+
+_index = 0
+_together = False
+_handlers = []  # C keeps a bare pointer to them
+_ending = threading.Lock()
+
+
+def start(program: str, process: str | None = None, lost_after: int = LOST_AFTER, debug: bool = False) -> None:
+    """Joins the other processes of the run; call it before anything else of JAX.
+
+    Args:
+      program: begins the line on stderr by which a process ends that was left alone.
+      process: "INDEX/COUNT@HOST:PORT", where process 0 listens; None: as the cluster says (a TPU pod, SLURM, Open MPI).
+      lost_after: seconds without a sign of life after which a process counts as lost.
+      debug: let the runtime print what it has to say.
+
+    Raises:
+      UserError: nothing says which process this is, or the others cannot be reached.
+    """
+    global _index, _together
+    known = _parse(process) if process else {}
+    if not debug:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "4")  # else a page of C++ frames precedes the one line
+    import jax  # after the variable above, and the help need not wait for it
+
+    _keep_stdout()
+    _on_abort(lambda: end(program))
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
+    try:
+        jax.distributed.initialize(
+            **known, heartbeat_timeout_seconds=lost_after, shutdown_timeout_seconds=_PATIENCE
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--distributed: {reason} Say where it is: --process=INDEX/COUNT@HOST:PORT") from None
+    _index, _together = jax.process_index(), True
+
+
+def _parse(process: str) -> dict:
+    found = re.fullmatch(r"(\d+)/(\d+)@(.+:\d+)", process)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(f"--process={process}: write INDEX/COUNT@HOST:PORT, as 0/2@10.0.0.1:8476; INDEX counts from 0")
+    return {"coordinator_address": found[3], "num_processes": int(found[2]), "process_id": int(found[1])}
+
+
+def _keep_stdout() -> None:
+    """Gloo greets its peers on the stdout that carries the answer; from here on only Python writes there."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+
+def _on_abort(then) -> None:
+    """Calls `then` where the runtime aborts, which it does in a thread of its own: Python's handlers would not run."""
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    _handlers.append(kind(lambda _: then()))
+    install = ctypes.CDLL(None).signal
+    install.argtypes, install.restype = (ctypes.c_int, kind), ctypes.c_void_p
+    install(signal.SIGABRT, _handlers[-1])
+
+
+def leads() -> bool:
+    """Whether this process prints and writes."""
+    return _index == 0
+
+
+def default_mesh() -> str | None:
+    """The mesh of a run of several processes: every device has a group of its own. None in a run of one."""
+    if not _together:
+        return None
+    import jax
+
+    return f"data={jax.device_count()}"
+
+
+def lost(error: Exception) -> bool:
+    """Whether an error means that another process is gone."""
+    return _together and bool(_BROKEN.search(str(error)))
+
+
+def end(program: str) -> None:
+    """Ends this process, which another one has left alone, with one line on stderr and the status `LOST`."""
+    _ending.acquire()  # both ways of noticing may come here; the first one prints, and is never done
+    line = f"{program}: another process of this run was lost; start all of them again (--debug shows more)\n"
+    os.write(2, line.encode())
+    os._exit(LOST)
+
+
+def leave(status: int) -> int:
+    """Ends this process's part in the run: one that succeeded waits for the others, one that failed does not.
+
+    Returns:
+      `status`, the exit status.
+    """
+    if not _together:
+        return status
+    import jax
+
+    farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    farewell.start()
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the wait
+        farewell.join(None if status == 0 else _MOMENT)
+    if farewell.is_alive():
+        sys.stderr.flush()
+        os._exit(status)
+    return status

@@ -1,0 +1,201 @@
+"""Several processes as one: real ones on this machine, which talk through JAX's collectives on CPUs (gloo)."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from adapttoken_jax import cli, hosts
+from adapttoken_jax.config import read_model_config
+from adapttoken_jax.result import TRACE_ARRAYS
+from adapttoken_jax.video import plan_clip, probe, read_patches
+from tests import hosts_run, media, tiny
+from tests.evaluation import bench
+
+# Programs that span processes are compiled by each and found in the cache by the first alone.
+_CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_SECONDS = 240
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a process ended: exit status, stdout and stderr."""
+
+    status: int
+    out: str
+    err: str
+
+
+def start(count: int, words, directory: pathlib.Path, devices: int = 1) -> list[subprocess.Popen]:
+    """Starts `count` processes, each with the words that `words` gives for its "INDEX/COUNT@HOST:PORT"."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": f"{_CHEAP} --xla_force_host_platform_device_count={devices}"}
+    environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # JAX has set it for this process
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", *map(str, words(f"{index}/{count}@{address}"))],
+            stdout=open(directory / f"out-{index}", "wb"),
+            stderr=open(directory / f"err-{index}", "wb"),
+            env=environment,
+        )
+        for index in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], directory: pathlib.Path) -> list[Ended]:
+    """Waits for all of them; those that do not end in time are killed, with an error."""
+    try:
+        until = time.monotonic() + _SECONDS
+        statuses = [each.wait(max(1, until - time.monotonic())) for each in processes]
+    finally:
+        for each in processes:
+            each.kill()
+    read = lambda name, index: (directory / f"{name}-{index}").read_text()
+    # Gloo greets its peers on a stream that we have moved to stderr.
+    heard = lambda text: "".join(line for line in text.splitlines(True) if not line.startswith("[Gloo]"))
+    return [Ended(status, read("out", i), heard(read("err", i))) for i, status in enumerate(statuses)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A directory with a model, a clip and a benchmark."""
+    directory = tmp_path_factory.mktemp("hosts")
+    tiny.write_checkpoint(directory / "model", tiny.SHAPES["base"])
+    media.write(directory / "clip.mp4", 60)
+    bench.write_lvbench(directory / "lvbench", videos=3)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def alone(files):
+    return hosts_run.answers(files, None, hosts_run.CASES)
+
+
+@pytest.mark.parametrize(("count", "devices", "share"), [(2, 2, 1.0), (4, 1, 0.6)])
+def test_processes_on_one_mesh_equal_one_process(files, alone, count, devices, share):
+    """Two processes that hold a group each, and four of which two share a group and split the layers."""
+    cases = list(hosts_run.CASES) if count == 2 else ["full", "lite"]
+    words = lambda process: ["tests.hosts_run", process, files, "data=2,model=2", *cases]
+    for ended in finish(start(count, words, files, devices), files):
+        assert (ended.status, ended.out) == (0, ""), ended.err
+    found = [json.loads((files / f"result-{index}.json").read_text()) for index in range(count)]
+    for own in found:
+        assert own["fingerprint"] == alone["fingerprint"]
+        for case in set(cases) - {"no time"}:
+            for ours, theirs in zip(own[case], alone[case], strict=True):
+                assert_same(ours, theirs)
+        # One wave, whose end process 0 has seen.
+        assert all(one["stop"]["groups_visited"] == 2 for one in own.get("no time", ()))
+    slots = alone["full"][0]["video"]["slots"]
+    assert alone["lite"][0]["stop"]["early"] and alone["lite"][0]["stop"]["groups_visited"] == 2
+    # Half of the slots in every case, also where two processes hold the same group; all of them in the full one.
+    assert all(slots <= 2 * own["slots"] <= 1.1 * slots * len(cases) for own in found)
+    total = sum(file.stat().st_size for file in (files / "model").glob("*.safetensors"))
+    assert all(own["bytes"] <= share * total for own in found)
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    """The same answer from the same tokens; entropies within the rounding of sums in another order."""
+    for key in ("answer", "option", "selected", "stop"):
+        assert ours[key] == theirs[key], key
+    assert ours["entropy"] == pytest.approx(theirs["entropy"], abs=1e-5)
+    for own, other in zip(ours["groups"], theirs["groups"], strict=True):
+        assert (own["visited"], own["budget"], own["answer"]) == (other["visited"], other["budget"], other["answer"])
+        assert own["entropy"] == (other["entropy"] and pytest.approx(other["entropy"], abs=1e-5))
+
+
+def answer_words(files, process: str, *more: str) -> list[str]:
+    """The words of `adapttoken answer` in one of several processes."""
+    small = [f"--{name}={value}" for name, value in hosts_run.SMALL.items()]
+    question = ["--question=What is it?", "--option=a cat", "--option=a dog"]
+    places = [f"--model={files / 'model'}", f"--video={files / 'clip.mp4'}", f"--process={process}"]
+    return ["adapttoken_jax.cli", "answer", *places, *question, *small, *more]
+
+
+def test_the_first_process_writes_and_the_others_are_silent(files, tmp_path):
+    def words(process):
+        own = tmp_path / process.partition("/")[0]
+        own.mkdir()
+        return answer_words(
+            files, process, "--json=-", f"--trace={own / 'trace.npz'}", f"--report={own / 'report.html'}"
+        )
+
+    first, second = finish(start(2, words, tmp_path), tmp_path)
+    assert first.status == 0 and second == Ended(0, "", ""), (first.err, second.err)
+    found = json.loads(first.out)
+    assert found["model"]["mesh"] == {"data": 2, "model": 1}  # what is not said is: every device
+    assert sorted(path.name for path in (tmp_path / "0").iterdir()) == ["report.html", "trace.npz"]
+    assert not list((tmp_path / "1").iterdir())
+    with np.load(tmp_path / "0" / "trace.npz") as trace:
+        assert set(trace.files) == set(TRACE_ARRAYS)
+        clip = plan_clip(probe(files / "clip.mp4"), read_model_config(files / "model").vision, fps=24.0,
+                         preset="qwen-vl-utils", max_frames=48, max_pixels=4704, context_frames=8)  # fmt: skip
+        patches = np.concatenate([patches for _, patches in read_patches(clip)])
+        np.testing.assert_array_equal(trace["patches"], patches.reshape(trace["patches"].shape))
+
+
+def test_evaluate_shares_its_videos_among_processes(files, tmp_path):
+    flags = lambda name: bench.evaluate_flags(files / "lvbench", files / "model", tmp_path / name)
+    words = lambda process: ["adapttoken_jax.cli", *flags("together"), f"--process={process}"]
+    ended = finish(start(2, words, tmp_path), tmp_path)
+    assert [each.status for each in ended] == [0, 0], ended
+    assert any("accuracy" in each.out for each in ended)  # whoever sees that all is done prints the scores
+    (alone,) = finish(start(1, lambda _: ["adapttoken_jax.cli", *flags("alone")], tmp_path), tmp_path)
+    assert alone.status == 0, alone.err
+    assert bench.outcome(tmp_path / "together") == bench.outcome(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_lost_ends_the_others(files, tmp_path, victim):
+    words = lambda process: answer_words(files, process, "--lost_after=6", f"--json={tmp_path / 'result.json'}")
+    processes = start(2, words, tmp_path)
+    until = time.monotonic() + _SECONDS
+    while not all(b"[Gloo]" in (tmp_path / f"err-{i}").read_bytes() for i in range(2)) and time.monotonic() < until:
+        time.sleep(0.05)
+    processes[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    ended = finish(processes, tmp_path)
+    assert time.monotonic() - killed < 60
+    line = "adapttoken answer: another process of this run was lost; start all of them again (--debug shows more)\n"
+    assert ended[victim].status == -signal.SIGKILL
+    assert ended[1 - victim] == Ended(hosts.LOST, "", line)
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--mesh=data=3", "--mesh=data=3,model=1: needs 3 devices, 2 available"),
+        ("--mesh=data=1", "--mesh=data=1,model=1: takes 1 of the 2 devices of 2 processes; their product must be all"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_line_in_every_process(files, tmp_path, flags, message):
+    ended = finish(start(2, lambda process: answer_words(files, process, flags), tmp_path), tmp_path)
+    assert ended == [Ended(2, "", f"adapttoken answer: {message}\n")] * 2
+
+
+@pytest.mark.parametrize(
+    ("process", "message"), [("1/1@h:1", "INDEX counts from 0"), ("0/2", "write INDEX/COUNT@HOST:PORT"), ("a", "write")]
+)
+def test_who_a_process_is_must_be_readable(files, capsys, process, message):
+    assert cli.main(answer_words(files, process)[1:]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"adapttoken answer: --process={process}: ") and message in err and err.count("\n") == 1
+
+
+def test_without_a_cluster_the_message_says_how_to_go_on(files):
+    """In a process of its own, as joining must be the first thing that JAX does."""
+    words = [sys.executable, "-m", *answer_words(files, ""), "--distributed"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "--distributed: " in done.stderr and "--process=INDEX/COUNT@HOST:PORT" in done.stderr
