@@ -3,7 +3,7 @@
     python -m tests.hosts_run PROCESS DIRECTORY MESH CASE...
 
 DIRECTORY holds `model` and `clip.mp4`. The process writes `result-INDEX.json` into it: the results of the cases by
-name, the slots that it decoded, and how many bytes of weights it read.
+name, how many slots it decoded at a time, and how many bytes of weights it read.
 """
 
 import json
@@ -42,7 +42,7 @@ def answers(directory: pathlib.Path, mesh: str | None, cases) -> dict[str, list[
 
 
 def record() -> tuple[list[int], list[int]]:
-    """Two lists that fill up: slots decoded, and bytes read from the checkpoint."""
+    """Two lists that fill up: slots decoded at a time, and bytes read from the checkpoint."""
     slots, sizes = [], []
     read = safetensors_file.StoredTensor.read
 
@@ -65,7 +65,7 @@ def main(process: str, directory: str, mesh: str, *cases: str) -> None:
     """See the module's docstring."""
     hosts.start("hosts_run", process)
     slots, sizes = record()
-    found = answers(pathlib.Path(directory), mesh, cases) | {"slots": sum(slots), "bytes": sum(sizes)}
+    found = answers(pathlib.Path(directory), mesh, cases) | {"slots": slots, "bytes": sum(sizes)}
     index = process.partition("/")[0]
     (pathlib.Path(directory) / f"result-{index}.json").write_text(json.dumps(found))
     sys.exit(hosts.leave(0))
