@@ -12,7 +12,6 @@ Design decisions:
 - Nothing heavy is imported before a command runs: help must not wait for JAX.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import errno
@@ -21,12 +20,10 @@ import math
 import os
 import pathlib
 import shutil
-import signal
 import sys
 import textwrap
-import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -34,6 +31,7 @@ from absl import flags
 from adapttoken_jax import config as configs
 from adapttoken_jax import hosts
 from adapttoken_jax.errors import UserError
+from adapttoken_jax.signals import Terminated, Unwinding
 
 OK, DIFFERENT, USAGE, INTERNAL, INTERRUPTED, CLOSED_PIPE, TERMINATED = 0, 1, 2, 3, 130, 141, 143
 
@@ -600,7 +598,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     """Runs `adapttoken` with the arguments after the program's name and returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _terminable():
+        with Unwinding():
             status = _main(argv, commands)
             sys.stdout.flush()
     except BrokenPipeError:
@@ -608,7 +606,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = CLOSED_PIPE
     except KeyboardInterrupt as error:
-        word, status = ("terminated", TERMINATED) if isinstance(error, _Terminated) else ("interrupted", INTERRUPTED)
+        word, status = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
         trace = traceback.format_exc() if "--debug" in argv else ""
         _fail(" ".join([PROGRAM, *argv[:1]]), word, trace)
     return hosts.leave(status)
@@ -668,43 +666,6 @@ def _join(name: str, values: flags.FlagValues) -> None:
     """Joins the other processes of the run, if the flags say that there are any."""
     if "distributed" in values and (values.distributed or values.process):
         hosts.start(name, values.process, values.lost_after, values.debug)
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM has come."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Within the block SIGTERM unwinds as Ctrl-C does: threads stop, half-written files go.
-
-    A signal whose exception gets lost, as in finalizers and in callbacks of the garbage collector, is sent again.
-    """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    again: list[threading.Timer] = []
-
-    def unwind(*_):
-        raise _Terminated
-
-    def send_again(lost):
-        if not issubclass(lost.exc_type, KeyboardInterrupt):
-            hook(lost)
-        elif not any(timer.is_alive() for timer in again):
-            number = signal.SIGTERM if issubclass(lost.exc_type, _Terminated) else signal.SIGINT
-            again.append(threading.Timer(0.05, os.kill, (os.getpid(), number)))
-            again[-1].start()
-
-    hook, sys.unraisablehook = sys.unraisablehook, send_again
-    handler = signal.signal(signal.SIGTERM, unwind)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-        sys.unraisablehook = hook
-        for timer in again:
-            timer.cancel()
 
 
 def _keep_compilations() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import importlib
 import io
 import json
 import os
@@ -350,6 +351,25 @@ def test_a_signal_that_comes_where_exceptions_get_lost_is_heard(capsys, come):
     begin = time.monotonic()
     assert cli.main(["try"], command(run)) == 143
     assert capsys.readouterr() == ("", "adapttoken try: terminated\n") and time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize(("sent", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_import_is_finished_before_a_signal_is_heard(capsys, tmp_path, monkeypatch, sent, status):
+    code = f"import os, signal, time\nos.kill(os.getpid(), signal.{sent})\ntime.sleep(0.2)\nprint('whole')\n"
+    (tmp_path / f"imported_{sent}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(values):
+        importlib.import_module(f"imported_{sent}")
+        time.sleep(20)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    try:
+        assert cli.main(["try"], command(run)) == status
+    finally:
+        signal.signal(signal.SIGINT, before)
+    out, err = capsys.readouterr()
+    assert out == "whole\n" and err.count("\n") == 1
 
 
 def test_a_signal_before_the_command_runs_and_one_while_an_error_is_printed(capsys, monkeypatch):
