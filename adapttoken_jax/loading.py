@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from adapttoken_jax import sharding
+from adapttoken_jax import memory, sharding
 from adapttoken_jax.config import ModelConfig, checkpoint_directory, read_model_config
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.model import Qwen25VL
@@ -50,6 +50,7 @@ class Model:
         return 1 if self.mesh is None else self.mesh.shape["data"]
 
 
+@memory.explained(*memory.LOADING)
 def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None) -> Model:
     """Loads a Hugging Face directory or a converted checkpoint, each parameter straight to its place on the mesh.
 

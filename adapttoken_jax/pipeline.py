@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from adapttoken_jax import device_scan, device_survivors, result, scan
+from adapttoken_jax import device_scan, device_survivors, memory, result, scan
 from adapttoken_jax.config import METHODS, AdaptTokenConfig, ModelConfig, read_model_config
 from adapttoken_jax.encoding import Progress, VisualTokens, encode_video, stream_video
 from adapttoken_jax.errors import UserError
@@ -77,6 +77,7 @@ def _check_minimum(config: AdaptTokenConfig, groups: int) -> None:
         )
 
 
+@memory.explained(*memory.ANSWERING)
 def answer(
     model: Model,
     video,

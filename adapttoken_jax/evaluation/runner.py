@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from adapttoken_jax import memory
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import VisualTokens, encode_video, stream_video
 from adapttoken_jax.errors import UserError
@@ -117,6 +118,7 @@ def run_videos(
             write(video, records)
 
 
+@memory.explained(*memory.ANSWERING)
 def _answer_video(
     model: Model,
     video: Video,
