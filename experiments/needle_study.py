@@ -37,7 +37,7 @@ _ARMS = flags.DEFINE_list("arms", list(sections.ARMS), "Arms of the main table."
 _JSON = flags.DEFINE_string("json", None, "Write the numbers here; - for stdout.")
 _OUTPUT = flags.DEFINE_string("output", None, "Measure everything and write evidence.md and evidence/ here.")
 _SECTIONS = flags.DEFINE_list(
-    "sections", ["layers", "choose", "stop", "main", "scanned", "hard", "seconds", "torch"],
+    "sections", ["layers", "choose", "budget", "stop", "main", "scanned", "hard", "seconds", "torch"],
     "With --output: what to measure; the rest is kept from the last time.",
 )  # fmt: skip
 _QUICK = flags.DEFINE_bool("quick", False, "Fewer lengths and questions: a look in minutes, no evidence.")
@@ -89,6 +89,7 @@ def study(own: lab.Lab, size: sections.Size, config) -> dict:
     todo = {
         "layers": lambda: layers_section(own, size, chosen),
         "choose": lambda: sections.choose(own, size, config),
+        "budget": lambda: sections.choose_budget(own, size, chosen),
         "stop": lambda: sections.choose_stop(own, size, chosen),
         "main": lambda: sections.main_section(own, size, chosen, _ARMS.value),
         "scanned": lambda: sections.scanned_section(own, size, chosen),
@@ -101,7 +102,7 @@ def study(own: lab.Lab, size: sections.Size, config) -> dict:
         raise UserError(f"--sections={','.join(sorted(unknown))}: choose from {', '.join(todo)}")
     found["about"] = about(own.model, size, checked(own.model, size, config))
     for name in [name for name in todo if name in _SECTIONS.value]:
-        settings = {k: v for step in ("choose", "stop") for k, v in found.get(step, {}).get("settings", {}).items()}
+        settings = sections.chosen_settings(found)
         chosen = dataclasses.replace(sections.paper_settings(config), **settings) if settings else config
         found["settings"] = dataclasses.asdict(chosen)
         begin = time.perf_counter()

@@ -261,12 +261,15 @@ def test_published_settings_are_the_defaults_of_the_method(model):
 
 @pytest.fixture(scope="module")
 def little_study(model):
-    size = sections.Size(("single",), (64,), 4, detail_frames=(64,), hard_frames=64, scan_questions=2)
+    size = sections.Size(("single",), (64,), 4, detail_frames=(64,), hard_frames=64, scan_questions=2,
+                         choice_questions=4, stop_questions=8)  # fmt: skip
     config = settings(model)
     found = {
         "about": {"command": "make", "model": "m", "parameters": 1, "model_bytes": 1, "versions": "v", "cores": 2,
                   "check": "held", "split": "test", "difficulty": "normal", "questions": 4, "per_video": 4},
         "settings": dataclasses.asdict(config),
+        "budget": sections.choose_budget(Lab(model), size, config),
+        "stop": sections.choose_stop(Lab(model), size, config),
         "main": sections.main_section(Lab(model), size, config, ("uniform", "certain", "adapttoken", "lite")),
     }  # fmt: skip
     found["targets"] = targets.check_targets(found)
@@ -283,6 +286,33 @@ def test_the_page_says_what_was_measured(little_study, tmp_path):
     assert all(f"(evidence/{name})" in page for name in figures)
     widths = [line.count("|") for line in page.split("\n\n")[-1].strip().splitlines()]
     assert len(set(widths)) == 1
+
+
+def test_the_smallest_budget_that_is_accurate_enough_is_chosen(little_study):
+    rows = [row for row in little_study["budget"]["rows"] if row["arm"] == "adapttoken"]
+    assert [row["budget"] for row in rows] == list(sections.BUDGETS)
+    enough = [row["budget"] for row in rows if row["accuracy"] >= 0.97]
+    assert little_study["budget"]["settings"] == {"budget": min(enough, default=sections.BUDGETS[-1])}
+
+
+def test_the_safe_stop_rule_that_visits_least_is_chosen(little_study):
+    stop = little_study["stop"]
+    assert (
+        len(stop["tried"]) == 42 and set(stop["decided"]) <= set(stop["tried"]) and stop["cells"] == [["single", 64, 8]]
+    )
+    safe = {name: row["share"] for name, row in stop["decided"].items() if max(row["loss_at_most"]) <= 0.01}
+    if not safe:
+        assert stop["chosen"] == "full" and stop["settings"] == {}
+        return
+    assert safe[stop["chosen"]] == min(safe.values())
+    rule, groups, nats, order = stop["chosen"].split()
+    assert stop["settings"] == {
+        "group_order": order,
+        "stop_rule": rule,
+        "stop_groups": int(groups),
+        "stop_entropy": float(nats),
+    }
+    assert sections.chosen_settings(little_study) == little_study["budget"]["settings"] | stop["settings"]
 
 
 def test_the_numbers_on_disk_are_the_numbers_measured(little_study):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapttoken_jax.needle.study.plots import ARM_NAMES, TITLES
-from adapttoken_jax.needle.study.sections import by_key
+from adapttoken_jax.needle.study.sections import by_key, chosen_settings
 from adapttoken_jax.result import plain_json
 
 
@@ -21,6 +21,7 @@ def evidence_page(study: Mapping[str, Any], figures: Sequence[str]) -> str:
         "torch": _torch_part,
         "layers": _layers_part,
         "choose": _choose_part,
+        "budget": _budget_part,
         "stop": _stop_part,
     }
     for name, make in makers.items():
@@ -115,7 +116,7 @@ def _main_parts(study) -> list[str]:
 
 
 def _settings_text(study) -> str:
-    chosen = {k: v for step in ("choose", "stop") for k, v in study.get(step, {}).get("settings", {}).items()}
+    chosen = chosen_settings(study)
     if not chosen:
         return "the model's preset"
     return ", ".join(f"`{name}={value}`" for name, value in chosen.items())
@@ -475,6 +476,25 @@ values with temperature 0.1. A value replaces an asterisked or earlier one only 
 point higher.
 
 {table(head, lines)}"""
+    ]
+
+
+def _budget_part(study) -> list[str]:
+    rows = study["budget"]["rows"]
+    places = list(dict.fromkeys((row["task"], row["frames"]) for row in rows))
+    cell = lambda **key: _percent(by_key(rows, **key)[0]["accuracy"])
+    lines = [
+        (budget, ARM_NAMES.get(arm, arm), *(cell(budget=budget, arm=arm, task=t, frames=f) for t, f in places))
+        for budget, arm in dict.fromkeys((row["budget"], row["arm"]) for row in rows)
+    ]  # fmt: skip
+    return [
+        f"""## How the budget was chosen
+
+The settings above were chosen with {max(row["budget"] for row in rows)} tokens in the final prompt. Recommended is \
+the smallest budget at which AdaptToken answers at least 97 % of single needles and 85 % of pairs in every validation \
+cell: {study["budget"]["settings"]["budget"]} tokens.
+
+{table(("tokens", "arm", *(f"{TITLES[task]}, {frames}" for task, frames in places)), lines)}"""
     ]
 
 

@@ -29,6 +29,10 @@ _BINS = np.linspace(0.0, 1.6, 41)
 _WORTH = 0.005
 # Stop rules that are tried on many questions, and what each task may lose to the full run.
 _SHORT_LIST = 6
+# Tokens of the final prompt; settings are chosen at the largest, and the budget last: the smallest that reaches what
+# the method shall reach on test videos, with a margin.
+BUDGETS = (4, 8, 16, 32)
+_LEAST_ACCURACY = {"single": 0.97, "pair": 0.85}
 _MOST_LOSS = {"single": 0.01, "pair": 0.02}
 
 
@@ -57,7 +61,7 @@ class Size:
     detail_frames: tuple[int, ...] = (256, 1024)
     scan_questions: int = 200
     choice_questions: int = 160
-    stop_questions: int = 1200
+    stop_questions: int = 800
     hard_frames: int = 1024
     timed_videos: int = 8
     torch_questions: int = 200
@@ -288,7 +292,7 @@ def choose(lab: Lab, size: Size, config: AdaptTokenConfig) -> dict[str, Any]:
     Returns:
       "settings": the fields that differ from the paper's; "steps": every candidate's accuracy per cell.
     """
-    current = dataclasses.replace(paper_settings(config), temperature=0.1)
+    current = dataclasses.replace(paper_settings(config), temperature=0.1, budget=BUDGETS[-1])
     steps: list[dict] = []
     cells = [size.choice_cell(task, frames) for task, frames in size.choice_places]
     variants = [*scanned(lab.model.config.text.layers), *_temperature_candidates(), *REPLAYED]
@@ -349,6 +353,35 @@ def preferred(mean: Mapping[str, float]) -> str:
         if mean[label] > mean[best] + _WORTH:
             best = label
     return best
+
+
+def chosen_settings(study: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the steps on validation videos have chosen so far; a later step's win."""
+    steps = [study.get(name, {}).get("settings", {}) for name in ("choose", "budget", "stop")]
+    return {name: value for step in steps for name, value in step.items()}
+
+
+def choose_budget(lab: Lab, size: Size, config: AdaptTokenConfig) -> dict[str, Any]:
+    """Settles the budget on validation videos: the smallest one at which AdaptToken reaches the accuracy asked for in
+    every cell. What a larger budget adds, and what other arms do with each, stands beside it.
+
+    Returns:
+      "settings"; "rows": per budget, arm and cell the accuracy.
+    """
+    cells = [size.choice_cell(*place) for place in size.choice_places]
+    arms = {
+        (budget, name): Arm(name, dataclasses.replace(config, budget=budget))
+        for budget in BUDGETS for name in ("flexselect", "certain", "adapttoken")
+    }  # fmt: skip
+    results = [lab.measure(cell, arms, "choose: budget") for cell in cells]
+    accuracy = {key: [float(r.values(key, "right").mean()) for r in results] for key in arms}
+    least = [_LEAST_ACCURACY[cell.task] for cell in cells]
+    enough = [b for b in BUDGETS if all(map(operator.ge, accuracy[b, "adapttoken"], least))]
+    rows = [
+        {"budget": budget, "arm": name, "task": cell.task, "frames": cell.frames, "accuracy": value}
+        for (budget, name), values in accuracy.items() for cell, value in zip(cells, values, strict=True)
+    ]  # fmt: skip
+    return {"settings": {"budget": enough[0] if enough else BUDGETS[-1]}, "rows": rows}
 
 
 def choose_stop(lab: Lab, size: Size, config: AdaptTokenConfig) -> dict[str, Any]:
