@@ -344,9 +344,9 @@ MODEL_PRESETS: dict[tuple[int, int], dict[str, Any]] = {
 }  # fmt: skip
 # The bundled needle model: sizes of its videos, and what validation videos recommend (docs/evidence.md).
 MODEL_PRESETS[128, 4] = {
-    "max_pixels": 56 * 56, "slots_per_group": 8, "budget": 32, "reference_layer": 0, "temperature": 0.05,
+    "max_pixels": 56 * 56, "slots_per_group": 8, "budget": 8, "reference_layer": 0, "temperature": 0.15,
     "group_order": "bit_reversed", "final_positions": "compact",
-    "stop_rule": "rerun", "stop_groups": 4, "stop_entropy": 0.1,
+    "stop_rule": "rerun", "stop_groups": 4, "stop_entropy": 0.05,
 }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_a_directory_of_that_name_goes_first_if_a_checkpoint_is_in_it(tmp_path, 
 
 def test_a_dry_run_takes_its_preset(singles):
     plan = dry_run("needle", at.Frames(singles[0].images(), 4.0), {}, "adapttoken")
-    assert plan["tokens_per_slot"] == 4 and plan["groups"] == 16 and plan["budget"] == 32
+    assert plan["tokens_per_slot"] == 4 and plan["groups"] == 16 and plan["budget"] == 8
 
 
 def test_paper_takes_the_published_values_but_those_of_the_model(model):

@@ -292,7 +292,9 @@ def test_the_smallest_budget_that_is_accurate_enough_is_chosen(little_study):
     rows = [row for row in little_study["budget"]["rows"] if row["arm"] == "adapttoken"]
     assert [row["budget"] for row in rows] == list(sections.BUDGETS)
     enough = [row["budget"] for row in rows if row["accuracy"] >= 0.97]
-    assert little_study["budget"]["settings"] == {"budget": min(enough, default=sections.BUDGETS[-1])}
+    assert little_study["budget"]["settings"]["budget"] == min(enough, default=sections.BUDGETS[-1])
+    (step,) = little_study["budget"]["steps"]
+    assert step["chosen"] == sections.preferred(step["mean"])
 
 
 def test_the_safe_stop_rule_that_visits_least_is_chosen(little_study):

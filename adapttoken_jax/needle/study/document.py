@@ -455,7 +455,19 @@ Proposed reference layer: {study["layers"]["proposed"]}.
 
 
 def _choose_part(study) -> list[str]:
-    steps = study["choose"]["steps"]
+    return [
+        f"""## How the settings were chosen
+
+On validation videos, one setting after the other, each line with the settings chosen before it; the first start \
+from the published \
+values with temperature 0.1. A value replaces an asterisked or earlier one only if its mean is more than half a \
+point higher.
+
+{_steps_table(study["choose"]["steps"])}"""
+    ]
+
+
+def _steps_table(steps) -> str:
     lines = [
         (
             step["setting"],
@@ -467,16 +479,7 @@ def _choose_part(study) -> list[str]:
         for label, values in step["accuracy"].items()
     ]
     head = ("setting", "value", *(f"{TITLES[task]}, {frames}" for task, frames in steps[0]["cells"]), "mean")
-    return [
-        f"""## How the settings were chosen
-
-On validation videos, one setting after the other, each line with the settings chosen before it; the first start \
-from the published \
-values with temperature 0.1. A value replaces an asterisked or earlier one only if its mean is more than half a \
-point higher.
-
-{table(head, lines)}"""
-    ]
+    return table(head, lines)
 
 
 def _budget_part(study) -> list[str]:
@@ -494,7 +497,11 @@ The settings above were chosen with {max(row["budget"] for row in rows)} tokens 
 the smallest budget at which AdaptToken answers at least 97 % of single needles and 85 % of pairs in every validation \
 cell: {study["budget"]["settings"]["budget"]} tokens.
 
-{table(("tokens", "arm", *(f"{TITLES[task]}, {frames}" for task, frames in places)), lines)}"""
+{table(("tokens", "arm", *(f"{TITLES[task]}, {frames}" for task, frames in places)), lines)}
+
+The temperature, once more, at that budget:
+
+{_steps_table(study["budget"]["steps"])}"""
     ]
 
 

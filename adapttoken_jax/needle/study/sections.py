@@ -363,10 +363,11 @@ def chosen_settings(study: Mapping[str, Any]) -> dict[str, Any]:
 
 def choose_budget(lab: Lab, size: Size, config: AdaptTokenConfig) -> dict[str, Any]:
     """Settles the budget on validation videos: the smallest one at which AdaptToken reaches the accuracy asked for in
-    every cell. What a larger budget adds, and what other arms do with each, stands beside it.
+    every cell. What a larger budget adds, and what other arms do with each, stands beside it. Fewer tokens may want
+    another temperature, which is settled anew.
 
     Returns:
-      "settings"; "rows": per budget, arm and cell the accuracy.
+      "settings"; "rows": per budget, arm and cell the accuracy; "steps": as of `choose`.
     """
     cells = [size.choice_cell(*place) for place in size.choice_places]
     arms = {
@@ -381,7 +382,11 @@ def choose_budget(lab: Lab, size: Size, config: AdaptTokenConfig) -> dict[str, A
         {"budget": budget, "arm": name, "task": cell.task, "frames": cell.frames, "accuracy": value}
         for (budget, name), values in accuracy.items() for cell, value in zip(cells, values, strict=True)
     ]  # fmt: skip
-    return {"settings": {"budget": enough[0] if enough else BUDGETS[-1]}, "rows": rows}
+    steps: list[dict] = []
+    settled = dataclasses.replace(config, budget=enough[0] if enough else BUDGETS[-1])
+    settled = _step(lab, cells, _temperature_candidates(), settled, steps)
+    settings = {name: getattr(settled, name) for name in ("budget", "temperature", "temperature_target")}
+    return {"settings": settings, "rows": rows, "steps": steps}
 
 
 def choose_stop(lab: Lab, size: Size, config: AdaptTokenConfig) -> dict[str, Any]:
