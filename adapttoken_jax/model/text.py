@@ -112,6 +112,7 @@ class TextDecoder(Block):
         return jnp.einsum("...D,DV->...V", x, head, preferred_element_type=jnp.float32)
 
     def turns(self, position_ids):
+        """The rotary `turns` of M-RoPE ids [..., 3, T]."""
         c = self.config
         return turns(text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections))
 
@@ -203,4 +204,5 @@ class TextDecoder(Block):
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(probe.observe, rows))
 
     def indexed_layers(self):
+        """What a scan over the layers goes through: their indices, and the layers themselves."""
         return jnp.arange(self.config.layers), self.layers

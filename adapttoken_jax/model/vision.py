@@ -29,20 +29,24 @@ class VisionLayer(Block):
         return x + self.feed_forward(rms_norm(x, self.norm2, c.eps))
 
     def qkv(self, x, turn):
+        """Rotated queries and keys, and values, [T, W U', N, H] each, of the normalised x[T, W U', D]."""
         qkv = product("TPD,DcNH->cTPNH", x, self.qkv_kernel[...]) + self.qkv_bias[...][:, None, None]
         return rotate(qkv[0], turn), rotate(qkv[1], turn), qkv[2]
 
     @staticmethod
     def within_slot(q, k, v, mask):
+        """Attention of [T, W U', N, H] among all real patches of a slot."""
         return attention(q, k, v, mask.reshape(1, 1, -1))
 
     @staticmethod
     def within_windows(q, k, v, mask):
+        """The same among those of a window."""
         split = lambda x: x.reshape(-1, mask.shape[1], *x.shape[2:])
         windows = jnp.tile(mask, (q.shape[0], 1))[:, None]
         return attention(split(q), split(k), split(v), windows).reshape(q.shape)
 
     def feed_forward(self, x):
+        """Gated linear unit with SiLU: x[T, W U', D] -> the same shape."""
         gate = jax.nn.silu(product("TPD,DF->TPF", x, self.gate_kernel[...]) + self.gate_bias[...])
         up = product("TPD,DF->TPF", x, self.up_kernel[...]) + self.up_bias[...]
         return product("TPF,FD->TPD", gate * up, self.down_kernel[...]) + self.down_bias[...]

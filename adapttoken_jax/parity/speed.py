@@ -190,9 +190,7 @@ def pass_groups(pair: Pair, video: VisualTokens, questions: int = 1) -> dict[str
     prompts = pair.prompts[:questions]
     contexts = [scan.group_context(video, slots, prompts, pair.config) for slots in wave(pair)]
     batch = scan.prompt_batch(pair.model, video, contexts, prompts, pair.config, len(contexts[0].features))
-    return jax.device_get(
-        passes.run_prompts(pair.model.module, batch, scan.group_spec(pair.model, prompts, pair.config))
-    )
+    return scan.run_and_read(pair.model, batch, scan.group_spec(pair.model, prompts, pair.config))
 
 
 def prefill(pair: Pair, embeddings: jax.Array, position_ids: np.ndarray):
