@@ -188,7 +188,7 @@ def test_the_demo_answers_every_question_by_every_method(tmp_path, capsys):
     everything = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert len(lines) - 1 == len(everything["rows"]) == len(everything["results"]) == 16
     first = Result.from_json((tmp_path / "demo" / "result.json").read_text())
-    assert first.method == "adapttoken" and first.stop.groups_total == 16 and first.selected.count == 32
+    assert first.method == "adapttoken" and first.stop.groups_total == 16 and first.selected.count == 8
     page = (tmp_path / "demo" / "report.html").read_text()
     assert all(html.escape(row["question"]) in page for row in everything["rows"])
     right = {
