@@ -64,6 +64,9 @@ def start(program: str, process: str | None = None, lost_after: int = LOST_AFTER
         reason = str(error).partition("\n")[0]
         raise UserError(f"--distributed: {reason} Say where it is: --process=INDEX/COUNT@HOST:PORT") from None
     _index, _together = jax.process_index(), True
+    if jax.default_backend() == "cpu":
+        # Only process 0 could use it, and gloo gives up on processes that compile half a minute longer than others.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _parse(process: str) -> dict:

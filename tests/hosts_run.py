@@ -9,6 +9,7 @@ name, how many slots it decoded at a time, and how many bytes of weights it read
 import json
 import pathlib
 import sys
+import traceback
 
 import adapttoken_jax as at
 from adapttoken_jax import encoding, hosts
@@ -64,11 +65,16 @@ def record() -> tuple[list[int], list[int]]:
 def main(process: str, directory: str, mesh: str, *cases: str) -> None:
     """See the module's docstring."""
     hosts.start("hosts_run", process)
-    slots, sizes = record()
-    found = answers(pathlib.Path(directory), mesh, cases) | {"slots": slots, "bytes": sum(sizes)}
-    index = process.partition("/")[0]
-    (pathlib.Path(directory) / f"result-{index}.json").write_text(json.dumps(found))
-    sys.exit(hosts.leave(0))
+    try:
+        slots, sizes = record()
+        found = answers(pathlib.Path(directory), mesh, cases) | {"slots": slots, "bytes": sum(sizes)}
+        index = process.partition("/")[0]
+        (pathlib.Path(directory) / f"result-{index}.json").write_text(json.dumps(found))
+        status = 0
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.exit(hosts.leave(status))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from adapttoken_jax.video import plan_clip, probe, read_patches
 from tests import hosts_run, media, tiny
 from tests.evaluation import bench
 
-# Programs that span processes are compiled by each and found in the cache by the first alone.
+# Every process compiles every program.
 _CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-_SECONDS = 240
+_SECONDS = 600  # far more than on a machine that has time
 
 
 @dataclasses.dataclass(frozen=True)
