@@ -29,11 +29,11 @@ _BINS = np.linspace(0.0, 1.6, 41)
 _WORTH = 0.005
 # Stop rules that are tried on many questions, and what each task may lose to the full run.
 _SHORT_LIST = 6
+_MOST_LOSS = {"single": 0.01, "pair": 0.02}
 # Tokens of the final prompt; settings are chosen at the largest, and the budget last: the smallest that reaches what
 # the method shall reach on test videos, with a margin.
 BUDGETS = (4, 8, 16, 32)
 _LEAST_ACCURACY = {"single": 0.97, "pair": 0.85}
-_MOST_LOSS = {"single": 0.01, "pair": 0.02}
 
 
 @dataclasses.dataclass(frozen=True)
