@@ -13,7 +13,6 @@ Design decisions:
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -22,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapttoken_jax import sharding
+from adapttoken_jax.compilation import compiled
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import Progress, VisualTokens
 from adapttoken_jax.loading import Model
-from adapttoken_jax.passes import PassSpec, PromptBatch, exact, run_prompts
+from adapttoken_jax.passes import DECODER_VMEM_KIB, PassSpec, PromptBatch, exact, prompts_pass
 from adapttoken_jax.prompt import Prompt
 from adapttoken_jax.scan import Scan, ScanLog, Stopping, group_context, group_spec, prompt_batch, read_visits
 from adapttoken_jax.selection import group_certainty, visiting_order
@@ -52,7 +52,7 @@ class LoopState(NamedTuple):
     Attributes:
       wave: int32[], the next wave.
       stopping: what the stop rule remembers.
-      said: what `run_prompts` returned of every wave run, each array with a leading axis W; zeros elsewhere.
+      said: what `prompts_pass` returned of every wave run, each array with a leading axis W; zeros elsewhere.
     """
 
     wave: jax.Array
@@ -131,7 +131,7 @@ def _collect(running: LoopState, chunk: Chunk, first: int, log: ScanLog, config)
     return int(wave), stopping._replace(stop=ended)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "bottom_fraction"))
+@compiled(static=("spec", "bottom_fraction"), vmem_kib=DECODER_VMEM_KIB)
 @exact
 def run_waves(
     model, batch: PromptBatch, real, span, rule: DeviceRule, state: StopState, spec: PassSpec, bottom_fraction: float
@@ -147,7 +147,7 @@ def run_waves(
       spec: what a group pass holds.
       bottom_fraction: share of an answer's least certain tokens that its entropy averages.
     """
-    ask = lambda wave: run_prompts(model, _wave_of(batch, wave), spec)
+    ask = lambda wave: prompts_pass(model, _wave_of(batch, wave), spec)
 
     def going(loop: LoopState):
         return (loop.wave < span[1]) & jnp.any(loop.stopping.stop == Stop.GOING)

@@ -27,8 +27,8 @@ from adapttoken_jax.passes import encode_slots
 from adapttoken_jax.streaming import Part, one_pass
 from adapttoken_jax.video import Clip, SlotImages, patch_rows
 
-# Patches that one call of the vision tower takes at most, whatever the frame size: bounds its memory.
-_PATCHES_PER_CHUNK = 8192
+# What one call of the vision tower takes at most on each index of the `data` axis: bounds its memory.
+_PATCHES_PER_CHUNK = 16384
 _SLOTS_PER_CHUNK = 64
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -244,7 +244,8 @@ def chunk_slots(model: Model, clip: Clip) -> int:
     """Slots of a clip per call of the vision tower, a multiple of the groups that run side by side."""
     slots, height, width = clip.grid
     most = max(1, min(_SLOTS_PER_CHUNK, _PATCHES_PER_CHUNK // (height * width)))
-    return min(round_up(most, model.wave), round_up(slots, model.wave))
+    even = 1 << (most.bit_length() - 1)  # a power of two divides the usual groups
+    return min(even * model.wave, round_up(slots, model.wave))
 
 
 def _place(model: Model, array: np.ndarray):

@@ -10,11 +10,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from adapttoken_jax.compilation import compiled
 from adapttoken_jax.geometry import window_layout
 from adapttoken_jax.model import Probe, Qwen25VL
 from adapttoken_jax.model.generation import Sampling, generate
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.selection import reduce_relevance, token_certainty, token_entropy
+
+# Of a TPU core's vector memory, at most this much per operation of the decoder: the best of 16, 32, 48, 64 and 96 MiB
+# by the compiler's estimate for v5e, v5p and v6e. The vision tower, whose arrays are smaller, does best with half.
+DECODER_VMEM_KIB = 2**16
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +97,7 @@ def exact(function):
     return traced
 
 
-@functools.partial(jax.jit, static_argnames=("height", "width"))
+@compiled(static=("height", "width"), vmem_kib=2**15)
 @exact
 def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int) -> jax.Array:
     """Patches [T, height x width, 1176] of T slots -> visual tokens [T, M, D]."""
@@ -100,9 +105,8 @@ def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int) -
         return model.vision(patches, window_layout(model.config.vision, height, width))["features"]
 
 
-@functools.partial(jax.jit, static_argnames="spec")
 @exact
-def run_prompts(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[str, jax.Array]:
+def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[str, jax.Array]:
     """Prefills every context once, runs every question against it and generates the answers (steps 4 to 6 and 11).
 
     Returns:
@@ -131,6 +135,9 @@ def run_prompts(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[str
     if spec.keep_layer is not None:
         out["kept"] = found["kept"][:, prefix:]
     return out
+
+
+run_prompts = compiled(static=("spec",), vmem_kib=DECODER_VMEM_KIB)(prompts_pass)
 
 
 def _context_embeddings(text, batch):

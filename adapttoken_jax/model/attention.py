@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from adapttoken_jax.geometry import round_up
 from adapttoken_jax.model.block import product
 
-_MASKED = -1e30  # finite, so that a row with nothing to look at gives numbers, not NaN
+MASKED = -1e30  # finite, so that a row with nothing to look at gives numbers, not NaN
 _BLOCK = 64  # queries per block of the memory-bounded version: a block's scores stay in a CPU's cache
 _SEGMENTS = 16  # parts of a sequence whose blocks look no further than the part's end: half of the work is never done
 _REFERENCE_UP_TO = 128  # keys up to which the score matrix is formed whole
@@ -35,7 +35,7 @@ def weighted_values(probabilities: jax.Array, v: jax.Array) -> jax.Array:
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax attention: q[B, T, N, H], k and v[B, S, K, H], mask[B or 1, T or 1, S] -> [B, T, N, H]."""
-    return weighted_values(jax.nn.softmax(jnp.where(mask[:, None], scores(q, k), _MASKED)), v)
+    return weighted_values(jax.nn.softmax(jnp.where(mask[:, None], scores(q, k), MASKED)), v)
 
 
 def _causal_reference(q, k, v, valid):
@@ -64,7 +64,7 @@ def _segment(blocks, k, v, valid, start, stop):
         row = place * _BLOCK + jnp.arange(_BLOCK)
         mask = (row[:, None] >= jnp.arange(valid.shape[1])) & valid[:, None]
         products = jnp.einsum("BKGTH,BKHS->BKGTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        products = jnp.where(mask[:, None, None], products, _MASKED)
+        products = jnp.where(mask[:, None, None], products, MASKED)
         weights = jnp.exp(products - products.max(-1, keepdims=True))
         mixed = product("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v)
         return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)  # fewer numbers to divide than the weights
@@ -93,7 +93,7 @@ def context_attention(q, k, v, valid) -> tuple[jax.Array, jax.Array]:
     Returns:
       values[B, T, N, H], and the log-sum-exp of every row's scores, float32[B, N, T].
     """
-    products = jnp.where(valid[:, None, None], scores(q, k), _MASKED)
+    products = jnp.where(valid[:, None, None], scores(q, k), MASKED)
     lse = jax.nn.logsumexp(products, -1)
     return weighted_values(jnp.exp(products - lse[..., None]), v), lse
 
@@ -115,7 +115,7 @@ def two_part_attention(q, context, tail, over_context=context_attention):
     from_context, context_lse = over_context(q.reshape(B, Q * T, N, H), ck, cv, cmask)
     context_lse = context_lse.reshape(B, N, Q, T)
     to_tail = jax.vmap(scores, 1, 2)(q, tk)  # [B, N, Q, T, R]
-    to_tail = jnp.where(tmask[:, None], to_tail, _MASKED)
+    to_tail = jnp.where(tmask[:, None], to_tail, MASKED)
     lse = jnp.logaddexp(context_lse, jax.nn.logsumexp(to_tail, -1))  # [B, N, Q, T]
     share = jnp.moveaxis(jnp.exp(context_lse - lse), 1, 3)[..., None]  # of the context in every row's mass
     from_context = (share * from_context.reshape(q.shape)).astype(cv.dtype)

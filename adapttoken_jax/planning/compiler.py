@@ -71,7 +71,7 @@ def make_tpu_mesh(topology: Topology, shape: sharding.MeshShape) -> Mesh:
 def compile_program(program: Program) -> Compiled:
     """Compiles; a program that is too large for the chip is an answer, not an error."""
     try:
-        compiled = program.lower().compile()
+        compiled = program.lower().compile(compiler_options=dict(program.options))
     except jax.errors.JaxRuntimeError as error:
         if needed := needed_bytes(str(error)):
             return Compiled(peak=needed)

@@ -56,6 +56,7 @@ class Program:
     Attributes:
       name: "vision", "group" or "final".
       lower: traces it.
+      options: for the compiler.
       runs: how often it runs to answer all questions about the video.
       flops: operations that the model needs for one run, on all chips together.
       absent: top level of the parameters that it does not use; they stay in memory beside it.
@@ -64,6 +65,7 @@ class Program:
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
+    options: Mapping[str, str]
     runs: int
     flops: float
     absent: str
@@ -105,11 +107,12 @@ def vision(model: Model, work: Work) -> Program:
     return Program(
         name="vision",
         lower=lambda: encode_slots.lower(model.module, patches, height, width),
+        options=encode_slots.tpu_options,
         runs=-(-slots // size),
         flops=costs.vision_flops(model.config, size, height, width),
         absent="text",
         trips={},
-        shares={"/vision/": len(c.full_attention_layers) / c.layers},
+        shares={},
         visited={},
     )
 
@@ -167,6 +170,7 @@ def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Prog
     return Program(
         name=name,
         lower=lambda: run_prompts.lower(model.module, batch, spec),
+        options=run_prompts.tpu_options,
         runs=runs,
         flops=contexts * (each + (questions - 1) * more),
         absent="vision",

@@ -15,7 +15,7 @@ from adapttoken_jax import scan
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import VisualTokens
 from adapttoken_jax.loading import Model
-from adapttoken_jax.passes import PassSpec, PromptBatch, run_prompts
+from adapttoken_jax.passes import PassSpec, PromptBatch, prompts_pass
 from adapttoken_jax.prompt import Prompt
 
 _BATCHES = (8, 64)  # sizes that a batch is padded to
@@ -109,5 +109,5 @@ _SPLIT = PromptBatch(**{field.name: None if field.name == "key" else 0 for field
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _run_many(module, batch, spec):
-    """`run_prompts` for batches with a leading axis, one after the other as far as numbers are concerned."""
-    return jax.vmap(lambda one: run_prompts(module, one, spec), in_axes=(_SPLIT,))(batch)
+    """`prompts_pass` for batches with a leading axis, one after the other as far as numbers are concerned."""
+    return jax.vmap(lambda one: prompts_pass(module, one, spec), in_axes=(_SPLIT,))(batch)
