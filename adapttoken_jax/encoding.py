@@ -27,7 +27,7 @@ from adapttoken_jax.passes import encode_slots
 from adapttoken_jax.streaming import Part, one_pass
 from adapttoken_jax.video import Clip, SlotImages, patch_rows
 
-# What one call of the vision tower takes at most on each index of the `data` axis: bounds its memory.
+# What one call of the vision tower takes at most on each device: bounds its memory.
 _PATCHES_PER_CHUNK = 16384
 _SLOTS_PER_CHUNK = 64
 
@@ -241,15 +241,16 @@ def _visual_tokens(model, clip, encoder, patches, source=None) -> VisualTokens:
 
 
 def chunk_slots(model: Model, clip: Clip) -> int:
-    """Slots of a clip per call of the vision tower, a multiple of the groups that run side by side."""
+    """Slots of a clip per call of the vision tower, the same number on every device."""
     slots, height, width = clip.grid
     most = max(1, min(_SLOTS_PER_CHUNK, _PATCHES_PER_CHUNK // (height * width)))
     even = 1 << (most.bit_length() - 1)  # a power of two divides the usual groups
-    return min(even * model.wave, round_up(slots, model.wave))
+    devices = 1 if model.mesh is None else model.mesh.size
+    return min(even * devices, round_up(slots, devices))
 
 
 def _place(model: Model, array: np.ndarray):
-    return array if model.mesh is None else sharding.place(array, sharding.batch_sharding(model.mesh))
+    return array if model.mesh is None else sharding.place(array, sharding.slot_sharding(model.mesh))
 
 
 def _timed(iterator: Iterable, seconds: dict[str, float], stage: str) -> Iterator:

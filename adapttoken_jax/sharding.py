@@ -1,7 +1,8 @@
 """The mesh and the rules that lay parameters and activations over it.
 
-The mesh has two axes. `data` holds different groups of the video, `model` splits every layer: attention by heads, the
-feed-forward blocks by F, embedding and head by V. Weights are replicated over `data`.
+The mesh has two axes. `data` holds different groups of the video, `model` splits every layer of the decoder: attention
+by heads, the feed-forward blocks by F, embedding and head by V. Weights are replicated over `data`. The vision tower is
+small and its slots are independent: every device holds all of it and encodes slots of its own.
 """
 
 import dataclasses
@@ -67,16 +68,17 @@ def make_mesh(shape: MeshShape, devices=None) -> Mesh:
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
-    """Raises UserError unless `model` divides the heads of both towers."""
-    model = mesh.shape["model"]
-    for name, heads in (("text", config.text.heads), ("vision", config.vision.heads)):
-        if heads % model:
-            raise UserError(f"--mesh: model={model} does not divide the {heads} {name} attention heads")
+    """Raises UserError unless `model` divides the decoder's attention heads."""
+    model, heads = mesh.shape["model"], config.text.heads
+    if heads % model:
+        raise UserError(f"--mesh: model={model} does not divide the {heads} attention heads")
 
 
 def parameter_spec(parameter: parameters.Parameter, mesh: Mesh) -> PartitionSpec:
-    """How one parameter lies on the mesh: its first axis that the rules split and `model` divides."""
+    """How a parameter lies on the mesh; the decoder's by its first axis that the rules split and `model` divides."""
     model, spec = mesh.shape["model"], [None] * len(parameter.shape)
+    if parameter.path[0] == "vision":
+        return PartitionSpec(*spec)
     for position, (axis, size) in enumerate(zip(parameter.axes, parameter.shape, strict=True)):
         if axis in _SPLIT and size % model == 0:
             spec[position] = "model"
@@ -91,8 +93,13 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """One axis over `data`, the rest replicated: groups of a wave, slots of an encoded chunk."""
+    """One axis over `data`, the rest replicated: the groups of a wave."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def slot_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over all devices: the slots of an encoded chunk."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -120,11 +127,11 @@ def _place(array, where: NamedSharding) -> jax.Array:
 
 
 def own_rows(mesh: Mesh | None, rows: int) -> np.ndarray:
-    """Which of `rows` entries split by `batch_sharding` lie on devices of this process: bool[rows]."""
+    """Which of `rows` entries split by `slot_sharding` lie on devices of this process: bool[rows]."""
     own = np.zeros(rows, bool)
     if mesh is None or not mesh.is_multi_process:
         return ~own
-    for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
+    for index in slot_sharding(mesh).addressable_devices_indices_map((rows,)).values():
         own[index] = True
     return own
 

@@ -160,7 +160,7 @@ def test_a_broken_video_is_one_line_and_leaves_nothing(checkpoint, tmp_path, cap
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--mesh=data=1,model=4", "--mesh: model=4 does not divide the 2 vision attention heads"),
+        ("--mesh=data=1,model=8", "--mesh: model=8 does not divide the 4 attention heads"),
         ("--mesh=data=4,model=4", "needs 16 devices"),
         ("--mesh=rows=2", "--mesh=rows=2"),
         ("--dtype=float8", "--dtype"),

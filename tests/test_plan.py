@@ -342,8 +342,9 @@ def test_the_released_models_are_planned_with_the_kernel_of_a_tpu():
 def test_parameters_per_chip():
     mesh = AbstractMesh((1, 4), sharding.AXES)
     both = sum(programs.parameter_bytes(SIZES["qwen2.5-vl-7b"], mesh, tower) for tower in ("vision", "text"))
-    # 8 292 166 656 bfloat16 parameters; a quarter each, but for the few that the mesh does not split.
-    assert both == pytest.approx(8_292_166_656 * 2 / 4, rel=2e-2)
+    # 8 292 166 656 bfloat16 parameters: a quarter of the decoder's, but for the few that the mesh does not split, and
+    # all of the vision tower's.
+    assert both == pytest.approx((8_292_166_656 - 676_550_144) * 2 / 4 + 676_550_144 * 2, rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,17 +386,17 @@ def without_libtpu(monkeypatch):
     monkeypatch.setattr(estimate, "versions", dict)
 
 
-def test_meshes_are_those_that_divide_the_heads_of_both_towers():
+def test_meshes_are_those_that_divide_the_decoders_heads():
     sizes = lambda name, slice_: [
         s.model for s in estimate._Planner(SIZES[name], Topology.parse(slice_), None, None).shapes()
     ]
-    assert sizes("qwen2.5-vl-7b", "v5e:4x4") == [1, 2, 4]  # 28 and 16 heads
-    assert sizes("qwen2.5-vl-32b", "v5e:4x4") == [1, 2, 4, 8]  # 40 and 16
-    assert sizes("qwen2.5-vl-72b", "v5e:16x16") == [1, 2, 4, 8, 16]  # 64 and 16
+    assert sizes("qwen2.5-vl-7b", "v5e:4x4") == [1, 2, 4]  # 28 heads
+    assert sizes("qwen2.5-vl-32b", "v5e:4x4") == [1, 2, 4, 8]  # 40
+    assert sizes("qwen2.5-vl-72b", "v5e:16x16") == [1, 2, 4, 8, 16, 32, 64]  # 64
 
 
-# 2048 slots of 220 tokens: 32 groups, two at a time; 16 slots per side at a time in the vision tower.
-RUNS = {"vision": 64, "group": 16, "final": 1}
+# 2048 slots of 220 tokens: 32 groups, two at a time; 16 slots per chip at a time in the vision tower.
+RUNS = {"vision": 8, "group": 16, "final": 1}
 
 
 def test_the_best_mesh_is_the_fastest_that_fits(without_libtpu):
@@ -407,13 +408,13 @@ def test_the_best_mesh_is_the_fastest_that_fits(without_libtpu):
     assert list(found.tried.values())[3:] == ["16.00 s in group", "32.00 s in group"]
     assert found.video == {"frames": 4096, "slots": 2048, "tokens_per_slot": 220, "groups": 32, "final_tokens": 7040}
     assert {program.name: program.runs for program in found.programs} == RUNS
-    assert found.seconds == pytest.approx({"group": 0.5, "video": 81, "question": 81, "roofline_question": 0})
-    assert found.chip_hours(100) == pytest.approx(100 * 81 * 16 / 3600)
+    assert found.seconds == pytest.approx({"group": 0.5, "video": 25, "question": 25, "roofline_question": 0})
+    assert found.chip_hours(100) == pytest.approx(100 * 25 * 16 / 3600)
 
 
 def test_questions_share_a_scan(without_libtpu):
     found = estimate.plan("qwen2.5-vl-72b", "v6e:4x4", "data=2,model=8", questions=10)
-    assert found.seconds["question"] == pytest.approx((64 + 16 + 10) / 10)
+    assert found.seconds["question"] == pytest.approx((8 + 16 + 10) / 10)
 
 
 def test_what_does_not_fit_says_how_much_is_missing_and_what_helps(without_libtpu):
@@ -432,9 +433,9 @@ def test_the_command_writes_every_figure(without_libtpu, tmp_path, capsys):
     flags = ["--model=qwen2.5-vl-72b", "--topology=v6e:4x4", "--mesh=data=2,model=8"]
     assert cli.main(["plan", *flags, f"--json={tmp_path}/plan.json"]) == 0
     written, shown = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
-    assert written["fits"] and written["seconds"]["video"] == pytest.approx(81)
+    assert written["fits"] and written["seconds"]["video"] == pytest.approx(25)
     assert {program["name"]: program["runs"] for program in written["programs"]} == RUNS
-    assert "v6e:4x4, 16 chips, mesh data=2,model=8" in shown and "81 by the compiler" in shown
+    assert "v6e:4x4, 16 chips, mesh data=2,model=8" in shown and "25 by the compiler" in shown
     assert cli.main(["plan", *flags, "--json=-"]) == 0
     assert json.loads(capsys.readouterr().out) == written
 
@@ -454,7 +455,7 @@ def test_the_table_keeps_what_was_compiled(without_libtpu, monkeypatch, tmp_path
     )  # its weights are too large
     head, _, first, second, third = plan_table.table(found).splitlines()
     assert first == second and head.count("|") == first.count("|") == third.count("|")
-    assert first.startswith("| qwen2.5-vl-72b | v6e:4x4 | data=2,model=8 |") and "| 0.5 | 81 |" in first
+    assert first.startswith("| qwen2.5-vl-72b | v6e:4x4 | data=2,model=8 |") and "| 0.5 | 25 |" in first
     assert "does not fit" in third
 
 
@@ -464,7 +465,7 @@ def test_the_table_keeps_what_was_compiled(without_libtpu, monkeypatch, tmp_path
         (["--model=qwen9"], ["--model=qwen9", "qwen2.5-vl-7b"]),
         (["--topology=v9:2x2"], ["--topology=v9:2x2", "v6e:"]),
         (["--mesh=data=3,model=2"], ["--mesh=data=3,model=2: 6 places", "16 chips"]),
-        (["--mesh=data=2,model=8"], ["model=8 does not divide the 28 text attention heads"]),
+        (["--mesh=data=2,model=8"], ["model=8 does not divide the 28 attention heads"]),
         (["--video_size=big"], ["--video_size=big", "WIDTHxHEIGHT"]),
         (["--mesh=data=4,model=4"], ["pip install 'adapttoken-jax[tpu]'"]),
     ],
@@ -506,7 +507,7 @@ def test_a_tiny_model_is_compiled_for_a_tpu(monkeypatch):
     assert found.fits and [program.name for program in found.programs] == ["vision", "group", "final"]
     for program in found.programs:
         assert 0 < program.memory["temporaries"] < program.memory["peak"] < GIB
-        assert program.collectives["all-reduce"]["times"] > 0
+        assert bool(program.collectives) == (program.name != "vision")  # every chip encodes slots of its own
         assert program.seconds["compiler"] > program.seconds["roofline"] > 0
     group = found.programs[1]
     # At least the text layers' two reductions each over `model`, for the context and for the question.

@@ -8,6 +8,7 @@ as if everything overlapped.
 
 import collections
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 
@@ -228,16 +229,22 @@ class _Planner:
         return estimate_program(program, compiled, beside, self.topology.chip, self.topology.chips)
 
     def best_mesh(self) -> tuple[MeshShape, dict[str, str]]:
-        """The fastest mesh whose programs all fit, else the one that lacks least; and what each mesh came to.
+        """The fastest mesh whose programs all fit, else the one that lacks least; and what each mesh tried came to.
 
-        Meshes are ranked by the program that takes longest; the others are compiled for the winner alone.
+        Meshes are ranked by the program that takes longest; the others are compiled for the winner alone. Splitting
+        layers wider costs links and pays off until there is a place for every group: once wider is slower, it stays so.
         """
-        longest = {shape: self.longest(shape) for shape in self.shapes()}
-        cost = {shape: (each.missing, each.runs * each.seconds.get("compiler", 0)) for shape, each in longest.items()}
+        cost, tried, fastest = {}, {}, math.inf
+        for shape in self.shapes():
+            longest = self.longest(shape)
+            seconds = longest.runs * longest.seconds.get("compiler", 0)
+            cost[shape], tried[_written(shape)] = (longest.missing, seconds), _outcome(longest)
+            if not longest.missing and seconds > fastest:
+                break
+            fastest = fastest if longest.missing else seconds
         ranked = sorted(cost, key=cost.get)
-        fitting = (shape for shape in ranked if not longest[shape].missing)
-        best = next((s for s in fitting if not any(e.missing for e in self.estimates(s))), ranked[0])
-        return best, {_written(shape): _outcome(each) for shape, each in longest.items()}
+        fitting = (shape for shape in ranked if not cost[shape][0])
+        return next((s for s in fitting if not any(e.missing for e in self.estimates(s))), ranked[0]), tried
 
     def longest(self, shape: MeshShape) -> ProgramEstimate:
         """The estimate of the program with most operations."""
@@ -246,9 +253,8 @@ class _Planner:
         return self.estimate(max(every, key=lambda each: each.runs * each.flops), shape, mesh)
 
     def shapes(self) -> list[MeshShape]:
-        """Every mesh of the slice whose `model` axis divides the heads of both towers."""
-        heads = self.config.text.heads, self.config.vision.heads
-        divides = lambda model: self.topology.chips % model == 0 and not any(n % model for n in heads)
+        """Every mesh of the slice whose `model` axis divides the decoder's attention heads."""
+        divides = lambda model: self.topology.chips % model == 0 and self.config.text.heads % model == 0
         sizes = [model for model in range(1, self.topology.chips + 1) if divides(model)]
         return [MeshShape(self.topology.chips // model, model) for model in sizes]
 

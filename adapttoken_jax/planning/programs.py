@@ -103,7 +103,7 @@ def vision(model: Model, work: Work) -> Program:
     c = model.config.vision
     size = chunk_slots(model, work)  # of a clip it asks for the grid alone
     shape = (size, height * width, c.patch_features)
-    patches = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(model.mesh))
+    patches = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.slot_sharding(model.mesh))
     return Program(
         name="vision",
         lower=lambda: encode_slots.lower(model.module, patches, height, width),

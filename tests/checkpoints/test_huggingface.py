@@ -147,7 +147,7 @@ def test_devices_hold_only_their_part(checkpoint):
     shapes = lambda array: {shard.data.shape for shard in array.addressable_shards}
     assert shapes(params["text"]["layers"]["q_kernel"]) == {(3, 64, 2, 16)}
     assert shapes(params["text"]["layers"]["down_kernel"]) == {(3, 48, 64)}
-    assert shapes(params["vision"]["layers"]["qkv_kernel"]) == {(2, 32, 3, 1, 16)}
+    assert shapes(params["vision"]["layers"]["qkv_kernel"]) == {(2, 32, 3, 2, 16)}  # whole
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_devices_hold_only_their_part(checkpoint):
     [
         ("text.layers.q_kernel", ("model", None, None)),  # (N H) D, split over N
         ("text.layers.down_kernel", (None, "model")),  # D F, over F
-        ("vision.layers.qkv_kernel", (None, "model", None, None)),  # (3 N H) D, over N
+        ("vision.layers.qkv_kernel", (None,) * 4),  # (3 N H) D, whole
         ("text.layers.up_kernel", ("model", None)),  # F D, over F
         ("vision.patch_kernel", (None,) * 5),
     ],

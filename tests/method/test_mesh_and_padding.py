@@ -26,18 +26,32 @@ def directory(tmp_path_factory):
     return tiny.write_checkpoint(tmp_path_factory.mktemp("needle"), tiny.SHAPES["needle"])
 
 
+def answered(model):
+    return at.answer(model, random_video(), QUESTION, OPTIONS, settings(model), trace=True)
+
+
 @pytest.fixture(scope="module")
 def single(directory):
     model = at.load(directory)
-    return model, at.answer(model, random_video(), QUESTION, OPTIONS, settings(model), trace=True)
+    return model, answered(model)
 
 
 @pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "data=8,model=1"])
 def test_every_mesh_agrees_with_one_device(directory, single, mesh):
+    agrees_with_one_device(directory, single[1], mesh)
+
+
+def test_one_group_over_all_devices_agrees_with_one_device(tmp_path):
+    """Eight heads on four keys and values, split eight ways; the vision tower's two heads are not split."""
+    directory = tiny.write_checkpoint(tmp_path, tiny.SHAPES["four_kv"])
+    agrees_with_one_device(directory, answered(at.load(directory)), "data=1,model=8")
+
+
+def agrees_with_one_device(directory, alone, mesh):
     model = at.load(directory, mesh=mesh)
     split = [p for p in jax.tree.leaves(model.module) if not p.sharding.is_fully_replicated]
     assert bool(split) == (mesh != "data=8,model=1")
-    ours, alone = at.answer(model, random_video(), QUESTION, OPTIONS, settings(model), trace=True), single[1]
+    ours = answered(model)
     assert ours.model.mesh == {axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))}
     for key in ("budget", "candidates", "selected", "answer_ids"):
         np.testing.assert_array_equal(ours.trace[key], alone.trace[key], err_msg=key)
@@ -105,13 +119,14 @@ def test_groups_side_by_side_equal_groups_one_by_one(passes):
 def test_real_sizes_have_shapes_and_shardings(name, shape):
     config, mesh = SIZES[name], sharding.make_mesh(sharding.MeshShape(*shape))
     if config.text.heads % shape[1]:
-        with pytest.raises(UserError, match=f"model={shape[1]} does not divide the {config.text.heads} text"):
+        with pytest.raises(UserError, match=f"model={shape[1]} does not divide the {config.text.heads} attention"):
             sharding.parameter_shardings(config, mesh)
         return
     placed = sharding.parameter_shardings(config, mesh)
+    assert all(place.is_fully_replicated for place in jax.tree.leaves(placed["vision"]))
     for parameter, place in parameters.leaves(config, placed):
         local = place.shard_shape(parameter.shape)  # raises where the mesh does not divide
-        if parameter.path[-1] in ("q_kernel", "qkv_kernel", "down_kernel") and parameter.path[0] == "text":
+        if parameter.path[-1] in ("q_kernel", "down_kernel") and parameter.path[0] == "text":
             assert np.prod(local) * shape[1] == np.prod(parameter.shape)
 
 
