@@ -238,6 +238,9 @@ class AdaptTokenConfig:
     relevance_heads: str = _choice("max", "mean", help="reduction of attention over heads")
     relevance_text: str = _choice("max", "mean", help="reduction of attention over text tokens")
     relevance_queries: str = _choice("after_vision", "question", "last", help="text tokens whose attention counts")
+    keep_after_reference: float = _number(
+        1.0, low=1e-6, high=1.0, help="share of a group's tokens that layers after the reference layer see; 1: all"
+    )
     debias: bool = _switch(False, help="divide relevance by its trend over the group and drop attention sinks")
     certainty: str = _choice(
         "neg_entropy", "option_entropy", "max_probability", "deepconf", help="certainty of one generated token"

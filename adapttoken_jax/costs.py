@@ -1,6 +1,9 @@
 """Floating-point operations of the model, counted from its sizes: two per multiply-add, products and attention only."""
 
-from adapttoken_jax.config import ModelConfig
+import math
+from typing import NamedTuple
+
+from adapttoken_jax.config import AdaptTokenConfig, ModelConfig
 from adapttoken_jax.geometry import window_layout
 
 
@@ -12,11 +15,37 @@ def text_flops(config: ModelConfig, new: int, past: int = 0) -> float:
     return c.layers * (2 * new * projections + 4 * pairs * c.heads * c.head_dim)
 
 
-def context_flops(config: ModelConfig, tokens: int) -> float:
+class Pruned(NamedTuple):
+    """The layers after `layer` see only `tokens` tokens of a context, prompt prefix included."""
+
+    layer: int
+    tokens: int
+
+
+def pruned(config: ModelConfig, settings: AdaptTokenConfig, prefix: int, tokens: int, padded: int) -> Pruned | None:
+    """What pruning leaves of a group's `tokens` visual tokens, which are padded to `padded`; None where it is off."""
+    layer, share = settings.reference_layer, settings.keep_after_reference
+    if share == 1 or layer == config.text.layers - 1:
+        return None
+    return Pruned(layer, prefix + min(tokens, math.ceil(share * padded)))
+
+
+def context_flops(config: ModelConfig, tokens: int, pruned: Pruned | None = None) -> float:
     """Decoder layers on a context that only later tokens look at: the last one makes keys and values alone."""
     c = config.text
+    if pruned is not None:
+        lower = text_flops(config, tokens) - text_flops(config, pruned.tokens)
+        return context_flops(config, pruned.tokens) + lower * (pruned.layer + 1) / c.layers
     last = 2 * tokens * c.width * c.head_dim * 2 * c.kv_heads
     return text_flops(config, tokens) * (c.layers - 1) / c.layers + last
+
+
+def question_flops(config: ModelConfig, suffix: int, answer: int, context: int, pruned: Pruned | None = None) -> float:
+    """A question after a context: its suffix, the head, and `answer` generated tokens after the first."""
+    after = lambda past: text_flops(config, suffix, past) + text_flops(config, answer, past + suffix)
+    share = 1.0 if pruned is None else (pruned.layer + 1) / config.text.layers
+    upper = 0.0 if pruned is None else (1 - share) * after(pruned.tokens)
+    return share * after(context) + upper + head_flops(config, 1 + answer)
 
 
 def head_flops(config: ModelConfig, tokens: int) -> float:
@@ -37,7 +66,6 @@ def vision_flops(config: ModelConfig, slots: int, height: int, width: int) -> fl
     return slots * (2 * (layers + merger + patches * c.patch_features * c.width) + 4 * pairs * c.width)
 
 
-def prompt_flops(config: ModelConfig, context: int, suffix: int, answer: int) -> float:
-    """One prompt: its context, the question's suffix, the head, and `answer` generated tokens after the first."""
-    total = context_flops(config, context) + text_flops(config, suffix, context) + head_flops(config, 1 + answer)
-    return total + text_flops(config, answer, context + suffix)
+def prompt_flops(config: ModelConfig, context: int, suffix: int, answer: int, pruned: Pruned | None = None) -> float:
+    """One prompt: its context, and a question after it."""
+    return context_flops(config, context, pruned) + question_flops(config, suffix, answer, context, pruned)

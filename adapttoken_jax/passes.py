@@ -6,6 +6,8 @@ against it. Shapes are static: visual tokens, questions' suffixes and answers ar
 
 import dataclasses
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from adapttoken_jax.geometry import window_layout
 from adapttoken_jax.model import Probe, Qwen25VL
 from adapttoken_jax.model.generation import Sampling, generate
 from adapttoken_jax.model.kernels import XLA, Kernel
-from adapttoken_jax.selection import reduce_relevance, token_certainty, token_entropy
+from adapttoken_jax.selection import most_relevant, reduce_relevance, token_certainty, token_entropy
 
 # Of a TPU core's vector memory, at most this much per operation of the decoder: the best of 16, 32, 48, 64 and 96 MiB
 # by the compiler's estimate for v5e, v5p and v6e. The vision tower, whose arrays are smaller, does best with half.
@@ -73,6 +75,8 @@ class PassSpec:
       answer_tokens: length A of the answers' buffer.
       end_ids: tokens that end an answer.
       sampling: how tokens are chosen.
+      keep_share: share of a context's visual tokens that the layers after the reference layer see: those most relevant
+        to any of the questions; 1 for all.
       kernel: what computes attention.
     """
 
@@ -82,6 +86,7 @@ class PassSpec:
     answer_tokens: int
     end_ids: tuple[int, ...]
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
+    keep_share: float = 1.0
     kernel: Kernel = XLA
 
 
@@ -109,29 +114,29 @@ def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int) -
 def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[str, jax.Array]:
     """Prefills every context once, runs every question against it and generates the answers (steps 4 to 6 and 11).
 
+    With `spec.keep_share` below 1 the layers after the reference layer see only the most relevant visual tokens.
+    Questions share a context: a token then counts as relevant as it is to the question that it is most relevant to.
+
     Returns:
       "first_logits" float32[B, Q, V], "tokens" int32[B, Q, A], "counted" bool[B, Q, A] (the answer's own tokens),
       "entropy" and "certainty" float32[B, Q, A] per token; with `spec.relevance` "relevance" float32[B, Q, M]; with
       `spec.keep_layer` "kept"[B, M, D].
     """
     text, prefix = model.text, batch.prefix_ids.shape[0]
-    with jax.named_scope("context"):
-        context, found = text.prefill(
-            _context_embeddings(text, batch), batch.context_positions, _context_valid(batch),
-            keep_layer=spec.keep_layer, kernel=spec.kernel,
-        )  # fmt: skip
+    hidden, pasts, found = _run_layers(text, batch, spec)
     with jax.named_scope("question"):
-        logits, tail, observed = _ask(text, batch, context, spec)
+        last = jnp.take_along_axis(hidden, (batch.suffix_length - 1)[None, :, None, None], 2)[:, :, 0]
+        logits = text.logits(last)
     with jax.named_scope("answer"):
         generation = generate(
-            text, logits, batch.answer_start, context, tail, batch.suffix_ids.shape[1], tokens=spec.answer_tokens,
+            text, logits, batch.answer_start, pasts, batch.suffix_ids.shape[1], tokens=spec.answer_tokens,
             limit=batch.limit, end_ids=spec.end_ids, measure=functools.partial(_measure, batch=batch, spec=spec),
             sampling=spec.sampling, key=batch.key, kernel=spec.kernel,
         )  # fmt: skip
     out = {"first_logits": logits, "tokens": generation.tokens, "counted": generation.counted}
     out |= {"entropy": generation.measured[..., 0], "certainty": generation.measured[..., 1]}
     if spec.relevance is not None:
-        out["relevance"] = observed[..., prefix:]
+        out["relevance"] = found["observed"][..., prefix:]
     if spec.keep_layer is not None:
         out["kept"] = found["kept"][:, prefix:]
     return out
@@ -140,31 +145,81 @@ def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[st
 run_prompts = compiled(static=("spec",), vmem_kib=DECODER_VMEM_KIB)(prompts_pass)
 
 
-def _context_embeddings(text, batch):
-    prefix = text.embed(batch.prefix_ids)
-    prefix = jnp.broadcast_to(prefix, (batch.visual.shape[0], *prefix.shape))
-    return jnp.concatenate([prefix, batch.visual.astype(prefix.dtype)], 1)
+class _Rows(NamedTuple):
+    """Rows of the contexts on their way through the layers: x[B, S, D], position_ids[B, 3, S], valid[B, S]."""
+
+    x: jax.Array
+    position_ids: jax.Array
+    valid: jax.Array
 
 
-def _context_valid(batch):
-    prefix = jnp.ones((batch.visual.shape[0], batch.prefix_ids.shape[0]), bool)
-    return jnp.concatenate([prefix, batch.visual_valid], 1)
+def _run_layers(text, batch, spec):
+    """Contexts and questions through all layers.
+
+    Returns:
+      The suffixes' hidden states [B, Q, T, D], the pasts of `generate`, and what was kept and observed on the way.
+    """
+    layers = range(text.config.layers)
+    reference = layers[-1] if spec.keep_share == 1 else spec.relevance[0]
+    lower, upper = layers[: reference + 1], layers[reference + 1 :]
+    rows, suffixes = _context_rows(text, batch), _suffix_embeddings(text, batch)
+    keep_layer = reference if upper else spec.keep_layer
+    context, kept = _prefill(text, rows, lower, spec, keep_layer)
+    hidden, tail, observed = _ask(text, batch, suffixes, context, spec, _relevance_probe(batch, spec))
+    pasts = [(context, tail)]
+    if upper:
+        rows = _most_relevant(rows._replace(x=kept["kept"]), observed["observed"], batch, spec.keep_share)
+        context, _ = _prefill(text, rows, upper, spec)
+        hidden, tail, _ = _ask(text, batch, hidden, context, spec)
+        pasts.append((context, tail))
+    return hidden, pasts, kept | observed
 
 
-def _ask(text, batch, context, spec):
-    """Runs the questions' suffixes: logits after each one's last token, the tail, and what the probe observed."""
-    B, (Q, T) = batch.visual.shape[0], batch.suffix_ids.shape
-    embeddings = text.embed(batch.suffix_ids)
-    valid = jnp.arange(T) < batch.suffix_length[:, None]
-    positions = batch.suffix_start[:, None, None, None] + jnp.arange(T)
-    tail = text.empty_tail(B, Q, T + spec.answer_tokens, embeddings.dtype)
-    hidden, tail, found = text.extend(
-        jnp.broadcast_to(embeddings, (B, *embeddings.shape)), jnp.broadcast_to(positions, (B, Q, 3, T)),
-        jnp.broadcast_to(valid, (B, Q, T)), context, tail, 0, probe=_relevance_probe(batch, spec),
-        kernel=spec.kernel,
-    )  # fmt: skip
-    last = jnp.take_along_axis(hidden, (batch.suffix_length - 1)[None, :, None, None], 2)[:, :, 0]
-    return text.logits(last), tail, found.get("observed")
+def _prefill(text, rows: _Rows, layers, spec, keep_layer=None):
+    with jax.named_scope("context"):
+        return text.prefill(*rows, layers=layers, keep_layer=keep_layer, kernel=spec.kernel)
+
+
+def _context_rows(text, batch) -> _Rows:
+    with jax.named_scope("context"):
+        prefix = text.embed(batch.prefix_ids)
+        prefix = jnp.broadcast_to(prefix, (batch.visual.shape[0], *prefix.shape))
+        valid = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), batch.visual_valid], 1)
+        x = jnp.concatenate([prefix, batch.visual.astype(prefix.dtype)], 1)
+        return _Rows(x, batch.context_positions, valid)
+
+
+def _most_relevant(rows: _Rows, relevance, batch, share: float) -> _Rows:
+    """The prefix, and the share of the visual tokens that is most relevant to any question: relevance[B, Q, S]."""
+    with jax.named_scope("context"):
+        prefix, tokens = batch.prefix_ids.shape[0], batch.visual.shape[1]
+        scores = jnp.where(batch.visual_valid, relevance[..., prefix:].max(1), -1.0)
+        visual = prefix + most_relevant(scores, math.ceil(share * tokens))
+        text = jnp.broadcast_to(jnp.arange(prefix), (len(visual), prefix))
+        index = jnp.concatenate([text, visual], 1)
+        return _Rows(
+            jnp.take_along_axis(rows.x, index[..., None], 1),
+            jnp.take_along_axis(rows.position_ids, index[:, None], 2),
+            jnp.take_along_axis(rows.valid, index, 1),
+        )
+
+
+def _suffix_embeddings(text, batch):
+    with jax.named_scope("question"):
+        embeddings = text.embed(batch.suffix_ids)
+        return jnp.broadcast_to(embeddings, (batch.visual.shape[0], *embeddings.shape))
+
+
+def _ask(text, batch, hidden, context, spec, probe=None):
+    """Runs the suffixes' hidden[B, Q, T, D] through a context's layers: what `TextDecoder.extend` returns."""
+    B, Q, T, _ = hidden.shape
+    with jax.named_scope("question"):
+        valid = jnp.arange(T) < batch.suffix_length[:, None]
+        positions = batch.suffix_start[:, None, None, None] + jnp.arange(T)
+        return text.extend(
+            hidden, jnp.broadcast_to(positions, (B, Q, 3, T)), jnp.broadcast_to(valid, (B, Q, T)), context,
+            text.empty_tail(context, Q, T + spec.answer_tokens), 0, probe=probe, kernel=spec.kernel,
+        )  # fmt: skip
 
 
 def _relevance_probe(batch, spec):

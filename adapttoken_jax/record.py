@@ -99,14 +99,17 @@ def _cost(run: Run, outcome: Outcome) -> result.Cost:
     """Every pass that this question needed: its groups, the question alone, asking again, the final answer."""
     model, (_, height, width) = run.model.config, run.plan.clip.grid
     prefix, suffix = len(run.prompt.prefix_ids), len(run.prompt.suffix_ids)
-    passes = [(len(v.relevance), len(v.reply.answer_ids)) for v in run.scan.visits] if run.scan else []
-    passes += [(0, len(run.blind.answer_ids))] if run.blind else []
+    visits = [(len(v.relevance), len(v.reply.answer_ids)) for v in run.scan.visits] if run.scan else []
+    padded = run.config.slots_per_group * run.video.per_slot
+    kept = lambda tokens: costs.pruned(model, run.config, prefix, tokens, padded)
+    flops = sum(costs.prompt_flops(model, prefix + n, suffix, answer, kept(n)) for n, answer in visits)
+    passes = [(0, len(run.blind.answer_ids))] if run.blind else []
     answered = [*(asked for asked in run.asked.values() if asked is not outcome), outcome]
     passes += [(len(each.selected.tokens), len(each.reply.answer_ids)) for each in answered]
-    flops = sum(costs.prompt_flops(model, prefix + tokens, suffix, answer) for tokens, answer in passes)
+    flops += sum(costs.prompt_flops(model, prefix + n, suffix, answer) for n, answer in passes)
     return result.Cost(
         seconds=result.Seconds(**run.seconds),
-        visual_tokens_prefilled=sum(tokens for tokens, _ in passes),
+        visual_tokens_prefilled=sum(n for n, _ in visits + passes),
         flops=flops + costs.vision_flops(model, run.video.encoded, height, width),
     )
 

@@ -207,6 +207,7 @@ def group_spec(model: Model, prompts: list[Prompt], config: AdaptTokenConfig) ->
         answer_spec(model, max(_group_limit(p, config) for p in prompts), config),
         relevance=(config.reference_layer, config.relevance_heads, config.relevance_text),
         keep_layer=config.reference_layer if config.similarity == "reference_layer" else None,
+        keep_share=config.keep_after_reference,
     )
 
 

@@ -11,8 +11,7 @@ from flax import nnx
 class Block(nnx.Module):
     """A node of the parameter tree: one `nnx.Param` per leaf, one Block of the class in `parts` per inner node.
 
-    Names and shapes come from the parameter table. A stack of layers is one Block whose leaves have a leading axis L;
-    `jax.lax.scan` over it hands out the layers.
+    Names and shapes come from the parameter table. A stack of layers is one Block whose leaves have a leading axis L.
     """
 
     parts: ClassVar[dict[str, type["Block"]]] = {}
@@ -21,6 +20,10 @@ class Block(nnx.Module):
         self.config = config
         for name, value in values.items():
             setattr(self, name, self.parts[name](config, value) if isinstance(value, dict) else nnx.Param(value))
+
+    def layer(self, index) -> "Block":
+        """One layer of the stack `layers`; with a traced `index` a loop takes one after the other, copying no stack."""
+        return jax.tree.map(lambda stack: stack[index], self.layers)
 
 
 def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Answers, token by token, in one compiled loop over a prefilled context."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class Generation:
     """State of the loop, and its result. The loop ends when every answer has ended or the buffer of A tokens is full.
 
     Attributes:
-      tail: keys and values of the questions and of the answers so far.
+      tails: keys and values of the questions and of the answers so far, one `Tail` per context.
       tokens: int32[B, Q, A].
       counted: bool[B, Q, A], True for tokens of the answer: those before the end token, or that one if it comes first.
       measured: float32[B, Q, A, m], what the caller measures of each token's logits.
@@ -50,7 +50,7 @@ class Generation:
       key: random key of sampling.
     """
 
-    tail: Tail
+    tails: tuple[Tail, ...]
     tokens: jax.Array
     counted: jax.Array
     measured: jax.Array
@@ -63,8 +63,7 @@ def generate(
     text: TextDecoder,
     logits: jax.Array,
     first_position: jax.Array,
-    context: Context,
-    tail: Tail,
+    pasts: Sequence[tuple[Context, Tail]],
     start: int,
     *,
     tokens: int,
@@ -81,13 +80,14 @@ def generate(
       text: the decoder.
       logits: float32[B, Q, V] after the last prompt token.
       first_position: int32[B, Q], M-RoPE id of the first generated token; later ones count up from it.
-      context, tail: what the prompt left behind; the answer is written into the tail from index `start` on.
+      pasts: what the prompt left behind, one pair per range of layers, from the lowest to the highest; the answer is
+        written into the tails from index `start` on.
       tokens: length A of the answer's buffer.
       limit: int32[Q], most tokens of each question's answer, at most A.
       end_ids: tokens that end an answer.
       measure: logits[B, Q, V] -> float32[B, Q, m].
       sampling, key: how tokens are chosen; greedy needs no key.
-      kernel: what computes attention over the context.
+      kernel: what computes attention over the contexts.
 
     Returns:
       The loop's last state.
@@ -115,14 +115,15 @@ def generate(
         token = jax.lax.dynamic_index_in_dim(state.tokens, last, 2)  # [B, Q, 1]
         position = jnp.broadcast_to((first_position + last)[..., None, None], (*token.shape[:2], 3, 1))
         valid = jnp.ones_like(token, bool)
-        hidden, tail, _ = text.extend(
-            text.embed(token), position, valid, context, state.tail, start + last, kernel=kernel
-        )
-        return record(dataclasses.replace(state, tail=tail), text.logits(hidden[:, :, -1]))
+        hidden, tails = text.embed(token), []
+        for (context, _), tail in zip(pasts, state.tails, strict=True):
+            hidden, tail, _ = text.extend(hidden, position, valid, context, tail, start + last, kernel=kernel)
+            tails.append(tail)
+        return record(dataclasses.replace(state, tails=tuple(tails)), text.logits(hidden[:, :, -1]))
 
     shape = (*logits.shape[:2], tokens)
     blank = Generation(
-        tail=tail,
+        tails=tuple(tail for _, tail in pasts),
         tokens=jnp.zeros(shape, jnp.int32),
         counted=jnp.zeros(shape, bool),
         measured=jnp.zeros((*shape, jax.eval_shape(measure, logits).shape[-1]), jnp.float32),

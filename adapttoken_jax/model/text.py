@@ -3,6 +3,9 @@
 `prefill` runs a context (prompt prefix and visual tokens) once and keeps its keys and values. `extend` runs further
 tokens (a question, then its answer token by token) against that context; many questions can share one context, each
 with a tail of keys and values of its own. The answer is the same as of one long sequence.
+
+Either may run a range of the layers: what a lower range saw of a context can decide which rows of it the upper one
+gets. Layers are taken out of their stack one by one, so a range copies no weights.
 """
 
 import dataclasses
@@ -24,13 +27,20 @@ class Context:
     """Keys and values of a prefilled context, per layer.
 
     Attributes:
-      k, v: [L, B, S, K, H].
+      k, v: [L, B, S, K, H], of the layers that were run.
       valid: bool[B, S], False at padding.
+      first: the lowest of the layers; static.
     """
 
     k: jax.Array
     v: jax.Array
     valid: jax.Array
+    first: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def layers(self) -> range:
+        """Indices of the layers that it holds keys and values of."""
+        return range(self.first, self.first + len(self.k))
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +49,7 @@ class Tail:
     """Keys and values of what follows the context, in a buffer of fixed length R.
 
     Attributes:
-      k, v: [L, B, Q, R, K, H].
+      k, v: [L, B, Q, R, K, H], L the layers of the context.
       valid: bool[B, Q, R], True where a token was written that later ones may look at.
     """
 
@@ -116,17 +126,18 @@ class TextDecoder(Block):
         c = self.config
         return turns(text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections))
 
-    def prefill(self, embeddings, position_ids, valid, *, keep_layer=None, return_layers=False,
-                kernel: Kernel = XLA):  # fmt: skip
+    def prefill(self, embeddings, position_ids, valid, *, layers: range | None = None, keep_layer=None,
+                return_layers=False, kernel: Kernel = XLA):  # fmt: skip
         """Runs a context from its beginning.
 
         What follows a context looks at its keys and values alone, so the last layer ends there, unless its output is
         asked for.
 
         Args:
-          embeddings: [B, S, D].
+          embeddings: [B, S, D], or what the layers below `layers` made of them.
           position_ids: int32[B, 3, S].
           valid: bool[B, S]; padding stands at the end, nothing looks at it.
+          layers: those to run; None is all.
           keep_layer: a 0-based layer whose output is returned as "kept"[B, S, D].
           return_layers: return every layer's output as "layers"[L, B, S, D].
           kernel: what computes attention.
@@ -135,35 +146,34 @@ class TextDecoder(Block):
           The `Context` and a dictionary of the intermediates asked for.
         """
         turn = self.turns(position_ids)
-
+        layers = range(self.config.layers) if layers is None else layers
         last = self.config.layers - 1
-        read = return_layers or keep_layer == last
+        read = return_layers or keep_layer == last or last not in layers
 
-        def step(carry, indexed):
+        def step(carry, index):
             x, kept = carry
-            index, layer = indexed
-            x, k, v = layer.prefill(x, turn, valid, kernel, needed=read | (index < last))
+            x, k, v = self.layer(index).prefill(x, turn, valid, kernel, needed=read or index < last)
             if keep_layer is not None:
                 kept = jnp.where(index == keep_layer, x, kept)
             return (x, kept), (k, v, x if return_layers else None)
 
         kept = None if keep_layer is None else embeddings
-        (_, kept), (k, v, layers) = jax.lax.scan(step, (embeddings, kept), self.indexed_layers())
-        found = {"kept": kept, "layers": layers}
-        return Context(k, v, valid), {name: value for name, value in found.items() if value is not None}
+        (_, kept), (k, v, outputs) = jax.lax.scan(step, (embeddings, kept), jnp.asarray(layers))
+        found = {"kept": kept, "layers": outputs}
+        return Context(k, v, valid, layers.start), {name: value for name, value in found.items() if value is not None}
 
-    def empty_tail(self, batch: int, questions: int, length: int, dtype) -> Tail:
-        """A `Tail` with room for `length` tokens per question."""
-        c = self.config
-        buffer = jnp.zeros((c.layers, batch, questions, length, c.kv_heads, c.head_dim), dtype)
+    def empty_tail(self, context: Context, questions: int, length: int) -> Tail:
+        """A `Tail` of a context with room for `length` tokens per question."""
+        layers, batch, _, *heads = context.k.shape
+        buffer = jnp.zeros((layers, batch, questions, length, *heads), context.k.dtype)
         return Tail(buffer, buffer, jnp.zeros((batch, questions, length), bool))
 
     def extend(self, embeddings, position_ids, valid, context: Context, tail: Tail, start, *, probe=None,
                return_layers=False, kernel: Kernel = XLA):  # fmt: skip
-        """Runs tokens that follow a context and what the tail already holds.
+        """Runs tokens that follow a context and what the tail already holds through the context's layers.
 
         Args:
-          embeddings: [B, Q, T, D].
+          embeddings: [B, Q, T, D], or what the layers below made of them.
           position_ids: int32[B, Q, 3, T].
           valid: bool[B, Q, T]; padding is never looked at.
           context: the shared past.
@@ -184,15 +194,17 @@ class TextDecoder(Block):
 
         def step(carry, indexed):
             x, observed = carry
-            (index, layer), (ck, cv, tk, tv) = indexed
-            x, (tk, tv), q, lse = layer.extend(x, turn, (ck, cv, context.valid), (tk, tv), mask, start, kernel)
+            index, (ck, cv, tk, tv) = indexed
+            x, (tk, tv), q, lse = self.layer(index).extend(
+                x, turn, (ck, cv, context.valid), (tk, tv), mask, start, kernel
+            )
             if probe is not None:
                 look = lambda: probe.observe(probabilities_from_lse(q, ck, context.valid, lse))
                 observed = jax.lax.cond(index == probe.layer, look, lambda: observed)
             return (x, observed), (tk, tv, x if return_layers else None)
 
         observed = None if probe is None else self.unobserved(probe, embeddings, context)
-        layers_in = (self.indexed_layers(), (context.k, context.v, tail.k, tail.v))
+        layers_in = (jnp.asarray(context.layers), (context.k, context.v, tail.k, tail.v))
         (x, observed), (k, v, layers) = jax.lax.scan(step, (embeddings, observed), layers_in)
         found = {"observed": observed, "layers": layers}
         return x, Tail(k, v, written), {name: value for name, value in found.items() if value is not None}
@@ -202,7 +214,3 @@ class TextDecoder(Block):
         B, Q, T, _ = embeddings.shape
         rows = jax.ShapeDtypeStruct((B, Q, self.config.heads, T, context.valid.shape[1]), jnp.float32)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(probe.observe, rows))
-
-    def indexed_layers(self):
-        """What a scan over the layers goes through: their indices, and the layers themselves."""
-        return jnp.arange(self.config.layers), self.layers

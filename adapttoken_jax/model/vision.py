@@ -89,8 +89,7 @@ class VisionTower(Block):
         """Layers of one kind, one after another: their output, and with `return_layers` that of each."""
 
         def step(x, index):
-            layer = jax.tree.map(lambda stack: stack[index], self.layers)
-            x = layer(x, turn, mask, full)
+            x = self.layer(index)(x, turn, mask, full)
             return x, x if return_layers else None
 
         return jax.lax.scan(step, x, indices)

@@ -137,8 +137,8 @@ def context_of(model: Qwen25VL, planes: jax.Array, batch: Batch, prefix_ids: tup
 def read_logits(model: Qwen25VL, context, block: QuestionBlock) -> tuple[jax.Array, jax.Array]:
     """Logits at the positions that a block reads: of answers [B, Q, A, V], of hints [B, Q, I, V] after layer 1, and of
     matches [B, Q, J, V] after layer 2."""
-    clips, count, length = block.ids.shape
-    tail = model.text.empty_tail(clips, count, length, jnp.float32)
+    _, count, length = block.ids.shape
+    tail = model.text.empty_tail(context, count, length)
     hidden, _, found = model.text.extend(
         model.text.embed(block.ids), block.position_ids, block.valid, context, tail, 0, return_layers=True
     )

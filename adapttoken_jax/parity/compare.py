@@ -102,7 +102,7 @@ def decoder_stages(module: Qwen25VL, embeddings: np.ndarray, position_ids: np.nd
         )
         hidden, _, rest = text.extend(
             x[None, None, context:], ids[None, None, :, context:], jnp.ones((1, 1, T), bool), past,
-            text.empty_tail(1, 1, T, x.dtype), 0, return_layers=True,
+            text.empty_tail(past, 1, T), 0, return_layers=True,
         )  # fmt: skip
         layers = jnp.concatenate([first["layers"][:, 0], rest["layers"][:, 0, 0]], 1)
         return {"layers": layers, "logits": text.logits(hidden[0, 0])}

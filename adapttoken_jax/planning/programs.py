@@ -143,6 +143,7 @@ def group_spec(config: AdaptTokenConfig, kernel: Kernel) -> PassSpec:
         relevance=(config.reference_layer, config.relevance_heads, config.relevance_text),
         certainty=config.certainty,
         keep_layer=config.reference_layer if config.similarity == "reference_layer" else None,
+        keep_share=config.keep_after_reference,
         answer_tokens=1,
         end_ids=_END_IDS,
         kernel=kernel,
@@ -164,18 +165,21 @@ def final_spec(config: AdaptTokenConfig, kernel: Kernel) -> PassSpec:
 
 def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Program:
     batch = abstract_batch(model, contexts, tokens, work.prefix, work.question, questions)
-    answered, layers = spec.answer_tokens - 1, model.config.text.layers  # the first token needs no further step
-    each = costs.prompt_flops(model.config, work.prefix + tokens, work.question, answered)
-    more = costs.text_flops(model.config, work.question, work.prefix + tokens) + costs.head_flops(model.config, 1)
+    answered, context = spec.answer_tokens - 1, work.prefix + tokens  # the first token needs no further step
+    layers = model.config.text.layers
+    pruned = costs.pruned(model.config, work.config, work.prefix, tokens, tokens) if spec.relevance else None
+    asked, ending = (pruned.layer + 1, layers - pruned.layer - 1) if pruned else (layers, layers)
+    question = costs.question_flops(model.config, work.question, answered, context, pruned)
     return Program(
         name=name,
         lower=lambda: run_prompts.lower(model.module, batch, spec),
         options=run_prompts.tpu_options,
         runs=runs,
-        flops=contexts * (each + (questions - 1) * more),
+        flops=contexts * (costs.context_flops(model.config, context, pruned) + questions * question),
         absent="vision",
         trips={"/answer/while": answered},
-        shares={"/question/": 1 / layers, "/context/": (layers - 1) / layers},
+        # Of the layers that may be probed one is; of those among which the last one is, all others give an output.
+        shares={"/question/": 1 / asked, "/context/": (ending - 1) / ending},
         visited={"/context/": 0.5},  # causal
     )
 

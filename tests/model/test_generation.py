@@ -33,11 +33,11 @@ def run(text, end_ids=(), limit=(NEW, NEW), sampling=GREEDY, seed=0):
         positions = jnp.broadcast_to(jnp.arange(5), (1, 3, 5))
         context, _ = text.prefill(text.embed(jnp.array([PROMPT[:4]])), positions[..., :4], jnp.ones((1, 4), bool))
         ids = jnp.array([[[PROMPT[4]], [9]]])
-        tail = text.empty_tail(1, 2, 1 + NEW, jnp.float32)
+        tail = text.empty_tail(context, 2, 1 + NEW)
         where = jnp.full((1, 2, 3, 1), 4)
         hidden, tail, _ = text.extend(text.embed(ids), where, jnp.ones((1, 2, 1), bool), context, tail, 0)
         return generate(
-            text, text.logits(hidden[:, :, -1]), jnp.full((1, 2), 5), context, tail, 1, tokens=NEW,
+            text, text.logits(hidden[:, :, -1]), jnp.full((1, 2), 5), [(context, tail)], 1, tokens=NEW,
             limit=jnp.array(limit), end_ids=end_ids, measure=lambda x: x.max(-1, keepdims=True), sampling=sampling,
             key=jax.random.key(seed),
         )  # fmt: skip

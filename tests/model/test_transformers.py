@@ -86,7 +86,7 @@ def test_vision_tower_and_decoder_match_transformers(load, shape, grid):
         context, kept = text.prefill(x[None, :S], ids[None, :, :S], jnp.ones((1, S), bool), return_layers=True)
         hidden, _, found = text.extend(
             x[None, None, S:], ids[None, None, :, S:], jnp.ones((1, 1, 6), bool), context,
-            text.empty_tail(1, 1, 9, jnp.float32), 0, probe=probe, return_layers=True,
+            text.empty_tail(context, 1, 9), 0, probe=probe, return_layers=True,
         )  # fmt: skip
         layers = jnp.concatenate([kept["layers"][:, 0], found["layers"][:, 0, 0]], 1)
         return layers, text.logits(hidden[0, 0]), found["observed"][0, 0], decode_sequence(text, x, ids)
@@ -116,12 +116,12 @@ def test_thirty_two_greedy_tokens_match_transformers(load, shape):
     def run(text, ids):
         positions = jnp.broadcast_to(jnp.arange(len(prompt)), (1, 3, len(prompt)))
         context, _ = text.prefill(text.embed(ids[None, :5]), positions[:, :, :5], jnp.ones((1, 5), bool))
-        tail = text.empty_tail(1, 1, 3 + new, jnp.float32)
+        tail = text.empty_tail(context, 1, 3 + new)
         hidden, tail, _ = text.extend(
             text.embed(ids[None, None, 5:]), positions[:, None, :, 5:], jnp.ones((1, 1, 3), bool), context, tail, 0
         )
         return generate(
-            text, text.logits(hidden[:, :, -1]), jnp.full((1, 1), len(prompt)), context, tail, 3, tokens=new,
+            text, text.logits(hidden[:, :, -1]), jnp.full((1, 1), len(prompt)), [(context, tail)], 3, tokens=new,
             limit=jnp.array([new]), end_ids=(), measure=lambda logits: logits.max(-1, keepdims=True),
         )  # fmt: skip
 
