@@ -33,6 +33,7 @@ SCAN_FIELDS = (
     "relevance_heads",
     "relevance_text",
     "relevance_queries",
+    "keep_after_reference",
     "group_positions",
     "slots_per_group",
     "mrope",
