@@ -82,12 +82,13 @@ def test_a_whole_run_in_miniature_without_a_decoder():
     assert found["agreement"]["ok"] and found["agreement"]["same_answer"]
     stages = {row["stage"]: row for row in found["stages"]}
     assert list(stages) == [speed.VISION, speed.GROUP, speed.PREFILL, speed.SELECT, speed.FINAL, speed.WHOLE,
-                            speed.MORE]  # fmt: skip
-    for row in list(stages.values())[:-1]:
+                            speed.PRUNED, speed.MORE]  # fmt: skip
+    for row in list(stages.values())[:-2]:
         assert row["ratio"] == pytest.approx(row["pytorch_all_s"][0] / row["ours_all_s"][0])
     group = stages[speed.GROUP]
     assert group["ours_flops_per_s"] == pytest.approx(group["flops"] / group["ours_s"])
     assert group["ours_share_of_peak"] == pytest.approx(group["ours_flops_per_s"] / found["peak_flops_per_s"])
+    assert stages[speed.PRUNED]["flops"] < group["flops"] < stages[speed.MORE]["flops"]
     assert found["further_question"]["entropy"] < 1e-5  # the same sums in another order
 
 

@@ -271,6 +271,8 @@ VISION, GROUP, PREFILL, SELECT, FINAL, WHOLE = (
     "final pass", "whole question",
 )  # fmt: skip
 MORE = "group pass, further questions"
+PRUNED = "group pass, 20 % of the tokens after the reference layer"
+_PRUNED_TO = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,10 +318,12 @@ def stages(pair: Pair) -> list[Stage]:
               lambda: fast.final_answer(model, inputs, torch_features, selection.tokens, config), 0),
         Stage(WHOLE, lambda: answer(pair), lambda: fast.run(model, inputs, config, pair.chunk), 0),
     ]  # fmt: skip
+    pruned = dataclasses.replace(pair, config=dataclasses.replace(config, keep_after_reference=_PRUNED_TO))
+    found.append(Stage(PRUNED, lambda: pass_groups(pruned, video), None, 0))
     if len(pair.prompts) > 1:
         found.append(Stage(MORE, lambda: pass_groups(pair, video, len(pair.prompts)), None, 0))
     counted = flops(pair)
-    of_groups = {name: len(prompts) for name in (VISION, GROUP, PREFILL, MORE)}
+    of_groups = {name: len(prompts) for name in (VISION, GROUP, PREFILL, PRUNED, MORE)}
     return [dataclasses.replace(s, flops=counted[s.name], groups=of_groups.get(s.name, 1)) for s in found]
 
 
@@ -335,10 +339,9 @@ def flops(pair: Pair) -> dict[str, float]:
     prefix, suffix = len(prompt.prefix_ids), len(prompt.suffix_ids)
     group = shape.slots_per_group * pair.plan.tokens_per_slot
     count = functools.partial(costs.prompt_flops, shape.model)
-    further = sum(
-        costs.text_flops(shape.model, len(p.suffix_ids), prefix + group) + costs.head_flops(shape.model, 1)
-        for p in pair.prompts[1:]
-    )
+    further = sum(costs.question_flops(shape.model, len(p.suffix_ids), 0, prefix + group) for p in pair.prompts[1:])
+    settings = dataclasses.replace(pair.config, keep_after_reference=_PRUNED_TO)
+    pruned = count(prefix + group, suffix, 0, costs.pruned(shape.model, settings, prefix, group, group))
     vision = costs.vision_flops(shape.model, shape.slots_per_group, *shape.grid)
     one, final = (
         count(prefix + group, suffix, 0),
@@ -346,7 +349,7 @@ def flops(pair: Pair) -> dict[str, float]:
     )
     whole = costs.text_flops(shape.model, prefix + group + suffix) + costs.head_flops(shape.model, 1)
     return {VISION: vision, GROUP: one, PREFILL: whole, SELECT: 0.0, FINAL: final, MORE: one + further,
-            WHOLE: shape.groups * (vision + one) + final}  # fmt: skip
+            PRUNED: pruned, WHOLE: shape.groups * (vision + one) + final}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
