@@ -60,7 +60,7 @@ def limit_threads(threads: int) -> int:
 
 
 def chosen_shape(name: str):
-    """The row of `speed.SHAPES` with what the flags change.
+    """The row of `shapes.SHAPES` with what the flags change.
 
     Raises:
       UserError: no such row, or a video that is answered directly.
@@ -68,11 +68,12 @@ def chosen_shape(name: str):
     import dataclasses
 
     from adapttoken_jax.parity import speed
+    from adapttoken_jax.parity.shapes import SHAPES
 
-    if name not in speed.SHAPES:
-        raise UserError(f"--models={name}: choose from {', '.join(speed.SHAPES)}")
+    if name not in SHAPES:
+        raise UserError(f"--models={name}: choose from {', '.join(SHAPES)}")
     given = {"groups": _GROUPS.value, "slots_per_group": _SLOTS.value, "budget": _BUDGET.value}
-    shape = dataclasses.replace(speed.SHAPES[name], **{field: value for field, value in given.items() if value})
+    shape = dataclasses.replace(SHAPES[name], **{field: value for field, value in given.items() if value})
     tokens = shape.groups * speed.make_plan(shape).tokens_per_slot * shape.slots_per_group
     if shape.groups < 2 or shape.budget * 1.1 > tokens:
         raise UserError(f"--groups={shape.groups}, --budget={shape.budget}: a video of two groups or more is scanned, "

@@ -25,6 +25,7 @@ import adapttoken_jax as at
 from adapttoken_jax import needle
 from adapttoken_jax.cli import table
 from adapttoken_jax.encoding import chunk_slots
+from adapttoken_jax.parity.shapes import SHAPES, random_model
 from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.result import atomic_file
 from adapttoken_jax.video import read_patches
@@ -32,7 +33,9 @@ from adapttoken_jax.video import read_patches
 _FPS = 4.0  # of the files, all of whose frames are sampled
 
 _FRAMES = flags.DEFINE_list("frames", ["256", "1000", "10000"], "Lengths of the videos.")
-_MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or the bundled model's name.")
+_MODEL = flags.DEFINE_string(
+    "model", "needle", "Checkpoint directory, the bundled model's name, or 118m: random weights of that size."
+)
 _METHOD = flags.DEFINE_string("method", "adapttoken", "How tokens are chosen.")
 _PIXELS = flags.DEFINE_float("max_pixels", 56 * 56, "Most pixels of a frame; 112 * 112 make 16 tokens per slot.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Keeps the videos here; default: a temporary directory.")
@@ -101,8 +104,11 @@ def decoding(model: at.Model, clip) -> dict:
 
 def measure(path: str) -> dict:
     """The row of one file, after a first question about another video has compiled what there is to compile."""
-    model, compilations = at.load(_MODEL.value), Compilations()
-    config = at.AdaptTokenConfig.for_model(model.config, max_frames=10**6, max_pixels=_PIXELS.value)
+    random = SHAPES.get(_MODEL.value) if _MODEL.value != "needle" else None
+    model = random_model(random.model) if random else at.load(_MODEL.value)
+    compilations = Compilations()
+    own = {"slots_per_group": random.slots_per_group, "budget": random.budget} if random else {}
+    config = at.AdaptTokenConfig.for_model(model.config, max_frames=10**6, max_pixels=_PIXELS.value, **own)
     ask = lambda video, progress=None: at.answer(
         model, video, "What colour is the star?", ("red", "green", "blue"), config, _METHOD.value, on_progress=progress
     )

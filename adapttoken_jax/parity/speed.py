@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from adapttoken_jax import costs, device_scan, parameters, passes, pipeline, scan, survivors
-from adapttoken_jax.config import SIZES, AdaptTokenConfig, ModelConfig, TextConfig, VisionConfig, read_model_config
+from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import VisualTokens, chunk_slots
 from adapttoken_jax.loading import Model
 from adapttoken_jax.model import Qwen25VL
-from adapttoken_jax.needle.tokenizer import chat_tokenizer
 from adapttoken_jax.parity import pytorch_fast as fast
 from adapttoken_jax.parity import pytorch_method as plain
+from adapttoken_jax.parity.shapes import Shape, random_model
 from adapttoken_jax.prompt import build_prompt
 from adapttoken_jax.run import Outcome, Plan, Run
 from adapttoken_jax.selection import group_slots
@@ -35,36 +35,6 @@ _THINGS = ("star", "ring", "square", "triangle", "cross", "disc")
 # Largest difference of a group's entropy in nats, and smallest share of selected tokens in common, at which results
 # count as the same. bfloat16 keeps 8 bits: tokens near the end of a group's ranking change places.
 TOLERANCES = {"float32": (1e-4, 0.99), "bfloat16": (0.05, 0.5)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A model and a video for it.
-
-    Attributes:
-      model: sizes.
-      grid: rows and columns of patches of a frame.
-      slots_per_group, groups: of the video.
-      budget: visual tokens of the final prompt.
-    """
-
-    model: ModelConfig
-    grid: tuple[int, int]
-    slots_per_group: int
-    groups: int
-    budget: int
-
-
-_MIDDLE = ModelConfig(
-    VisionConfig(layers=8, width=384, heads=6, ff=1024, out_width=768, full_attention_layers=(1, 3, 5, 7)),
-    TextConfig(12, 768, 12, 4, 64, 2048, 32768, mrope_sections=(8, 12, 12), tied=True),
-)
-SHAPES = {
-    "needle": Shape(read_model_config("needle"), (4, 4), 8, 64, 32),
-    "118m": Shape(_MIDDLE, (8, 16), 64, 4, 1024),
-    "3b": Shape(SIZES["qwen2.5-vl-3b"], (22, 40), 64, 32, 7040),
-    "7b": Shape(SIZES["qwen2.5-vl-7b"], (22, 40), 64, 32, 7040),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,35 +71,32 @@ class Pair:
 
 def make_pair(shape: Shape, dtype: str, *, questions: int = 1, answer_tokens: int = 2, seed: int = 0) -> Pair:
     """Random weights and patches of a seed, on JAX's default device and on PyTorch's GPU if there is one."""
-    tokenizer = chat_tokenizer()
-    # "rbg" keys compile in a second where the default ones take ten.
-    key = jax.random.key(seed, impl="rbg")
-    values = jax.jit(parameters.initialise, static_argnums=(0, 2))(shape.model, key, jnp.dtype(dtype))
-    model = Model(Qwen25VL(shape.model, values), shape.model, tokenizer, "random weights")
+    model = random_model(shape.model, dtype, seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch_model = fast.build_model(shape.model, torch_weights(shape.model, values), getattr(torch, dtype), device)
+    torch_model = fast.build_model(shape.model, torch_weights(model), getattr(torch, dtype), device)
     # The paper's settings, whatever the model's preset: what the fast PyTorch version has.
     config = AdaptTokenConfig(
         slots_per_group=shape.slots_per_group, budget=shape.budget, max_answer_tokens=answer_tokens
     ).resolve(shape.model)
     plan = make_plan(shape)
     things = [_THINGS[i % len(_THINGS)] for i in range(questions)]
-    prompts = [build_prompt(tokenizer, f"What colour is the {thing}?", _OPTIONS) for thing in things]
+    prompts = [build_prompt(model.tokenizer, f"What colour is the {thing}?", _OPTIONS) for thing in things]
     count = (plan.clip.grid[0], shape.grid[0] * shape.grid[1], shape.model.vision.patch_features)
     patches = np.random.default_rng(seed).standard_normal(count, np.float32)
     inputs = plain.MethodInputs(
         patches=patches.reshape(-1, count[-1]), grid=plan.clip.grid, frame_times=plan.clip.frame_times,
         seconds_per_slot=plan.clip.seconds_per_slot, prefix_ids=prompts[0].prefix_ids,
         suffix_ids=prompts[0].suffix_ids, question_span=prompts[0].question_span,
-        letter_ids=list(prompts[0].letter_ids), eos_ids=tokenizer.eos,
+        letter_ids=list(prompts[0].letter_ids), eos_ids=model.tokenizer.eos,
     )  # fmt: skip
     return Pair(shape, model, torch_model, plan, patches, prompts, inputs, config, chunk_slots(model, plan.clip))
 
 
-def torch_weights(config: ModelConfig, values: dict) -> dict[str, torch.Tensor]:
+def torch_weights(model: Model) -> dict[str, torch.Tensor]:
     """Our parameters as tensors under the checkpoint's keys."""
     weights = {}
-    for parameter, value in parameters.leaves(config, values):
+    for parameter in parameters.parameters(model.config):
+        value = functools.reduce(getattr, parameter.path, model.module)[...]
         layers = [value] if parameter.layers is None else value
         for key, layer in zip(parameter.keys, layers, strict=True):
             weights[key] = _tensor(parameter.to_stored(np.asarray(layer)))
