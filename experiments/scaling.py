@@ -37,7 +37,7 @@ _MODEL = flags.DEFINE_string(
     "model", "needle", "Checkpoint directory, the bundled model's name, or 118m: random weights of that size."
 )
 _METHOD = flags.DEFINE_string("method", "adapttoken", "How tokens are chosen.")
-_PIXELS = flags.DEFINE_float("max_pixels", 56 * 56, "Most pixels of a frame; 112 * 112 make 16 tokens per slot.")
+_SIDE = flags.DEFINE_integer("side", 56, "Side of a frame in pixels, a multiple of 28; 112 make 16 tokens per slot.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Keeps the videos here; default: a temporary directory.")
 _JSON = flags.DEFINE_string("json", None, "Writes the rows here.")
 _ONE = flags.DEFINE_string("one", None, "Measure only this file and print the row as JSON (the child process).")
@@ -108,7 +108,7 @@ def measure(path: str) -> dict:
     model = random_model(random.model) if random else at.load(_MODEL.value)
     compilations = Compilations()
     own = {"slots_per_group": random.slots_per_group, "budget": random.budget} if random else {}
-    config = at.AdaptTokenConfig.for_model(model.config, max_frames=10**6, max_pixels=_PIXELS.value, **own)
+    config = at.AdaptTokenConfig.for_model(model.config, max_frames=10**6, max_pixels=_SIDE.value**2, **own)
     ask = lambda video, progress=None: at.answer(
         model, video, "What colour is the star?", ("red", "green", "blue"), config, _METHOD.value, on_progress=progress
     )
@@ -130,15 +130,15 @@ def write_videos(directory: pathlib.Path) -> list[pathlib.Path]:
     """The files of all lengths, written unless they are there."""
     paths = []
     for frames in map(int, _FRAMES.value):
-        paths.append(directory / f"needle-{frames}.mp4")
+        paths.append(directory / f"needle-{_SIDE.value}-{frames}.mp4")
         if not paths[-1].exists():
-            needle.write_mp4(needle.scene(0, "test", frames, "pair"), paths[-1], _FPS)
+            needle.write_mp4(needle.scene(0, "test", frames, "pair", size=(_SIDE.value,) * 2), paths[-1], _FPS)
     return paths
 
 
 def child(path: pathlib.Path) -> dict:
     """`measure` in a fresh process, so that peaks of memory and compilations are this file's own."""
-    own = [f"--{name}={flags.FLAGS[name].value}" for name in ("model", "method", "max_pixels")]
+    own = [f"--{name}={flags.FLAGS[name].value}" for name in ("model", "method", "side")]
     command = [sys.executable, "-m", "experiments.scaling", f"--one={path}", *own]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
