@@ -19,9 +19,10 @@ from adapttoken_jax.model.generation import Sampling, generate
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.selection import most_relevant, reduce_relevance, token_certainty, token_entropy
 
-# Of a TPU core's vector memory, at most this much per operation of the decoder: the best of 16, 32, 48, 64 and 96 MiB
-# by the compiler's estimate for v5e, v5p and v6e. The vision tower, whose arrays are smaller, does best with half.
+# Of a TPU core's vector memory, at most this much per operation. By the compiler's estimate for v5e, v5p and v6e the
+# decoder is fastest with 64 MiB (32 to 96 were tried), the vision tower, whose arrays are smaller, with 32 (24 to 64).
 DECODER_VMEM_KIB = 2**16
+_VISION_VMEM_KIB = 2**15
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +103,7 @@ def exact(function):
     return traced
 
 
-@compiled(static=("height", "width"), vmem_kib=2**15)
+@compiled(static=("height", "width"), vmem_kib=_VISION_VMEM_KIB)
 @exact
 def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int) -> jax.Array:
     """Patches [T, height x width, 1176] of T slots -> visual tokens [T, M, D]."""

@@ -80,3 +80,13 @@ def test_rotation_keeps_what_depends_on_distance_alone():
     half = rotary.rotate(q.astype(jnp.bfloat16), turn(257))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), rotary.rotate(q, turn(257)), atol=0.02)  # bfloat16's rounding
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_heads_first_rotation_is_the_rotation(dtype):
+    """40 of 80 channels, as in the released vision towers; a TPU swaps them by a product, bit for bit the same."""
+    x = random(3, 7, 2, 80).astype(dtype)  # [T, P, N, H]
+    turn = rotary.turns(jnp.asarray(rotary.vision_angles(np.arange(7), np.arange(7)[::-1], 80, 1e4)))
+    ours = jnp.swapaxes(rotary.rotate_heads_first(jnp.swapaxes(x, 1, 2), turn), 1, 2)
+    np.testing.assert_array_equal(ours.astype(jnp.float32), rotary.rotate(x, turn).astype(jnp.float32))
+    np.testing.assert_array_equal(rotary._swap_by_product(x).astype(jnp.float32), rotary._swap(x).astype(jnp.float32))
