@@ -97,7 +97,7 @@ def test_hours_and_minutes(seconds, text):
 
 
 def test_decoding_ahead_gives_what_decoding_gives_within_its_memory(tmp_path):
-    model = types.SimpleNamespace(config=SIZES["qwen2.5-vl-7b"], wave=1)
+    model = types.SimpleNamespace(config=SIZES["qwen2.5-vl-7b"], mesh=None, wave=1)
     config = AdaptTokenConfig(max_pixels=4704, max_frames=40, fps=25.0)
     videos = [media.write(tmp_path / f"{i}.mp4", 30 + 8 * i) for i in range(3)]
     broken = media.truncated(videos[1], tmp_path / "broken.mp4")
@@ -120,7 +120,7 @@ def test_decoding_ahead_gives_what_decoding_gives_within_its_memory(tmp_path):
 
 
 def test_leaving_early_ends_the_thread(tmp_path):
-    model = types.SimpleNamespace(config=SIZES["qwen2.5-vl-7b"], wave=1)
+    model = types.SimpleNamespace(config=SIZES["qwen2.5-vl-7b"], mesh=None, wave=1)
     videos = [media.write(tmp_path / "v.mp4", 40)] * 3
     with DecodeAhead(model, videos, AdaptTokenConfig(max_pixels=4704), "adapttoken", most_bytes=1) as ahead:
         next(iter(ahead)).plan()
