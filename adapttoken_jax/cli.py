@@ -125,7 +125,7 @@ class Flag:
 # The sections of the help text for the method's settings; a field that is in none of them goes to the last.
 _SECTIONS = {
     "Sampling the video": ("preset", "fps", "max_frames", "max_pixels", "mrope"),
-    "Groups": ("slots_per_group", "group_order", "group_positions"),
+    "Groups": ("slots_per_group", "group_order", "group_positions", "keep_after_reference"),
     "Relevance of a token": ("reference_layer", "relevance_heads", "relevance_text", "relevance_queries", "debias"),
     "Certainty of a group and its budget": (
         "certainty",
