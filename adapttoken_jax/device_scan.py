@@ -4,8 +4,9 @@ Design decisions:
 - A chunk is a few waves of groups, padded to a fixed number of waves; its size follows from the model and the frame
   size. No shape depends on the video's length: after the first chunk nothing compiles again, and the device holds no
   more than two chunks of features.
-- Groups of few tokens run several side by side on each device, where products of one alone would not fill it; not in a
-  scan that may stop early, which would compute groups that it does not visit.
+- Groups of few tokens run several side by side on each device, where products of one alone would not fill it, and so
+  do groups that weights are gathered for; not in a scan that may stop early, which would compute groups that it does
+  not visit.
 - The host puts the next chunk together while the device runs the current one. A scan that may stop early and whose
   slots are decoded on demand gets one wave per chunk, and none ahead: decoding what is not visited costs more.
 - Stopping is decided on the device (`selection.compiled_stopping`). The host then applies the rule itself to what was
@@ -25,7 +26,7 @@ from adapttoken_jax.compilation import compiled
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import Progress, VisualTokens
 from adapttoken_jax.loading import Model
-from adapttoken_jax.passes import DECODER_VMEM_KIB, PassSpec, PromptBatch, exact, prompts_pass
+from adapttoken_jax.passes import DECODER_OPTIONS, PassSpec, PromptBatch, exact, prompts_pass
 from adapttoken_jax.prompt import Prompt
 from adapttoken_jax.scan import Scan, ScanLog, Stopping, group_context, group_spec, prompt_batch, read_visits
 from adapttoken_jax.selection import group_certainty, visiting_order
@@ -42,6 +43,7 @@ from adapttoken_jax.selection.compiled_stopping import (
 _CHUNK_BYTES = 2**28
 _MOST_WAVES = 16
 _ROWS = 256  # visual tokens that fill a device
+_PER_GATHER = 2  # groups on each device where weights are gathered for them: that takes as long for one as for many
 
 
 class LoopState(NamedTuple):
@@ -131,7 +133,7 @@ def _collect(running: LoopState, chunk: Chunk, first: int, log: ScanLog, config)
     return int(wave), stopping._replace(stop=ended)
 
 
-@compiled(static=("spec", "bottom_fraction"), vmem_kib=DECODER_VMEM_KIB)
+@compiled(static=("spec", "bottom_fraction"), tpu_options=DECODER_OPTIONS)
 @exact
 def run_waves(
     model, batch: PromptBatch, real, span, rule: DeviceRule, state: StopState, spec: PassSpec, bottom_fraction: float
@@ -196,8 +198,9 @@ def _chunks(
 
 
 def side_by_side(model: Model, size: int) -> int:
-    """Groups of `size` visual tokens in a wave: one per device of the `data` axis, or as many as fill each."""
-    return model.wave * max(1, _ROWS // size)
+    """Groups of `size` visual tokens in a wave: as many on each place of the mesh's first axis as are worth it."""
+    least = _PER_GATHER if sharding.gathers(model.mesh) else 1
+    return model.wave * max(least, _ROWS // size)
 
 
 def waves_per_chunk(model: Model, size: int) -> int:

@@ -46,8 +46,8 @@ class Model:
 
     @property
     def wave(self) -> int:
-        """Groups that run side by side: the size of the mesh's `data` axis."""
-        return 1 if self.mesh is None else self.mesh.shape["data"]
+        """Groups that run side by side: the size of the mesh's first axis, `data` or `fsdp`."""
+        return 1 if self.mesh is None else self.mesh.shape[self.mesh.axis_names[0]]
 
 
 @memory.explained(*memory.LOADING)
@@ -56,7 +56,7 @@ def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None) 
 
     Args:
       path: the checkpoint's directory, or the name of a bundled model, "needle".
-      mesh: a (data, model) mesh, its shape, or a text such as "data=4,model=2"; None for one device.
+      mesh: a (data, model) or (fsdp, model) mesh, its shape, or a text such as "data=4,model=2"; None for one device.
       dtype: float32, bfloat16 or float16; None is float32 on a CPU and the checkpoint's own type elsewhere.
 
     Raises:

@@ -132,7 +132,7 @@ def _parameter(path: str, pattern: str, key: str, config: ModelConfig) -> Parame
     return Parameter(
         path=names,
         shape=stack + product(ours),
-        axes=("L",) * len(stack) + tuple("".join(group) for group in ours),
+        axes=axes(*names),
         key=key,
         layers=layers,
         stored_shape=product(stored),
@@ -141,11 +141,21 @@ def _parameter(path: str, pattern: str, key: str, config: ModelConfig) -> Parame
     )
 
 
+def _rows() -> list[list[str]]:
+    return [re.split(r"\s{2,}", line) for line in _TABLE.strip().splitlines()]
+
+
+@functools.cache
+def axes(*path: str) -> tuple[str, ...]:
+    """`Parameter.axes` of the parameter at this path, the same for every model."""
+    pattern = next(pattern for name, pattern, _ in _rows() if name == ".".join(path))
+    return ("L",) * ("layers" in path) + tuple("".join(group) for group in _axes(pattern.split("->")[1]))
+
+
 @functools.lru_cache(maxsize=32)
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """All parameters of a model. A tied head is one parameter used twice: it has no row of its own."""
-    rows = [re.split(r"\s{2,}", line) for line in _TABLE.strip().splitlines()]
-    table = [_parameter(*row, config) for row in rows]
+    table = [_parameter(*row, config) for row in _rows()]
     return tuple(p for p in table if not (config.text.tied and p.path == ("text", "head")))
 
 

@@ -19,10 +19,13 @@ from adapttoken_jax.model.generation import Sampling, generate
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.selection import most_relevant, reduce_relevance, token_certainty, token_entropy
 
-# Of a TPU core's vector memory, at most this much per operation. By the compiler's estimate for v5e, v5p and v6e the
-# decoder is fastest with 64 MiB (32 to 96 were tried), the vision tower, whose arrays are smaller, with 32 (24 to 64).
-DECODER_VMEM_KIB = 2**16
-_VISION_VMEM_KIB = 2**15
+# Of a TPU core's vector memory, at most this much per operation: left to itself the compiler gives so little that the
+# tiles of large products are small, and a decoder layer runs at two thirds of the speed that its own estimate has with
+# more. By that estimate for v5e, v5p and v6e the decoder is fastest with 64 MiB (32 to 96 were tried), the vision
+# tower, whose arrays are smaller, with 32 (24 to 64). The compiler may also compute one product inside another, tile by
+# tile, to keep what lies between them out of memory: in the decoder, limited by arithmetic, that is slower.
+DECODER_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": str(2**16), "xla_tpu_dot_dot_fusion": "false"}
+_VISION_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": str(2**15)}
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +106,7 @@ def exact(function):
     return traced
 
 
-@compiled(static=("height", "width"), vmem_kib=_VISION_VMEM_KIB)
+@compiled(static=("height", "width"), tpu_options=_VISION_OPTIONS)
 @exact
 def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int) -> jax.Array:
     """Patches [T, height x width, 1176] of T slots -> visual tokens [T, M, D]."""
@@ -143,7 +146,7 @@ def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[st
     return out
 
 
-run_prompts = compiled(static=("spec",), vmem_kib=DECODER_VMEM_KIB)(prompts_pass)
+run_prompts = compiled(static=("spec",), tpu_options=DECODER_OPTIONS)(prompts_pass)
 
 
 class _Rows(NamedTuple):

@@ -302,7 +302,7 @@ def prompt_batch(model, video, contexts, prompts, config, size=None, limit=None,
     if waves is not None:
         split = {name: value.reshape(waves, -1, *value.shape[1:]) for name, value in split.items()}
     if model.mesh is not None:
-        whole_waves = waves is not None or len(contexts) == model.wave
+        whole_waves = waves is not None or len(contexts) % model.wave == 0
         everywhere = sharding.replicated(model.mesh)
         over_data = sharding.batch_sharding(model.mesh, axis=0 if waves is None else 1)
         split = sharding.place(split, over_data if whole_waves else everywhere)

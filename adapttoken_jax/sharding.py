@@ -3,10 +3,18 @@
 The mesh has two axes. `data` holds different groups of the video, `model` splits every layer of the decoder: attention
 by heads, the feed-forward blocks by F, embedding and head by V. Weights are replicated over `data`. The vision tower is
 small and its slots are independent: every device holds all of it and encodes slots of its own.
+
+Where the weights of a decoder leave too little room, the first axis may be `fsdp` in place of `data`: it holds groups
+as `data` does, and the decoder's kernels are split over it as well. Whichever is smaller then travels. A context is
+long: every layer's weights are gathered for it (`gathered`), and dropped again. Questions and answers are short: all
+devices share their rows (`shared_rows`) and multiply them with their own parts of the weights; only attention goes back
+to where the context lies (`split_rows`).
 """
 
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -19,6 +27,7 @@ from adapttoken_jax.config import ModelConfig
 from adapttoken_jax.errors import UserError
 
 AXES = ("data", "model")
+FSDP = ("fsdp", "model")
 
 # Logical axes that `model` splits where it divides them. An axis that it does not divide is replicated; heads (N) must
 # divide, because replicated attention would save nothing.
@@ -27,14 +36,15 @@ _SPLIT = frozenset("NKFV")
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Requested mesh: `--mesh data=4,model=2`."""
+    """Requested mesh: `--mesh data=4,model=2`, or `--mesh fsdp=8` with weights split over the first axis too."""
 
     data: int = 1
     model: int = 1
+    fsdp: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
-        """Reads "data=4,model=2"; a missing axis is 1.
+        """Reads "data=4,model=2" or "fsdp=4,model=2"; a missing axis is 1.
 
         Raises:
           UserError: anything else.
@@ -42,21 +52,36 @@ class MeshShape:
         sizes = {}
         for part in text.split(","):
             name, _, number = part.strip().partition("=")
-            if name not in AXES or name in sizes or not number.isdigit() or int(number) < 1:
-                raise UserError(f"--mesh={text}: write data=N,model=N with positive numbers")
+            if name not in AXES + FSDP or name in sizes or not number.isdigit() or int(number) < 1:
+                raise UserError(f"--mesh={text}: write data=N,model=N or fsdp=N,model=N with positive numbers")
             sizes[name] = int(number)
-        return cls(**sizes)
+        if sizes.keys() >= {"data", "fsdp"}:
+            raise UserError(f"--mesh={text}: the first axis is either data or fsdp, which holds groups as data does")
+        return cls(sizes.get("fsdp", sizes.get("data", 1)), sizes.get("model", 1), "fsdp" in sizes)
+
+    @property
+    def axes(self) -> tuple[str, str]:
+        """Names of the mesh's axes."""
+        return FSDP if self.fsdp else AXES
+
+    @property
+    def devices(self) -> int:
+        """How many it takes."""
+        return self.data * self.model
+
+    def __str__(self):
+        return f"{self.axes[0]}={self.data},{self.axes[1]}={self.model}"
 
 
 def make_mesh(shape: MeshShape, devices=None) -> Mesh:
-    """A (data, model) mesh over the first data x model devices, by default those of all processes.
+    """A (data or fsdp, model) mesh over as many devices as it takes, by default the first of those of all processes.
 
     Raises:
       UserError: more devices asked for than there are, or some left over where the processes of a run share them.
     """
     shared = devices is None and jax.process_count() > 1
     devices = jax.devices() if devices is None else devices
-    need, asked = shape.data * shape.model, f"--mesh=data={shape.data},model={shape.model}"
+    need, asked = shape.devices, f"--mesh={shape}"
     if need > len(devices):
         raise UserError(f"{asked}: needs {need} devices, {len(devices)} available")
     if shared and need < len(devices):
@@ -64,7 +89,7 @@ def make_mesh(shape: MeshShape, devices=None) -> Mesh:
         raise UserError(f"{asked}: takes {need} of the {len(devices)} devices of {owners}; their product must be all")
     # An axis of the mesh need not be a whole axis of a TPU's torus: data=2,model=8 on 4x4 splits one of its axes.
     places = create_device_mesh((shape.data, shape.model), devices[:need], allow_split_physical_axes=True)
-    return Mesh(places, AXES, (AxisType.Auto,) * 2)
+    return Mesh(places, shape.axes, (AxisType.Auto,) * 2)
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
@@ -75,15 +100,28 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
 
 
 def parameter_spec(parameter: parameters.Parameter, mesh: Mesh) -> PartitionSpec:
-    """How a parameter lies on the mesh; the decoder's by its first axis that the rules split and `model` divides."""
-    model, spec = mesh.shape["model"], [None] * len(parameter.shape)
+    """How a parameter lies on the mesh: the vision tower's everywhere, the decoder's as the rules say."""
     if parameter.path[0] == "vision":
-        return PartitionSpec(*spec)
-    for position, (axis, size) in enumerate(zip(parameter.axes, parameter.shape, strict=True)):
-        if axis in _SPLIT and size % model == 0:
-            spec[position] = "model"
-            break
-    return PartitionSpec(*spec)
+        return PartitionSpec(*[None] * len(parameter.shape))
+    return _split(parameter.axes, parameter.shape, mesh.shape)
+
+
+def _split(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[str, int]) -> PartitionSpec:
+    """`model` splits the first axis that may be split and that it divides; `fsdp`, of a kernel, the same one or D."""
+    spec = {axis: () for axis in axes}
+
+    def split(name, candidates):
+        for axis, size in zip(axes, shape, strict=True):
+            parts = math.prod(mesh[each] for each in (*spec[axis], name))
+            if axis in candidates and size % parts == 0:
+                spec[axis] += (name,)
+                return True
+        return False
+
+    split("model", _SPLIT)
+    if "fsdp" in mesh and {"D"} < {*axes} - {"L"}:
+        split("fsdp", {axis for axis in axes if spec[axis]}) or split("fsdp", {"D"})
+    return PartitionSpec(*(names or None for names in spec.values()))
 
 
 def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
@@ -93,18 +131,58 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """One axis over `data`, the rest replicated: the groups of a wave."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    """One axis over `data` or `fsdp`, the rest replicated: the groups of a wave."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names[0]))
 
 
 def slot_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis over all devices: the slots of an encoded chunk."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What travels inside a program whose mesh has an axis `fsdp`; on any other mesh these change nothing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gathers(mesh: Mesh | None, contexts: int = 0) -> bool:
+    """Whether the mesh has an axis `fsdp`, on whose places so many contexts can lie."""
+    return mesh is not None and "fsdp" in mesh.shape and contexts % mesh.shape["fsdp"] == 0
+
+
+def gathered(layer, mesh: Mesh | None, contexts: int):
+    """A layer of the decoder with its weights whole on every place of `fsdp`, for contexts that lie there."""
+    if not gathers(mesh, contexts):
+        return layer
+
+    def whole(path, array):
+        axes = parameters.axes("text", "layers", path[0].name)[1:]  # without L
+        spec = _split(axes, array.shape, {"model": mesh.shape["model"]})
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(whole, layer)
+
+
+def split_rows(tree, mesh: Mesh | None):
+    """Arrays [B, ...] with every batch entry where its context lies."""
+    return jax.tree.map(lambda x: _rows(x, mesh, "fsdp"), tree)
+
+
+def shared_rows(tree, mesh: Mesh | None):
+    """Arrays [B, ...] with all batch entries on every place of `fsdp`."""
+    return jax.tree.map(lambda x: _rows(x, mesh, None), tree)
+
+
+def _rows(x: jax.Array, mesh: Mesh | None, name: str | None) -> jax.Array:
+    if not gathers(mesh, len(x)):
+        return x
+    spec = PartitionSpec(name, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

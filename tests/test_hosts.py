@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 
 from adapttoken_jax import cli, hosts, parameters, sharding
 from adapttoken_jax.config import read_model_config
@@ -83,11 +83,11 @@ def alone(files):
     return hosts_run.answers(files, None, hosts_run.CASES)
 
 
-@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
-def test_processes_on_one_mesh_equal_one_process(files, alone, count, devices):
-    """Two processes that hold a group each, and four of which two share a group and split the layers."""
+@pytest.mark.parametrize(("count", "devices", "mesh"), [(2, 2, "data=2,model=2"), (4, 1, "fsdp=2,model=2")])
+def test_processes_on_one_mesh_equal_one_process(files, alone, count, devices, mesh):
+    """Two processes that hold a group each, and four that split all weights and of which two share a group."""
     cases = list(hosts_run.CASES) if count == 2 else ["full", "lite"]
-    words = lambda process: ["tests.hosts_run", process, files, "data=2,model=2", *cases]
+    words = lambda process: ["tests.hosts_run", process, files, mesh, *cases]
     for ended in finish(start(count, words, files, devices), files):
         assert (ended.status, ended.out) == (0, ""), ended.err
     found = [json.loads((files / f"result-{index}.json").read_text()) for index in range(count)]
@@ -102,14 +102,15 @@ def test_processes_on_one_mesh_equal_one_process(files, alone, count, devices):
     assert alone["lite"][0]["stop"]["early"] and alone["lite"][0]["stop"]["groups_visited"] == 2
     # An equal share of the slots of the first case, one chunk.
     assert [count * own["slots"][0] for own in found] == [slots] * count
-    assert all(own["bytes"] == bytes_of_one_process(files / "model", devices) for own in found)
+    assert all(own["bytes"] == bytes_of_one_process(files / "model", devices, mesh) for own in found)
 
 
-def bytes_of_one_process(directory, devices: int) -> int:
-    """Of a checkpoint on a 2 x 2 mesh: what is split two ways is read in halves by a process with one device."""
-    config, mesh = read_model_config(directory), AbstractMesh((2, 2), sharding.AXES)
-    part = lambda p: 2 // devices if "model" in sharding.parameter_spec(p, mesh) else 1
-    return sum(4 * math.prod(p.shape) // part(p) for p in parameters.parameters(config))
+def bytes_of_one_process(directory, devices: int, mesh: str) -> int:
+    """Of a checkpoint on a mesh of four: what its one device holds; everything if it has both devices of `model`."""
+    config, shape = read_model_config(directory), sharding.MeshShape.parse(mesh)
+    over = AbstractMesh((shape.data, shape.model), shape.axes)
+    part = lambda p: NamedSharding(over, sharding.parameter_spec(p, over)).shard_shape(p.shape)
+    return sum(4 * math.prod(p.shape if devices == 2 else part(p)) for p in parameters.parameters(config))
 
 
 def assert_same(ours: dict, theirs: dict) -> None:

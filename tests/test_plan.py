@@ -31,7 +31,7 @@ TINY = ModelConfig(
     TextConfig(layers=3, width=128, heads=4, kv_heads=2, head_dim=32, ff=192, vocab=512, mrope_sections=(4, 6, 6)),
 )
 SETTINGS = AdaptTokenConfig.for_model(TINY, slots_per_group=8, budget=128, max_answer_tokens=5)
-WORK = programs.Work((32, 8, 16), 4, 128, prefix=15, question=64, questions=2, config=SETTINGS)
+WORK = programs.Work((32, 8, 16), 4, 128, prefix=15, question=64, questions=2, may_stop=False, config=SETTINGS)
 PER_SLOT = 8 * 16 // 4
 
 
@@ -363,7 +363,7 @@ def test_the_compilers_error_says_what_is_needed():
 
 
 def test_memory_and_seconds_of_one_program():
-    v5e, program = CHIPS["v5e"], programs.Program("group", None, {}, 3, 197e12, "vision", {}, {}, {})
+    v5e, program = CHIPS["v5e"], programs.Program("group", None, {}, 3, 2, 197e12, "vision", {}, {}, {})
     cost = hlo.Cost(
         flops=98.5e12, cycles=v5e.clock, bytes=819e9 / 4, sent=5e9, by_scope={"jit(f)/context/while/body/add": 1}
     )
@@ -382,17 +382,19 @@ def without_libtpu(monkeypatch):
     """A compiler of plain arithmetic, on abstract meshes: every program needs 2 GiB and takes one second of a v6e."""
     compiled = compiler.Compiled(peak=2 * GIB, cost=hlo.Cost(cycles=CHIPS["v6e"].clock))
     monkeypatch.setattr(estimate, "compile_program", lambda program: compiled)
-    monkeypatch.setattr(estimate, "make_tpu_mesh", lambda _, s: AbstractMesh((s.data, s.model), sharding.AXES))
+    monkeypatch.setattr(estimate, "make_tpu_mesh", lambda _, s: AbstractMesh((s.data, s.model), s.axes))
     monkeypatch.setattr(estimate, "versions", dict)
 
 
 def test_meshes_are_those_that_divide_the_decoders_heads():
-    sizes = lambda name, slice_: [
-        s.model for s in estimate._Planner(SIZES[name], Topology.parse(slice_), None, None).shapes()
-    ]
+    shapes = lambda name, slice_: estimate._Planner(SIZES[name], Topology.parse(slice_), None, None).shapes()
+    sizes = lambda name, slice_: [shape.model for shape in shapes(name, slice_) if not shape.fsdp]
     assert sizes("qwen2.5-vl-7b", "v5e:4x4") == [1, 2, 4]  # 28 heads
     assert sizes("qwen2.5-vl-32b", "v5e:4x4") == [1, 2, 4, 8]  # 40
     assert sizes("qwen2.5-vl-72b", "v5e:16x16") == [1, 2, 4, 8, 16, 32, 64]  # 64
+    assert [str(shape) for shape in shapes("qwen2.5-vl-72b", "v5e:2x2")] == [
+        "data=4,model=1", "fsdp=4,model=1", "data=2,model=2", "fsdp=2,model=2", "data=1,model=4"
+    ]  # fmt: skip
 
 
 # 2048 slots of 220 tokens: 32 groups, two at a time; 16 slots per chip at a time in the vision tower.
@@ -400,16 +402,31 @@ RUNS = {"vision": 8, "group": 16, "final": 1}
 
 
 def test_the_best_mesh_is_the_fastest_that_fits(without_libtpu):
-    """A second per program: more groups side by side are faster, but the weights of 72B fit from model=8 on."""
-    found = estimate.plan("qwen2.5-vl-72b", "v6e:4x4")
-    assert found.mesh == "data=2,model=8"
-    assert list(found.tried) == [f"data={16 // model},model={model}" for model in (1, 2, 4, 8, 16)]
-    assert [outcome.endswith("GiB missing") for outcome in found.tried.values()] == [True, True, True, False, False]
-    assert list(found.tried.values())[3:] == ["16.00 s in group", "32.00 s in group"]
+    """A second per program: more groups side by side are faster, and half of 32B is too large for a chip of v6e."""
+    found = estimate.plan("qwen2.5-vl-32b", "v6e:2x4")
+    assert found.mesh == "fsdp=8,model=1"
+    assert found.tried == {
+        "data=8,model=1": f"{missing('data=8,model=1'):.2f} GiB missing",
+        "fsdp=8,model=1": "2.00 s in group",  # two groups on each chip
+        "data=4,model=2": f"{missing('data=4,model=2'):.2f} GiB missing",
+        "fsdp=4,model=2": "4.00 s in group",
+        "data=2,model=4": "16.00 s in group",  # it fits without fsdp, and wider is slower
+    }
     assert found.video == {"frames": 4096, "slots": 2048, "tokens_per_slot": 220, "groups": 32, "final_tokens": 7040}
-    assert {program.name: program.runs for program in found.programs} == RUNS
-    assert found.seconds == pytest.approx({"group": 0.5, "video": 25, "question": 25, "roofline_question": 0})
-    assert found.chip_hours(100) == pytest.approx(100 * 25 * 16 / 3600)
+    assert {program.name: (program.runs, program.groups) for program in found.programs} == {
+        "vision": (16, 0), "group": (2, 16), "final": (1, 0)
+    }  # fmt: skip
+    assert found.seconds == pytest.approx({"group": 1 / 16, "video": 19, "question": 19, "roofline_question": 0})
+    assert found.chip_hours(100) == pytest.approx(100 * 19 * 8 / 3600)
+    assert {p.name: p.groups for p in estimate.plan("qwen2.5-vl-32b", "v6e:2x4", method="lite").programs}["group"] == 8
+
+
+def missing(mesh: str) -> float:
+    """GiB that 32B lacks on a mesh of v6e chips."""
+    shape = sharding.MeshShape.parse(mesh)
+    over = AbstractMesh((shape.data, shape.model), shape.axes)
+    weights = sum(programs.parameter_bytes(SIZES["qwen2.5-vl-32b"], over, tower) for tower in ("vision", "text"))
+    return (weights - CHIPS["v6e"].hbm) / GIB
 
 
 def test_questions_share_a_scan(without_libtpu):
@@ -424,7 +441,7 @@ def test_what_does_not_fit_says_how_much_is_missing_and_what_helps(without_libtp
     assert not found.fits and found.seconds == {}
     assert found.advice == (
         f"--mesh=data=4,model=4: the vision program needs {weights / GIB - 31.24:.2f} GiB more than the 31.24 GiB of a "
-        "v6e chip; try --mesh=data=2,model=8"
+        "v6e chip; try --mesh=fsdp=4,model=4"
     )
     assert "or take a larger --topology" in estimate.plan("qwen2.5-vl-72b", "v5e:2x4", "data=1,model=8").advice
 
@@ -455,7 +472,7 @@ def test_the_table_keeps_what_was_compiled(without_libtpu, monkeypatch, tmp_path
     )  # its weights are too large
     head, _, first, second, third = plan_table.table(found).splitlines()
     assert first == second and head.count("|") == first.count("|") == third.count("|")
-    assert first.startswith("| qwen2.5-vl-72b | v6e:4x4 | data=2,model=8 |") and "| 0.5 | 25 |" in first
+    assert first.startswith("| qwen2.5-vl-72b | v6e:4x4 | fsdp=16,model=1 |") and "| 0.0312 | 10 |" in first
     assert "does not fit" in third
 
 

@@ -32,7 +32,7 @@ class Kernel:
 
     Attributes:
       name: one of `NAMES`.
-      mesh: the (data, model) mesh that the program runs on; None for one device.
+      mesh: the mesh that the program runs on; None for one device.
     """
 
     name: str = "xla"
@@ -61,23 +61,30 @@ class Kernel:
         return self._per_device(_splash_over_context, 2)(q, k, v, valid)
 
     def _per_device(self, function, outputs: int):
-        """`function` on every device's own batch entries (if `data` divides them) and heads."""
+        """`function` on every device's own batch entries (if the first axis of the mesh divides them) and heads."""
         if self.mesh is None:
             return function
 
         def split(q, k, v, valid):
-            data, model = self.mesh.shape["data"], self.mesh.shape["model"]
-            batch = "data" if q.shape[0] % data == 0 else None
+            batch, over = self._places(*q.shape[::2])
             # Fewer key heads than devices: each is repeated until every device has one.
-            repeats = math.lcm(k.shape[2], model) // k.shape[2]
+            repeats = math.lcm(k.shape[2], math.prod(self.mesh.shape[name] for name in over)) // k.shape[2]
             k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
-            heads, rows = PartitionSpec(batch, None, "model"), PartitionSpec(batch, "model")
+            heads, rows = PartitionSpec(batch, None, over), PartitionSpec(batch, over)
             return jax.shard_map(
                 function, mesh=self.mesh, in_specs=(heads, heads, heads, PartitionSpec(batch)),
                 out_specs=heads if outputs == 1 else (heads, rows), check_vma=False,
             )(q, k, v, valid)  # fmt: skip
 
         return split
+
+    def _places(self, batch: int, heads: int) -> tuple[str | None, tuple[str, ...]]:
+        """Axes of the mesh that split so many batch entries, and so many heads."""
+        first, model = self.mesh.axis_names
+        if batch % self.mesh.shape[first] == 0:
+            return first, (model,)
+        weights_are_split = first == "fsdp" and heads % self.mesh.size == 0
+        return None, (model, first) if weights_are_split else (model,)
 
 
 XLA = Kernel()
@@ -93,7 +100,7 @@ def resolve(dtype, head_dim: int, mesh: Mesh | None = None, platform: str | None
         return Kernel("splash", mesh)
     if platform == "gpu" and dtype in _HALF and head_dim <= 128 and head_dim % 8 == 0:
         return Kernel("cudnn", mesh)
-    return XLA
+    return Kernel("xla", mesh)
 
 
 def _cudnn_causal(q, k, v, valid, implementation="cudnn"):

@@ -19,6 +19,7 @@ from adapttoken_jax.model.attention import probabilities_from_lse, two_part_atte
 from adapttoken_jax.model.block import Block, product, rms_norm
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.rotary import rotate, text_angles, turns
+from adapttoken_jax.sharding import gathered, shared_rows, split_rows
 
 
 @jax.tree_util.register_dataclass
@@ -100,10 +101,10 @@ class TextLayer(Block):
     def extend(self, x, turn, context, tail, mask, start, kernel):
         """One layer of `TextDecoder.extend`; also returns its queries and their log-sum-exp."""
         h = rms_norm(x, self.norm1, self.config.eps)
-        q, new = self.queries(h, turn), self.keys_and_values(h, turn)
+        q, new = split_rows((self.queries(h, turn), self.keys_and_values(h, turn)), kernel.mesh)
         k, v = (jax.lax.dynamic_update_slice_in_dim(old, own, start, 2) for old, own in zip(tail, new, strict=True))
         mixed, lse = two_part_attention(q, context, (k, v, mask), kernel.over_context)
-        return self.finish(x, mixed), (k, v), q, lse
+        return self.finish(x, shared_rows(mixed, kernel.mesh)), (k, v), q, lse
 
 
 class TextDecoder(Block):
@@ -140,7 +141,7 @@ class TextDecoder(Block):
           layers: those to run; None is all.
           keep_layer: a 0-based layer whose output is returned as "kept"[B, S, D].
           return_layers: return every layer's output as "layers"[L, B, S, D].
-          kernel: what computes attention.
+          kernel: what computes attention, and on which mesh.
 
         Returns:
           The `Context` and a dictionary of the intermediates asked for.
@@ -152,7 +153,8 @@ class TextDecoder(Block):
 
         def step(carry, index):
             x, kept = carry
-            x, k, v = self.layer(index).prefill(x, turn, valid, kernel, needed=read or index < last)
+            layer = gathered(self.layer(index), kernel.mesh, len(x))
+            x, k, v = layer.prefill(split_rows(x, kernel.mesh), turn, valid, kernel, needed=read or index < last)
             if keep_layer is not None:
                 kept = jnp.where(index == keep_layer, x, kept)
             return (x, kept), (k, v, x if return_layers else None)
@@ -180,7 +182,7 @@ class TextDecoder(Block):
           tail: each question's own past; tokens are written at `start`, a (traced) integer.
           probe: the attention to observe, a `Probe`.
           return_layers: return every layer's output as "layers"[L, B, Q, T, D].
-          kernel: what computes attention over the context.
+          kernel: what computes attention over the context, and on which mesh.
 
         Returns:
           Hidden states [B, Q, T, D], the grown `Tail`, and a dictionary of the intermediates asked for ("observed" for
@@ -205,7 +207,8 @@ class TextDecoder(Block):
 
         observed = None if probe is None else self.unobserved(probe, embeddings, context)
         layers_in = (jnp.asarray(context.layers), (context.k, context.v, tail.k, tail.v))
-        (x, observed), (k, v, layers) = jax.lax.scan(step, (embeddings, observed), layers_in)
+        start_from = (shared_rows(embeddings, kernel.mesh), observed)
+        (x, observed), (k, v, layers) = jax.lax.scan(step, start_from, layers_in)
         found = {"observed": observed, "layers": layers}
         return x, Tail(k, v, written), {name: value for name, value in found.items() if value is not None}
 

@@ -48,16 +48,13 @@ class Compiled:
 
 
 def make_tpu_mesh(topology: Topology, shape: sharding.MeshShape) -> Mesh:
-    """A (data, model) mesh over the chips of a slice.
+    """A mesh over the chips of a slice.
 
     Raises:
       UserError: libtpu is not installed, or the mesh has not as many places as the slice has chips.
     """
-    if shape.data * shape.model != topology.chips:
-        raise UserError(
-            f"--mesh=data={shape.data},model={shape.model}: {shape.data * shape.model} places, but "
-            f"--topology={topology} has {topology.chips} chips"
-        )
+    if shape.devices != topology.chips:
+        raise UserError(f"--mesh={shape}: {shape.devices} places, but --topology={topology} has {topology.chips} chips")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("plan needs the TPU compiler; install it with: pip install 'adapttoken-jax[tpu]'")
     for name, value in _NOT_ON_A_TPU.items():

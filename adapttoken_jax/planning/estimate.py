@@ -21,7 +21,7 @@ from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.planning.chips import Chip, Topology
 from adapttoken_jax.planning.compiler import Compiled, compile_program, make_tpu_mesh, versions
 from adapttoken_jax.planning.programs import Program, Work, abstract_model, parameter_bytes, programs
-from adapttoken_jax.sharding import AXES, MeshShape, check_mesh
+from adapttoken_jax.sharding import MeshShape, check_mesh
 from adapttoken_jax.video import VideoInfo
 
 _PREFIX = 15  # tokens of the default system turn and of the opening of the user's turn
@@ -35,6 +35,7 @@ class ProgramEstimate:
     Attributes:
       name: "vision", "group" or "final".
       runs: how often it runs for one video and all questions about it.
+      groups: that one run of it visits; 0 if it is not the group pass.
       memory: bytes of "arguments", "temporaries", "outputs", "code", "beside" (parameters that it does not use) and
         "peak", the sum at the worst moment.
       missing: bytes by which it does not fit.
@@ -48,6 +49,7 @@ class ProgramEstimate:
 
     name: str
     runs: int
+    groups: int
     memory: Mapping[str, int]
     missing: int
     flops: float = 0.0
@@ -140,7 +142,7 @@ def plan(
     return Plan(
         model=model,
         topology=str(slice_),
-        mesh=_written(shape),
+        mesh=str(shape),
         chips=slice_.chips,
         hbm=slice_.chip.hbm,
         video={
@@ -153,7 +155,7 @@ def plan(
         questions=questions,
         programs=estimates,
         advice=planner.advice(shape, estimates),
-        seconds=_seconds(estimates, shape, questions),
+        seconds=_seconds(estimates, questions),
         tried=tried,
         versions=versions(),
     )
@@ -180,20 +182,16 @@ def workload(config, settings, method, video_size, duration, questions, question
     video = VideoInfo(None, duration, _SOURCE_FPS, times, np.zeros(1, int), width, height)
     run = plan_run(config, video, settings, method)
     final = min(settings.budget, run.tokens) if run.groups else run.tokens
-    work = Work(run.clip.grid, len(run.groups), final, _PREFIX, question_tokens, questions, settings)
+    work = Work(run.clip.grid, len(run.groups), final, _PREFIX, question_tokens, questions, method == "lite", settings)
     return len(run.clip.frame_indices), work
 
 
-def _written(shape: MeshShape) -> str:
-    return f"data={shape.data},model={shape.model}"
-
-
-def _seconds(estimates, shape: MeshShape, questions: int) -> dict[str, float]:
+def _seconds(estimates, questions: int) -> dict[str, float]:
     """Sums over the programs; empty where one of them does not fit."""
     if any(each.missing for each in estimates):
         return {}
     total = lambda kind: sum(each.runs * each.seconds[kind] for each in estimates)
-    groups = {each.name: each.seconds["compiler"] / shape.data for each in estimates if each.name == "group"}
+    groups = {each.name: each.seconds["compiler"] / each.groups for each in estimates if each.groups}
     video = total("compiler")
     return groups | {"video": video, "question": video / questions, "roofline_question": total("roofline") / questions}
 
@@ -206,7 +204,7 @@ class _Planner:
         self._known: dict[tuple[MeshShape, str], ProgramEstimate] = {}
 
     def mesh(self, shape: MeshShape) -> Mesh:
-        check_mesh(self.config, AbstractMesh((shape.data, shape.model), AXES))
+        check_mesh(self.config, AbstractMesh((shape.data, shape.model), shape.axes))
         return make_tpu_mesh(self.topology, shape)
 
     def estimates(self, shape: MeshShape) -> tuple[ProgramEstimate, ...]:
@@ -216,7 +214,7 @@ class _Planner:
 
     def estimate(self, program: Program, shape: MeshShape, mesh: Mesh) -> ProgramEstimate:
         if (shape, program.name) not in self._known:
-            self.on_progress(f"compiling {program.name} for {self.topology}, {_written(shape)}")
+            self.on_progress(f"compiling {program.name} for {self.topology}, {shape}")
             self._known[shape, program.name] = self._estimate(program, mesh)
         return self._known[shape, program.name]
 
@@ -231,17 +229,20 @@ class _Planner:
     def best_mesh(self) -> tuple[MeshShape, dict[str, str]]:
         """The fastest mesh whose programs all fit, else the one that lacks least; and what each mesh tried came to.
 
-        Meshes are ranked by the program that takes longest; the others are compiled for the winner alone. Splitting
-        layers wider costs links and pays off until there is a place for every group: once wider is slower, it stays so.
+        Meshes are ranked by the program that takes longest; the others are compiled for the winner alone. Both ways of
+        splitting weights cost links: `fsdp` is tried where they do not fit without, and wider layers pay off until
+        there is a place for every group: once wider is slower, it stays so.
         """
         cost, tried, fastest = {}, {}, math.inf
         for shape in self.shapes():
+            if shape.fsdp and not cost[dataclasses.replace(shape, fsdp=False)][0]:
+                continue
             longest = self.longest(shape)
             seconds = longest.runs * longest.seconds.get("compiler", 0)
-            cost[shape], tried[_written(shape)] = (longest.missing, seconds), _outcome(longest)
-            if not longest.missing and seconds > fastest:
+            cost[shape], tried[str(shape)] = (longest.missing, seconds), _outcome(longest)
+            if not longest.missing and not shape.fsdp and seconds > fastest:
                 break
-            fastest = fastest if longest.missing else seconds
+            fastest = fastest if longest.missing else min(seconds, fastest)
         ranked = sorted(cost, key=cost.get)
         fitting = (shape for shape in ranked if not cost[shape][0])
         return next((s for s in fitting if not any(e.missing for e in self.estimates(s))), ranked[0]), tried
@@ -253,22 +254,24 @@ class _Planner:
         return self.estimate(max(every, key=lambda each: each.runs * each.flops), shape, mesh)
 
     def shapes(self) -> list[MeshShape]:
-        """Every mesh of the slice whose `model` axis divides the decoder's attention heads."""
-        divides = lambda model: self.topology.chips % model == 0 and self.config.text.heads % model == 0
-        sizes = [model for model in range(1, self.topology.chips + 1) if divides(model)]
-        return [MeshShape(self.topology.chips // model, model) for model in sizes]
+        """Every mesh of the slice whose `model` axis divides the decoder's attention heads, from narrow to wide."""
+        chips, heads = self.topology.chips, self.config.text.heads
+        sizes = [model for model in range(1, chips + 1) if chips % model == 0 and heads % model == 0]
+        over = [MeshShape(chips // model, model, fsdp) for model in sizes for fsdp in (False, True)]
+        return [shape for shape in over if shape.data > 1 or not shape.fsdp]
 
     def advice(self, shape: MeshShape, estimates) -> str:
         """What is missing and which flag helps; "" if all fits."""
         worst = max(estimates, key=lambda each: each.missing)
         if not worst.missing:
             return ""
-        wider = next((each for each in self.shapes() if each.model > shape.model), None)
+        splits = lambda each: (each.model, each.fsdp)
+        wider = next((each for each in self.shapes() if splits(each) > splits(shape)), None)
         smaller = {"vision": "--max_pixels", "group": "--slots_per_group", "final": "--budget"}[worst.name]
-        helps = f"try --mesh={_written(wider)}" if wider else f"lower {smaller} or take a larger --topology"
+        helps = f"try --mesh={wider}" if wider else f"lower {smaller} or take a larger --topology"
         chip = self.topology.chip
         return (
-            f"--mesh={_written(shape)}: the {worst.name} program needs {worst.missing / 2**30:.2f} GiB more than the "
+            f"--mesh={shape}: the {worst.name} program needs {worst.missing / 2**30:.2f} GiB more than the "
             f"{chip.hbm / 2**30:.2f} GiB of a {chip.name} chip; {helps}"
         )
 
@@ -291,7 +294,7 @@ def estimate_program(program: Program, compiled: Compiled, beside: int, chip: Ch
     }
     missing, cost = max(0, memory["peak"] - chip.hbm), compiled.cost
     if cost is None:
-        return ProgramEstimate(program.name, program.runs, memory, missing)
+        return ProgramEstimate(program.name, program.runs, program.groups, memory, missing)
     links = cost.sent / chip.link
     kernels = max(cost.kernel_flops / chip.flops, cost.kernel_bytes / chip.bandwidth)
     bounds = {"arithmetic": cost.flops / chip.flops, "memory": cost.bytes / chip.bandwidth, "links": links}
@@ -300,6 +303,7 @@ def estimate_program(program: Program, compiled: Compiled, beside: int, chip: Ch
     return ProgramEstimate(
         name=program.name,
         runs=program.runs,
+        groups=program.groups,
         memory=memory,
         missing=missing,
         flops=cost.flops,

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from adapttoken_jax import costs, parameters, sharding
 from adapttoken_jax.config import AdaptTokenConfig, ModelConfig
+from adapttoken_jax.device_scan import side_by_side
 from adapttoken_jax.encoding import chunk_slots
 from adapttoken_jax.geometry import round_up
 from adapttoken_jax.loading import Model
@@ -37,6 +38,7 @@ class Work:
       final_tokens: visual tokens of the final prompt.
       prefix, question: prompt tokens before and after the visual ones.
       questions: questions that one scan answers.
+      may_stop: whether the scan may stop early.
       config: the method's settings, resolved.
     """
 
@@ -46,6 +48,7 @@ class Work:
     prefix: int
     question: int
     questions: int
+    may_stop: bool
     config: AdaptTokenConfig
 
 
@@ -58,6 +61,7 @@ class Program:
       lower: traces it.
       options: for the compiler.
       runs: how often it runs to answer all questions about the video.
+      groups: that one run visits; 0 if it is not the group pass.
       flops: operations that the model needs for one run, on all chips together.
       absent: top level of the parameters that it does not use; they stay in memory beside it.
       trips, shares, visited: see `hlo.program_cost`.
@@ -67,6 +71,7 @@ class Program:
     lower: Callable[[], jax.stages.Lowered]
     options: Mapping[str, str]
     runs: int
+    groups: int
     flops: float
     absent: str
     trips: Mapping[str, float]
@@ -86,8 +91,8 @@ def parameter_bytes(config: ModelConfig, mesh: Mesh, tower: str, dtype=jnp.bfloa
     total = 0
     for parameter in parameters.parameters(config):
         if parameter.path[0] == tower:
-            split = "model" in sharding.parameter_spec(parameter, mesh)
-            total += math.prod(parameter.shape) // (mesh.shape["model"] if split else 1)
+            place = NamedSharding(mesh, sharding.parameter_spec(parameter, mesh))
+            total += math.prod(place.shard_shape(parameter.shape))
     return total * jnp.dtype(dtype).itemsize
 
 
@@ -109,6 +114,7 @@ def vision(model: Model, work: Work) -> Program:
         lower=lambda: encode_slots.lower(model.module, patches, height, width),
         options=encode_slots.tpu_options,
         runs=-(-slots // size),
+        groups=0,
         flops=costs.vision_flops(model.config, size, height, width),
         absent="text",
         trips={},
@@ -118,11 +124,11 @@ def vision(model: Model, work: Work) -> Program:
 
 
 def group_pass(model: Model, work: Work) -> Program:
-    """`passes.run_prompts` on one wave of groups: as many as the mesh is wide."""
+    """`passes.run_prompts` on one wave of groups."""
     tokens = work.config.slots_per_group * work.grid[1] * work.grid[2] // model.config.vision.merge**2
-    runs = -(-work.groups // model.wave)
+    wave = model.wave if work.may_stop else side_by_side(model, tokens)
     spec = group_spec(work.config, tpu_kernel(model))
-    return _prompts("group", model, work, spec, model.wave, tokens, work.questions, runs)
+    return _prompts("group", model, work, spec, wave, tokens, work.questions, -(-work.groups // wave))
 
 
 def final_pass(model: Model, work: Work) -> Program:
@@ -175,6 +181,7 @@ def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Prog
         lower=lambda: run_prompts.lower(model.module, batch, spec),
         options=run_prompts.tpu_options,
         runs=runs,
+        groups=contexts if spec.relevance else 0,
         flops=contexts * (costs.context_flops(model.config, context, pruned) + questions * question),
         absent="vision",
         trips={"/answer/while": answered},
@@ -188,7 +195,7 @@ def abstract_batch(model: Model, contexts: int, tokens: int, prefix: int, questi
     """The `PromptBatch` of so many contexts of `tokens` visual tokens, in shape and place as of `scan.prompt_batch`."""
     B, Q, T = contexts, questions, round_up(question, _SUFFIX_STEP)
     everywhere = sharding.replicated(model.mesh)
-    over_data = sharding.batch_sharding(model.mesh) if contexts == model.wave else everywhere
+    over_data = sharding.batch_sharding(model.mesh) if contexts % model.wave == 0 else everywhere
     key = jax.eval_shape(lambda: jax.random.key(0))
     split = {
         "visual": ((B, tokens, model.config.text.width), model.dtype),

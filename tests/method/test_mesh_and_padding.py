@@ -36,15 +36,17 @@ def single(directory):
     return model, answered(model)
 
 
-@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "data=8,model=1"])
+@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "data=8,model=1", "fsdp=4,model=2"])
 def test_every_mesh_agrees_with_one_device(directory, single, mesh):
     agrees_with_one_device(directory, single[1], mesh)
 
 
-def test_one_group_over_all_devices_agrees_with_one_device(tmp_path):
-    """Eight heads on four keys and values, split eight ways; the vision tower's two heads are not split."""
+def test_heads_split_over_all_devices_agree_with_one_device(tmp_path):
+    """Eight heads on four keys and values, split eight ways in every pass or only in the final one."""
     directory = tiny.write_checkpoint(tmp_path, tiny.SHAPES["four_kv"])
-    agrees_with_one_device(directory, answered(at.load(directory)), "data=1,model=8")
+    alone = answered(at.load(directory))
+    for mesh in ("data=1,model=8", "fsdp=8,model=1"):
+        agrees_with_one_device(directory, alone, mesh)
 
 
 def agrees_with_one_device(directory, alone, mesh):
@@ -60,7 +62,7 @@ def agrees_with_one_device(directory, alone, mesh):
     np.testing.assert_allclose(ours.trace["group_relevance"], alone.trace["group_relevance"], atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "data=8,model=1"])
+@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "data=8,model=1", "fsdp=2,model=4"])
 def test_lite_visits_the_same_groups_on_a_mesh(directory, single, mesh):
     """The compiled loop over waves, the last one padded, against one group at a time on the host."""
     model, full = single
@@ -115,19 +117,39 @@ def test_groups_side_by_side_equal_groups_one_by_one(passes):
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4), (1, 8)])
+@pytest.mark.parametrize("shape", ["data=8", "data=4,model=2", "data=2,model=4", "model=8", "fsdp=8", "fsdp=4,model=2"])
 def test_real_sizes_have_shapes_and_shardings(name, shape):
-    config, mesh = SIZES[name], sharding.make_mesh(sharding.MeshShape(*shape))
-    if config.text.heads % shape[1]:
-        with pytest.raises(UserError, match=f"model={shape[1]} does not divide the {config.text.heads} attention"):
+    shape = sharding.MeshShape.parse(shape)
+    config, mesh = SIZES[name], sharding.make_mesh(shape)
+    if config.text.heads % shape.model:
+        with pytest.raises(UserError, match=f"model={shape.model} does not divide the {config.text.heads} attention"):
             sharding.parameter_shardings(config, mesh)
         return
     placed = sharding.parameter_shardings(config, mesh)
     assert all(place.is_fully_replicated for place in jax.tree.leaves(placed["vision"]))
     for parameter, place in parameters.leaves(config, placed):
         local = place.shard_shape(parameter.shape)  # raises where the mesh does not divide
-        if parameter.path[-1] in ("q_kernel", "down_kernel") and parameter.path[0] == "text":
-            assert np.prod(local) * shape[1] == np.prod(parameter.shape)
+        if parameter.path[0] == "text" and parameter.path[-1] in ("q_kernel", "down_kernel", "embedding"):
+            ways = shape.devices if shape.fsdp else shape.model
+            assert np.prod(local) * ways == np.prod(parameter.shape)
+
+
+def test_weights_are_gathered_and_rows_shared_within_a_program(directory):
+    model = at.load(directory, mesh="fsdp=4,model=2")
+    specs = lambda layer: {path[0].name: str(x.sharding.spec) for path, x in jax.tree.leaves_with_path(layer)}
+    kernels = {name: spec for name, spec in specs(model.module.text.layers).items() if name.endswith("kernel")}
+    whole = specs(jax.jit(lambda text: sharding.gathered(text.layer(0), model.mesh, contexts=8))(model.module.text))
+    assert len(kernels) == 7 and all("fsdp" in spec and "model" in spec for spec in kernels.values())
+    assert all("fsdp" not in whole[name] and "model" in whole[name] for name in kernels)
+
+    rows = np.arange(24.0).reshape(8, 3)
+    apart = jax.jit(lambda x: sharding.split_rows(x, model.mesh))(rows)
+    assert apart.sharding.shard_shape(rows.shape) == (2, 3)
+    assert jax.jit(lambda x: sharding.shared_rows(x, model.mesh))(apart).sharding.is_fully_replicated
+    one = rows[:1]  # a context that cannot be split, as in the final pass
+    assert (
+        sharding.split_rows(one, model.mesh) is one and sharding.gathered(model.module, model.mesh, 1) is model.module
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -50,10 +50,11 @@ def test_splash_over_a_context_gives_values_and_log_sum_exp():
     np.testing.assert_allclose(lse, expected, atol=5e-6)
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (4, 2)])
-def test_splash_on_a_mesh_hands_each_device_its_heads(shape):
-    kernel = Kernel("splash", sharding.make_mesh(sharding.MeshShape(*shape)))
-    q, k, v, valid = case(T=20, S=20)  # two key heads for up to four devices; two entries for up to four
+@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "fsdp=2,model=4", "fsdp=4,model=1"])
+def test_splash_on_a_mesh_hands_each_device_its_heads(mesh):
+    """Two key heads for up to four devices; two entries, which four devices cannot split: over `fsdp` the heads are."""
+    kernel = Kernel("splash", sharding.make_mesh(sharding.MeshShape.parse(mesh)))
+    q, k, v, valid = case(T=20, S=20)
     ours = jax.jit(kernel.causal)(q, k, v, valid)
     assert_valid_rows_agree(ours, XLA.causal(q, k, v, valid), valid)
     ours, lse = jax.jit(kernel.over_context)(q, k, v, valid)
