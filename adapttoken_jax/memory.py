@@ -13,11 +13,11 @@ import jax
 
 from adapttoken_jax.errors import UserError
 
-LOADING = ("the weights", "split the layers over more devices (model=N), or take --dtype=bfloat16")
+LOADING = ("the weights", "split the weights over more devices (fsdp=N or model=N), or take --dtype=bfloat16")
 ANSWERING = (
     "a pass",
-    "split the layers over more devices (model=N), take --dtype=bfloat16, or lower --slots_per_group, --max_pixels or "
-    "--max_answer_tokens",
+    "split the weights over more devices (fsdp=N or model=N), take --dtype=bfloat16, or lower --slots_per_group, "
+    "--max_pixels or --max_answer_tokens",
 )
 
 _SIZE = r"(\d+\.?\d*) ?([KMGT]?)"

@@ -1,6 +1,6 @@
 """The scan: visits the groups of a video, wave by wave, and keeps what each one says.
 
-A wave holds as many groups as the mesh's `data` axis is long. Every question runs against a group's visual prefix as
+A wave holds as many groups as the mesh's first axis is long. Every question runs against a group's visual prefix as
 one batch. What a group says does not depend on the wave it ran in: early stopping is decided group by group, in
 visiting order, and groups of the wave beyond the stop count as not visited.
 """

@@ -93,7 +93,9 @@ def make_mesh(shape: MeshShape, devices=None) -> Mesh:
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
-    """Raises UserError unless `model` divides the decoder's attention heads."""
+    """Raises UserError unless the axes are ours and `model` divides the decoder's attention heads."""
+    if mesh.axis_names not in (AXES, FSDP):
+        raise UserError(f"--mesh: its axes are {mesh.axis_names}; make one with {AXES} or {FSDP}, in this order")
     model, heads = mesh.shape["model"], config.text.heads
     if heads % model:
         raise UserError(f"--mesh: model={model} does not divide the {heads} attention heads")

@@ -163,6 +163,7 @@ def test_a_broken_video_is_one_line_and_leaves_nothing(checkpoint, tmp_path, cap
         ("--mesh=data=1,model=8", "--mesh: model=8 does not divide the 4 attention heads"),
         ("--mesh=data=4,model=4", "needs 16 devices"),
         ("--mesh=rows=2", "--mesh=rows=2"),
+        ("--mesh=data=2,fsdp=2", "either data or fsdp"),
         ("--dtype=float8", "--dtype"),
         ("--reference_layer=9", "--reference_layer=9"),
         ("--min_tokens_per_group=19", "--budget=20"),

@@ -132,7 +132,7 @@ def test_layers_of_different_dtypes_need_a_dtype(tmp_path, values):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", ["data=4,model=2", "data=8", "model=2"])
+@pytest.mark.parametrize("mesh", ["data=4,model=2", "fsdp=4,model=2", "model=2"])
 def test_sharded_reading_equals_unsharded(checkpoint, loaded, mesh):
     config, mesh = read_model_config(checkpoint), sharding.make_mesh(sharding.MeshShape.parse(mesh))
     shardings = sharding.parameter_shardings(config, mesh)

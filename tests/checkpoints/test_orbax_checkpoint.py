@@ -55,7 +55,7 @@ def _shardings(config, mesh: str) -> dict:
     return sharding.parameter_shardings(config, sharding.make_mesh(sharding.MeshShape.parse(mesh)))
 
 
-@pytest.mark.parametrize("mesh", ["data=4,model=2", "data=8", "model=2"])
+@pytest.mark.parametrize("mesh", ["data=4,model=2", "fsdp=4,model=2", "model=2"])
 def test_sharded_reading_equals_unsharded(checkpoint, config, params, mesh):
     shardings = _shardings(config, mesh)
     sharded = orbax_checkpoint.read(checkpoint, config, shardings=shardings)

@@ -152,6 +152,12 @@ def test_weights_are_gathered_and_rows_shared_within_a_program(directory):
     )
 
 
+def test_a_mesh_of_other_axes_is_refused():
+    mesh = jax.make_mesh((2, 4), ("model", "data"))
+    with pytest.raises(UserError, match=r"--mesh: its axes are \('model', 'data'\)"):
+        sharding.check_mesh(SIZES["qwen2.5-vl-7b"], mesh)
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_real_sizes_evaluate_abstractly(name):
     config = SIZES[name]
