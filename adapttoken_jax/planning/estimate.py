@@ -240,9 +240,9 @@ class _Planner:
             longest = self.longest(shape)
             seconds = longest.runs * longest.seconds.get("compiler", 0)
             cost[shape], tried[str(shape)] = (longest.missing, seconds), _outcome(longest)
-            if not longest.missing and not shape.fsdp and seconds > fastest:
+            if not longest.missing and seconds > fastest:
                 break
-            fastest = fastest if longest.missing else min(seconds, fastest)
+            fastest = fastest if longest.missing else seconds
         ranked = sorted(cost, key=cost.get)
         fitting = (shape for shape in ranked if not cost[shape][0])
         return next((s for s in fitting if not any(e.missing for e in self.estimates(s))), ranked[0]), tried
