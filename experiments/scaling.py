@@ -2,10 +2,11 @@
 
     python -m experiments.scaling --frames=256,1000,10000 --json=scaling.json
 
-For every length, in a fresh process: seconds per group, programs compiled after the first group, how far host memory
-grew while the question was answered, the seconds of each stage, and the whole against the longer of decoding and
-computing. Beside it, in the same run, decoding and preprocessing alone against two bare PyAV passes over the same file:
-one that decodes only, and one that also converts the sampled frames to RGB. Linux only (`/proc/self`).
+For every length, in a fresh process: seconds per group (of the passes alone, beside which the next groups are decoded
+and encoded, and of the whole), programs compiled after the first group, how far host memory grew while the question was
+answered, the seconds of each stage, and the whole against the longer of decoding and computing. Beside it, in the same
+run, decoding and preprocessing alone against two bare PyAV passes over the same file: one that decodes only, and one
+that also converts the sampled frames to RGB. Linux only (`/proc/self`).
 """
 
 import json
@@ -123,7 +124,8 @@ def measure(path: str) -> dict:
     row |= {f"{name}_s": getattr(seconds, name) for name in ("decode", "vision", "groups", "final", "total")}
     row |= decoding(model, plan.clip)
     longest = max(row["patches_s"], row["vision_s"] + row["groups_s"])
-    return row | {"total_over_longest": row["total_s"] / longest}
+    ratios = {"total_per_group_ms": 1e3 * row["total_s"] / max(1, row["groups"])}
+    return row | ratios | {"total_over_longest": row["total_s"] / longest}
 
 
 def write_videos(directory: pathlib.Path) -> list[pathlib.Path]:
