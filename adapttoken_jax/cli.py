@@ -257,7 +257,8 @@ _ANSWER_FLAGS = (
     Flag(
         "mesh",
         str,
-        "devices that hold groups and layers, as data=4,model=2; fsdp=4 for data=4 splits weights over both",
+        "devices that hold groups and layers, as data=4,model=2; with fsdp=4 in place of data=4 the devices that hold "
+        "groups split the weights too",
         "Devices",
         "SIZES",
         shown_default="one device of one process; groups on all devices of several",
@@ -461,7 +462,7 @@ def _compare(values: flags.FlagValues) -> int:
 _PLAN_FLAGS = (
     Flag("model", str, "name of a model, or directory with its config.json", "Input", "NAME|DIR", required=True),
     Flag("topology", str, "slice of a TPU pod, as v5e:4x4 or v5p:2x2x4", "Devices", "SLICE", required=True),
-    Flag("mesh", str, "chips for groups and layers, as data=4,model=2; auto tries all", "Devices", "SIZES", "auto"),
+    Flag("mesh", str, "chips for groups and layers, as data=4,model=2; auto finds them", "Devices", "SIZES", "auto"),
     Flag("video_size", str, "width and height of the source", "Input", "WxH", "560x308"),
     Flag("duration", float, "length of the video", "Input", "SECONDS", low=1.0, shown_default="max_frames / fps"),
     Flag("questions", int, "questions about the video in one scan", "Input", "N", 1, low=1),

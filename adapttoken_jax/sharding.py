@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adapttoken_jax import parameters
 from adapttoken_jax.config import ModelConfig
@@ -68,6 +68,11 @@ class MeshShape:
     def devices(self) -> int:
         """How many it takes."""
         return self.data * self.model
+
+    @property
+    def abstract(self) -> AbstractMesh:
+        """The mesh without devices, for shapes and places."""
+        return AbstractMesh((self.data, self.model), self.axes)
 
     def __str__(self):
         return f"{self.axes[0]}={self.data},{self.axes[1]}={self.model}"

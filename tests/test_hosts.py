@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from adapttoken_jax import cli, hosts, parameters, sharding
 from adapttoken_jax.config import read_model_config
@@ -107,8 +107,7 @@ def test_processes_on_one_mesh_equal_one_process(files, alone, count, devices, m
 
 def bytes_of_one_process(directory, devices: int, mesh: str) -> int:
     """Of a checkpoint on a mesh of four: what its one device holds; everything if it has both devices of `model`."""
-    config, shape = read_model_config(directory), sharding.MeshShape.parse(mesh)
-    over = AbstractMesh((shape.data, shape.model), shape.axes)
+    config, over = read_model_config(directory), sharding.MeshShape.parse(mesh).abstract
     part = lambda p: NamedSharding(over, sharding.parameter_spec(p, over)).shard_shape(p.shape)
     return sum(4 * math.prod(p.shape if devices == 2 else part(p)) for p in parameters.parameters(config))
 

@@ -13,7 +13,6 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
 
 from adapttoken_jax import cli, passes, scan, sharding
 from adapttoken_jax.config import SIZES, AdaptTokenConfig, ModelConfig, TextConfig, VisionConfig
@@ -298,7 +297,7 @@ def test_both_kinds_of_layers_give_the_closed_form_of_the_vision_tower():
 
 def test_runs_of_the_programs():
     """32 slots in one chunk of the vision tower; 4 groups, 3 at a time; a final pass per question."""
-    model = dataclasses.replace(on_cpu(), mesh=AbstractMesh((3, 1), sharding.AXES))
+    model = dataclasses.replace(on_cpu(), mesh=sharding.MeshShape(3, 1).abstract)
     assert [(p.name, p.runs) for p in programs.programs(model, WORK)] == [("vision", 1), ("group", 2), ("final", 2)]
     direct = dataclasses.replace(WORK, groups=0)
     assert [p.name for p in programs.programs(model, direct)] == ["vision", "final"]
@@ -333,14 +332,14 @@ def test_the_group_pass_is_compiled_as_by_the_scan():
 
 
 def test_the_released_models_are_planned_with_the_kernel_of_a_tpu():
-    mesh = AbstractMesh((1, 4), sharding.AXES)
+    mesh = sharding.MeshShape(1, 4).abstract
     for config in SIZES.values():
         assert programs.tpu_kernel(programs.abstract_model(config, mesh)).name == "splash"
     assert programs.tpu_kernel(on_cpu()).name == "xla"  # float32
 
 
 def test_parameters_per_chip():
-    mesh = AbstractMesh((1, 4), sharding.AXES)
+    mesh = sharding.MeshShape(1, 4).abstract
     both = sum(programs.parameter_bytes(SIZES["qwen2.5-vl-7b"], mesh, tower) for tower in ("vision", "text"))
     # 8 292 166 656 bfloat16 parameters: a quarter of the decoder's, but for the few that the mesh does not split, and
     # all of the vision tower's.
@@ -382,7 +381,7 @@ def without_libtpu(monkeypatch):
     """A compiler of plain arithmetic, on abstract meshes: every program needs 2 GiB and takes one second of a v6e."""
     compiled = compiler.Compiled(peak=2 * GIB, cost=hlo.Cost(cycles=CHIPS["v6e"].clock))
     monkeypatch.setattr(estimate, "compile_program", lambda program: compiled)
-    monkeypatch.setattr(estimate, "make_tpu_mesh", lambda _, s: AbstractMesh((s.data, s.model), s.axes))
+    monkeypatch.setattr(estimate, "make_tpu_mesh", lambda _, shape: shape.abstract)
     monkeypatch.setattr(estimate, "versions", dict)
 
 
@@ -422,8 +421,7 @@ def test_the_best_mesh_is_the_fastest_that_fits(without_libtpu):
 
 def missing(mesh: str) -> float:
     """GiB that 32B lacks on a mesh of v6e chips."""
-    shape = sharding.MeshShape.parse(mesh)
-    over = AbstractMesh((shape.data, shape.model), shape.axes)
+    over = sharding.MeshShape.parse(mesh).abstract
     weights = sum(programs.parameter_bytes(SIZES["qwen2.5-vl-32b"], over, tower) for tower in ("vision", "text"))
     return (weights - CHIPS["v6e"].hbm) / GIB
 
@@ -435,7 +433,7 @@ def test_questions_share_a_scan(without_libtpu):
 
 def test_what_does_not_fit_says_how_much_is_missing_and_what_helps(without_libtpu):
     found = estimate.plan("qwen2.5-vl-72b", "v6e:4x4", "data=4,model=4")
-    mesh = AbstractMesh((4, 4), sharding.AXES)
+    mesh = sharding.MeshShape(4, 4).abstract
     weights = sum(programs.parameter_bytes(SIZES["qwen2.5-vl-72b"], mesh, tower) for tower in ("vision", "text"))
     assert not found.fits and found.seconds == {}
     assert found.advice == (

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from adapttoken_jax.config import SIZES, AdaptTokenConfig, ModelConfig, read_model_config
 from adapttoken_jax.errors import UserError
@@ -204,7 +204,7 @@ class _Planner:
         self._known: dict[tuple[MeshShape, str], ProgramEstimate] = {}
 
     def mesh(self, shape: MeshShape) -> Mesh:
-        check_mesh(self.config, AbstractMesh((shape.data, shape.model), shape.axes))
+        check_mesh(self.config, shape.abstract)
         return make_tpu_mesh(self.topology, shape)
 
     def estimates(self, shape: MeshShape) -> tuple[ProgramEstimate, ...]:
