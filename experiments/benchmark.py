@@ -11,16 +11,15 @@ further question about the same video costs. Needs jax, flax, numpy, absl-py, to
 Exit status 1 when the two sides do not agree.
 """
 
-import json
 import os
 import platform
 import sys
 from importlib import metadata
 
-from absl import app, flags
+from absl import flags
 
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.result import atomic_file, plain_json
+from experiments import command
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -194,28 +193,23 @@ def _costs(found: dict) -> str:
     return text + f" Load average {low:.1f} to {high:.1f}."
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]}")
-    try:
-        for dtype in _TYPES.value:
-            if dtype not in _DTYPES:
-                raise UserError(f"--dtypes={dtype}: choose from {', '.join(_DTYPES)}")
-        threads = limit_threads(_THREADS.value)
-        for name in _MODELS.value:
-            chosen_shape(name)
-        found = [time_model(name, dtype) for name in _MODELS.value for dtype in _TYPES.value]
-        content = {"about": about(threads), "models": found}
-        text = json.dumps(plain_json(content), indent=2) + "\n"
-        if _JSON.value and _JSON.value != "-":
-            with atomic_file(_JSON.value) as file:
-                file.write(text.encode("utf-8"))
-        sys.stdout.write(text if _JSON.value == "-" else document(content))
-    except UserError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 2
+def run() -> int:
+    """The whole run, from flags to files; status 1 where the two sides differ.
+
+    Raises:
+      UserError: a model or an element type that there is not.
+    """
+    for dtype in _TYPES.value:
+        if dtype not in _DTYPES:
+            raise UserError(f"--dtypes={dtype}: choose from {', '.join(_DTYPES)}")
+    threads = limit_threads(_THREADS.value)
+    for name in _MODELS.value:
+        chosen_shape(name)
+    found = [time_model(name, dtype) for name in _MODELS.value for dtype in _TYPES.value]
+    content = {"about": about(threads), "models": found}
+    command.show(content, _JSON.value, document(content))
     return 0 if all(model["agreement"]["ok"] for model in found) else 1
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start("benchmark", run)

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import adapttoken_jax as at
 from adapttoken_jax import calibration, cli
@@ -29,7 +29,7 @@ from adapttoken_jax.calibration.record import record_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import DIFFICULTIES, SPLITS, TASKS, scene
 from adapttoken_jax.progress import Progress
-from adapttoken_jax.result import atomic_file, plain_json
+from experiments import command
 
 _MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or needle: the bundled model.")
 _DATA = flags.DEFINE_string("data", None, "Videos and questions, JSON lines.")
@@ -189,11 +189,7 @@ def _read_thresholds() -> list[float]:
 
 def show(content: dict[str, list]) -> None:
     """Prints the tables, or writes them as JSON."""
-    text = json.dumps(plain_json(content), indent=2) + "\n"
-    if _JSON.value and _JSON.value != "-":
-        with atomic_file(_JSON.value) as file:
-            file.write(text.encode("utf-8"))
-    sys.stdout.write(text if _JSON.value == "-" else "\n".join(cli.table(rows) for rows in content.values()))
+    command.show(content, _JSON.value, "\n".join(map(cli.table, content.values())))
 
 
 def describe(certificate) -> str:
@@ -206,16 +202,5 @@ def describe(certificate) -> str:
     )
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]}")
-    try:
-        calibrate()
-    except UserError as error:
-        print(f"calibrate_stop: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    app.run(main)
+    command.start("calibrate_stop", calibrate)

@@ -18,11 +18,12 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 
 from adapttoken_jax import parameters
 from adapttoken_jax.config import SIZES, ModelConfig, read_model_config
 from checkpoints_convert import convert, huggingface, load
+from experiments import command
 
 _TEXT_LAYERS = flags.DEFINE_integer("text_layers", 8, "Text layers of the generated checkpoint.", lower_bound=1)
 _SHARD_BYTES = flags.DEFINE_integer("shard_bytes", 10**9, "Most bytes per generated safetensors file.", lower_bound=1)
@@ -94,8 +95,11 @@ def load_and_measure(directory: str) -> dict[str, int]:
 
 def measure(directory: pathlib.Path) -> dict[str, int]:
     """`load_and_measure` in a fresh process."""
-    command = [sys.executable, "-m", "experiments.load_memory", f"--load={directory}"]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    line = [sys.executable, "-m", "experiments.load_memory", f"--load={directory}"]
+    done = subprocess.run(line, stdout=subprocess.PIPE)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
+    return json.loads(done.stdout)
 
 
 def report(name: str, figures: dict[str, int]) -> bool:
@@ -108,9 +112,8 @@ def report(name: str, figures: dict[str, int]) -> bool:
     return above < bound
 
 
-def main(argv):
-    del argv
-    logging.set_verbosity(logging.WARNING)  # Orbax logs every step it takes
+def run() -> int:
+    """The whole run; status 1 where a peak is over the bound."""
     if _LOAD.value:
         print(json.dumps(load_and_measure(_LOAD.value)))
         return 0
@@ -125,4 +128,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start("load_memory", run)

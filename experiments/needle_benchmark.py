@@ -5,14 +5,12 @@
         --data=needle_benchmark --workdir=runs/needle/adapttoken
 """
 
-import sys
+from absl import flags
 
-from absl import app, flags
-
-from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation.needle_benchmark import write_benchmark
 from adapttoken_jax.needle import DIFFICULTIES, SPLITS
 from adapttoken_jax.progress import Progress
+from experiments import command
 
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write, made if missing.", required=True)
 _VIDEOS = flags.DEFINE_integer("videos", 100, "Videos, with three questions each.", lower_bound=1)
@@ -22,25 +20,12 @@ _SPLIT = flags.DEFINE_enum("split", "test", list(SPLITS), "Which videos.")
 _DIFFICULTY = flags.DEFINE_enum("difficulty", "normal", list(DIFFICULTIES), "Difficulty of the videos.")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]}")
-    try:
-        with Progress() as progress:
-            write_benchmark(
-                _OUTPUT.value,
-                _VIDEOS.value,
-                _FRAMES.value,
-                _FIRST_SEED.value,
-                _SPLIT.value,
-                _DIFFICULTY.value,
-                progress,
-            )
-    except UserError as error:
-        print(f"needle_benchmark: {error}", file=sys.stderr)
-        return 2
-    return 0
+def run() -> None:
+    """The whole run, from flags to files."""
+    given = (_OUTPUT, _VIDEOS, _FRAMES, _FIRST_SEED, _SPLIT, _DIFFICULTY)
+    with Progress() as progress:
+        write_benchmark(*(flag.value for flag in given), progress)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start("needle_benchmark", run)

@@ -16,7 +16,7 @@ import sys
 import time
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 
 import adapttoken_jax as at
 from adapttoken_jax import cli, result
@@ -24,6 +24,7 @@ from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import DIFFICULTIES
 from adapttoken_jax.needle.study import cells, document, lab, layers, plots, sections, targets
 from adapttoken_jax.progress import Progress
+from experiments import command
 
 _MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or needle: the bundled model.")
 _TASK = flags.DEFINE_enum("task", "all", ["single", "pair", "all"], "Which questions.")
@@ -42,7 +43,6 @@ _SECTIONS = flags.DEFINE_list(
 )  # fmt: skip
 _QUICK = flags.DEFINE_bool("quick", False, "Fewer lengths and questions: a look in minutes, no evidence.")
 _PROCESSES = flags.DEFINE_integer("processes", 0, "Processes that measure; 0: one per core on a CPU.", lower_bound=0)
-_DEBUG = flags.DEFINE_bool("debug", False, "Show a traceback with an error.")
 for _setting in cli.setting_flags():
     if _setting.name != "seed":  # of sampling, which a study does not do
         _setting.define(flags.FLAGS)
@@ -205,30 +205,12 @@ def run() -> None:
 
 def show(rows: list[dict], found: dict) -> None:
     """Prints the main table, or writes all numbers as JSON."""
-    text = json.dumps(result.plain_json({**found, "rows": rows}), indent=1) + "\n"
-    if _JSON.value and _JSON.value != "-":
-        with result.atomic_file(_JSON.value) as file:
-            file.write(text.encode("utf-8"))
     names = ("arm", "task", "frames", "questions", "accuracy", "accuracy_low", "accuracy_high", "groups_visited_share")
     short = [
         {name: round(row[name], 4) if isinstance(row[name], float) else row[name] for name in names} for row in rows
     ]
-    sys.stdout.write(text if _JSON.value == "-" else cli.table(short))
-
-
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]}")
-    logging.set_verbosity(logging.WARNING)  # JAX tells which accelerators it looked for
-    try:
-        run()
-    except UserError as error:
-        if _DEBUG.value:
-            raise
-        print(f"needle_study: {error}", file=sys.stderr)
-        return 2
-    return 0
+    command.show({**found, "rows": rows}, _JSON.value, cli.table(short))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start("needle_study", run)

@@ -10,14 +10,14 @@ import json
 import os
 import pathlib
 
-from absl import app, flags
+from absl import flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run
 
 from adapttoken_jax import planning
-from adapttoken_jax.errors import UserError
 from adapttoken_jax.planning.command import as_json
 from adapttoken_jax.result import atomic_file, plain_json
+from experiments import command
 
 _PLANS = flags.DEFINE_string("plans", "plans", "Directory of the plans, made if missing.")
 _CASES = flags.DEFINE_list("cases", ["qwen2.5-vl-7b@v5e:2x4"], "MODEL@SLICE or MODEL@SLICE@MESH, one or more.")
@@ -57,16 +57,16 @@ def table(plans: list[dict]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def main(argv):
-    del argv
+def run() -> None:
+    """The whole run, from flags to the table.
+
+    Raises:
+      UserError: a model, slice or mesh that cannot be.
+    """
     workdir = pathlib.Path(_PLANS.value)
     workdir.mkdir(parents=True, exist_ok=True)
-    try:
-        plans = [planned(case, _FRAMES.value, workdir) for case in _CASES.value]
-    except UserError as error:
-        raise app.UsageError(str(error)) from None
-    print(table(plans), end="")
+    print(table([planned(case, _FRAMES.value, workdir) for case in _CASES.value]), end="")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start("plan_table", run)

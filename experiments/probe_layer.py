@@ -13,10 +13,9 @@ Every layer costs a pass over the groups that show a needle; `--layers` restrict
 
 import json
 import pathlib
-import sys
 from collections.abc import Iterator
 
-from absl import app, flags, logging
+from absl import flags
 
 import adapttoken_jax as at
 from adapttoken_jax import cli
@@ -29,7 +28,7 @@ from adapttoken_jax.needle.study.scans import Footage
 from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.progress import Progress
 from adapttoken_jax.prompt import build_prompt
-from adapttoken_jax.result import atomic_file, plain_json
+from experiments import command
 
 _MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or needle: the bundled model.")
 _DATA = flags.DEFINE_string("data", None, "Videos with known evidence, JSON lines, instead of generated ones.")
@@ -44,7 +43,6 @@ _LAYERS = flags.DEFINE_list("layers", None, "Layers to try; all by default.")
 _TAKEN = flags.DEFINE_list("taken", ["4", "8", "16"], "Tokens taken per group, beside as many as show the needle.")
 _JSON = flags.DEFINE_string("json", None, "Write the numbers here; - for stdout.")
 _PLOT = flags.DEFINE_string("plot", None, "Write the figure here, as PNG.")
-_DEBUG = flags.DEFINE_bool("debug", False, "Show a traceback with an error.")
 for _setting in cli.setting_flags():
     if _setting.name != "seed":  # of sampling, which a probe does not do
         _setting.define(flags.FLAGS)
@@ -119,28 +117,11 @@ def probe() -> None:
 
 def show(rows: list[dict], best: int) -> None:
     """Prints the table or writes the files."""
-    text = json.dumps(plain_json({"proposed": best, "rows": rows}), indent=2) + "\n"
     if _PLOT.value:
         plots.draw_layers(rows, _PLOT.value)
-    if _JSON.value and _JSON.value != "-":
-        with atomic_file(_JSON.value) as file:
-            file.write(text.encode("utf-8"))
-    sys.stdout.write(text if _JSON.value == "-" else cli.table(rows) + f"\nproposed reference layer: {best}\n")
-
-
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]}")
-    logging.set_verbosity(logging.WARNING)  # JAX tells which accelerators it looked for
-    try:
-        probe()
-    except UserError as error:
-        if _DEBUG.value:
-            raise
-        print(f"probe_layer: {error}", file=sys.stderr)
-        return 2
-    return 0
+    text = f"{cli.table(rows)}\nproposed reference layer: {best}\n"
+    command.show({"proposed": best, "rows": rows}, _JSON.value, text)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start("probe_layer", probe)

@@ -8,11 +8,9 @@ in time is a row of `python -m experiments.benchmark`.
 """
 
 import dataclasses
-import json
-import sys
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 import adapttoken_jax as at
 from adapttoken_jax import cli
@@ -20,7 +18,7 @@ from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import SPLITS, TASKS
 from adapttoken_jax.needle.study import cells, measures, replay
 from adapttoken_jax.progress import Progress
-from adapttoken_jax.result import atomic_file, plain_json
+from experiments import command
 
 _MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or needle: the bundled model.")
 _TASK = flags.DEFINE_enum("task", "single", list(TASKS), "Questions.")
@@ -29,7 +27,6 @@ _QUESTIONS = flags.DEFINE_integer("questions", 200, "Number of questions.", lowe
 _SPLIT = flags.DEFINE_enum("split", "validation", list(SPLITS), "Split of the videos.")
 _KEEP = flags.DEFINE_list("keep", ["0.5", "0.2", "0.1"], "Shares of a group's tokens that later layers see.")
 _JSON = flags.DEFINE_string("json", None, "Write the rows here; - for stdout.")
-_DEBUG = flags.DEFINE_bool("debug", False, "Show a traceback with an error.")
 for _setting in cli.setting_flags():
     _setting.define(flags.FLAGS)
 
@@ -90,26 +87,8 @@ def run() -> None:
     cell = cells.Cell(_TASK.value, _FRAMES.value, _QUESTIONS.value, split=_SPLIT.value)
     with Progress() as progress:
         rows = measure(model, cell, pruning_arms(config, shares), progress)
-    text = json.dumps(plain_json({"rows": rows}), indent=2) + "\n"
-    if _JSON.value and _JSON.value != "-":
-        with atomic_file(_JSON.value) as file:
-            file.write(text.encode("utf-8"))
-    sys.stdout.write(text if _JSON.value == "-" else cli.table(rows))
-
-
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]}")
-    logging.set_verbosity(logging.WARNING)  # JAX tells which accelerators it looked for
-    try:
-        run()
-    except UserError as error:
-        if _DEBUG.value:
-            raise
-        print(f"pruning: {error}", file=sys.stderr)
-        return 2
-    return 0
+    command.show({"rows": rows}, _JSON.value, cli.table(rows))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start("pruning", run)

@@ -20,7 +20,7 @@ import time
 import av
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import adapttoken_jax as at
 from adapttoken_jax import needle
@@ -30,6 +30,7 @@ from adapttoken_jax.parity.shapes import SHAPES, random_model
 from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.result import atomic_file
 from adapttoken_jax.video import read_patches
+from experiments import command
 
 _FPS = 4.0  # of the files, all of whose frames are sampled
 
@@ -141,12 +142,15 @@ def write_videos(directory: pathlib.Path) -> list[pathlib.Path]:
 def child(path: pathlib.Path) -> dict:
     """`measure` in a fresh process, so that peaks of memory and compilations are this file's own."""
     own = [f"--{name}={flags.FLAGS[name].value}" for name in ("model", "method", "side")]
-    command = [sys.executable, "-m", "experiments.scaling", f"--one={path}", *own]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    line = [sys.executable, "-m", "experiments.scaling", f"--one={path}", *own]
+    done = subprocess.run(line, stdout=subprocess.PIPE)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
+    return json.loads(done.stdout)
 
 
-def main(argv):
-    del argv
+def run() -> None:
+    """The whole run, from flags to the table."""
     if _ONE.value:
         print(json.dumps(measure(_ONE.value)))
         return
@@ -161,4 +165,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start("scaling", run)

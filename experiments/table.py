@@ -8,11 +8,12 @@ Prints accuracy, cost, localisation where the benchmark has time references, and
 import os
 import sys
 
-from absl import app, flags
+from absl import flags
 
 from adapttoken_jax import cli
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import tables
+from experiments import command
 
 _RULE = flags.DEFINE_string("rule", "lmms-eval", "Which scorer's accuracy.")
 _FORMAT = flags.DEFINE_enum("format", "markdown", ["markdown", "latex"], "How the tables are written.")
@@ -43,14 +44,5 @@ def run(directories: list[str]) -> None:
         tables.pareto_plot(os.fspath(_PLOT.value), runs, _RULE.value)
 
 
-def main(argv):
-    try:
-        run(argv[1:])
-    except UserError as error:
-        print(f"table: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    app.run(main)
+    command.start("table", run, words=True)

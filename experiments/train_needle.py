@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import flags
 from tqdm import tqdm
 
 from adapttoken_jax.errors import UserError
@@ -28,6 +28,7 @@ from adapttoken_jax.needle.clips import ClipMaker, ClipSettings
 from adapttoken_jax.needle.export import export
 from adapttoken_jax.needle.tokenizer import chat_tokenizer
 from adapttoken_jax.result import atomic_file, library_versions
+from experiments import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints and metrics; made if missing", required=True)
 _EXPORT = flags.DEFINE_string("export", None, "Hugging Face directory to write at the end; must not exist yet")
@@ -224,10 +225,10 @@ def note_start(workdir: pathlib.Path) -> dict:
     """How this run began: its command, seed, curriculum, commit and versions. A resumed run keeps its first note."""
     path = workdir / "training.json"
     if not path.exists():
-        command = "python -m experiments.train_needle"
+        line = "python -m experiments.train_needle"
         given = [f"--{flag.name}={flag.value}" for flag in (_SEED, _CLIPS, _PEAK, _WIDTH, _LAYERS)]
         note = {
-            "command": " ".join([command, *given]),
+            "command": " ".join([line, *given]),
             "seed": _SEED.value,
             "phases": _PHASES.value,
             "commit": commit(),
@@ -254,26 +255,24 @@ def write_json(path: pathlib.Path, content: dict) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode("utf-8"))
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]}")
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file that it touches
-    try:
-        run, workdir = make_run(), pathlib.Path(_WORKDIR.value)
-        if _EXPORT.value and pathlib.Path(_EXPORT.value).exists():
-            raise UserError(f"--export={_EXPORT.value}: already exists; name a new directory")
-        workdir.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
-        note = note_start(workdir)
-        values = train(run, workdir)
-        if _EXPORT.value:
-            export(_EXPORT.value, run.config, values)
-            last = json.loads(_lines(workdir / "metrics.jsonl")[-1])
-            write_json(pathlib.Path(_EXPORT.value) / "training.json", note | {"last": last})
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+def start() -> None:
+    """The whole run, from flags to the exported checkpoint.
+
+    Raises:
+      UserError: a setting that cannot be, or a checkpoint that is there already.
+    """
+    run, workdir = make_run(), pathlib.Path(_WORKDIR.value)
+    if _EXPORT.value and pathlib.Path(_EXPORT.value).exists():
+        raise UserError(f"--export={_EXPORT.value}: already exists; name a new directory")
+    workdir.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+    note = note_start(workdir)
+    values = train(run, workdir)
+    if _EXPORT.value:
+        export(_EXPORT.value, run.config, values)
+        last = json.loads(_lines(workdir / "metrics.jsonl")[-1])
+        write_json(pathlib.Path(_EXPORT.value) / "training.json", note | {"last": last})
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start("train_needle", start)

@@ -88,12 +88,11 @@ def test_the_command_prints_tables_and_draws_the_plot(tmp_path, capsys, monkeypa
             monkeypatch.setattr(table.flags.FLAGS[name], "value", value)
         monkeypatch.setattr(table.flags.FLAGS["rule"], "value", "official")
         table.flags.FLAGS.mark_as_parsed()
-        assert table.main(["table", str(tmp_path / "ours"), str(tmp_path / "base")]) == 0
+        table.run([str(tmp_path / "ours"), str(tmp_path / "base")])
         assert words in capsys.readouterr().out
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert table.main(["table", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "no run.json" in err
+    with pytest.raises(UserError, match="no run.json"):
+        table.run([str(tmp_path)])
 
 
 def test_the_pareto_front_by_hand():
