@@ -7,7 +7,6 @@ against it. Shapes are static: visual tokens, questions' suffixes and answers ar
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from adapttoken_jax.geometry import window_layout
 from adapttoken_jax.model import Probe, Qwen25VL
 from adapttoken_jax.model.generation import Sampling, generate
 from adapttoken_jax.model.kernels import XLA, Kernel
+from adapttoken_jax.model.text import Rows
 from adapttoken_jax.selection import most_relevant, reduce_relevance, token_certainty, token_entropy
 
 # Of a TPU core's vector memory, at most this much per operation: left to itself the compiler gives so little that the
@@ -149,51 +149,39 @@ def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[st
 run_prompts = compiled(static=("spec",), tpu_options=DECODER_OPTIONS)(prompts_pass)
 
 
-class _Rows(NamedTuple):
-    """Rows of the contexts on their way through the layers: x[B, S, D], position_ids[B, 3, S], valid[B, S]."""
-
-    x: jax.Array
-    position_ids: jax.Array
-    valid: jax.Array
-
-
 def _run_layers(text, batch, spec):
     """Contexts and questions through all layers.
 
     Returns:
-      The suffixes' hidden states [B, Q, T, D], the pasts of `generate`, and what was kept and observed on the way.
+      The suffixes' hidden states [B, Q, T, D], the pasts of `generate` if an answer may go on, and what was kept and
+      observed on the way.
     """
     layers = range(text.config.layers)
     reference = layers[-1] if spec.keep_share == 1 else spec.relevance[0]
     lower, upper = layers[: reference + 1], layers[reference + 1 :]
-    rows, suffixes = _context_rows(text, batch), _suffix_embeddings(text, batch)
+    context, suffixes = _context_rows(text, batch), _suffix_rows(text, batch)
+    read = functools.partial(text.read, room=spec.answer_tokens - 1, kernel=spec.kernel)
     keep_layer = reference if upper else spec.keep_layer
-    context, kept = _prefill(text, rows, lower, spec, keep_layer)
-    hidden, tail, observed = _ask(text, batch, suffixes, context, spec, _relevance_probe(batch, spec))
-    pasts = [(context, tail)]
+    hidden, *pasts, found = read(
+        context, suffixes, layers=lower, keep_layer=keep_layer, probe=_relevance_probe(batch, spec)
+    )
     if upper:
-        rows = _most_relevant(rows._replace(x=kept["kept"]), observed["observed"], batch, spec.keep_share)
-        context, _ = _prefill(text, rows, upper, spec)
-        hidden, tail, _ = _ask(text, batch, hidden, context, spec)
-        pasts.append((context, tail))
-    return hidden, pasts, kept | observed
+        context = _most_relevant(context._replace(x=found["kept"]), found["observed"], batch, spec.keep_share)
+        hidden, past, _ = read(context, suffixes._replace(x=hidden), layers=upper)
+        pasts.append(past)
+    return hidden, pasts, found
 
 
-def _prefill(text, rows: _Rows, layers, spec, keep_layer=None):
-    with jax.named_scope("context"):
-        return text.prefill(*rows, layers=layers, keep_layer=keep_layer, kernel=spec.kernel)
-
-
-def _context_rows(text, batch) -> _Rows:
+def _context_rows(text, batch) -> Rows:
     with jax.named_scope("context"):
         prefix = text.embed(batch.prefix_ids)
         prefix = jnp.broadcast_to(prefix, (batch.visual.shape[0], *prefix.shape))
         valid = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), batch.visual_valid], 1)
         x = jnp.concatenate([prefix, batch.visual.astype(prefix.dtype)], 1)
-        return _Rows(x, batch.context_positions, valid)
+        return Rows(x, batch.context_positions, valid)
 
 
-def _most_relevant(rows: _Rows, relevance, batch, share: float) -> _Rows:
+def _most_relevant(rows: Rows, relevance, batch, share: float) -> Rows:
     """The prefix, and the share of the visual tokens that is most relevant to any question: relevance[B, Q, S]."""
     with jax.named_scope("context"):
         prefix, tokens = batch.prefix_ids.shape[0], batch.visual.shape[1]
@@ -201,29 +189,21 @@ def _most_relevant(rows: _Rows, relevance, batch, share: float) -> _Rows:
         visual = prefix + most_relevant(scores, math.ceil(share * tokens))
         text = jnp.broadcast_to(jnp.arange(prefix), (len(visual), prefix))
         index = jnp.concatenate([text, visual], 1)
-        return _Rows(
+        return Rows(
             jnp.take_along_axis(rows.x, index[..., None], 1),
             jnp.take_along_axis(rows.position_ids, index[:, None], 2),
             jnp.take_along_axis(rows.valid, index, 1),
         )
 
 
-def _suffix_embeddings(text, batch):
+def _suffix_rows(text, batch) -> Rows:
     with jax.named_scope("question"):
-        embeddings = text.embed(batch.suffix_ids)
-        return jnp.broadcast_to(embeddings, (batch.visual.shape[0], *embeddings.shape))
-
-
-def _ask(text, batch, hidden, context, spec, probe=None):
-    """Runs the suffixes' hidden[B, Q, T, D] through a context's layers: what `TextDecoder.extend` returns."""
-    B, Q, T, _ = hidden.shape
-    with jax.named_scope("question"):
+        B, (Q, T) = batch.visual.shape[0], batch.suffix_ids.shape
+        x = text.embed(batch.suffix_ids)
         valid = jnp.arange(T) < batch.suffix_length[:, None]
         positions = batch.suffix_start[:, None, None, None] + jnp.arange(T)
-        return text.extend(
-            hidden, jnp.broadcast_to(positions, (B, Q, 3, T)), jnp.broadcast_to(valid, (B, Q, T)), context,
-            text.empty_tail(context, Q, T + spec.answer_tokens), 0, probe=probe, kernel=spec.kernel,
-        )  # fmt: skip
+        spread = lambda array, *own: jnp.broadcast_to(array, (B, Q, *own))
+        return Rows(spread(x, *x.shape[1:]), spread(positions, 3, T), spread(valid, T))
 
 
 def _relevance_probe(batch, spec):

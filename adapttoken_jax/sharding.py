@@ -5,10 +5,10 @@ by heads, the feed-forward blocks by F, embedding and head by V. Weights are rep
 small and its slots are independent: every device holds all of it and encodes slots of its own.
 
 Where the weights of a decoder leave too little room, the first axis may be `fsdp` in place of `data`: it holds groups
-as `data` does, and the decoder's kernels are split over it as well. Whichever is smaller then travels. A context is
-long: every layer's weights are gathered for it (`gathered`), and dropped again. Questions and answers are short: all
-devices share their rows (`shared_rows`) and multiply them with their own parts of the weights; only attention goes back
-to where the context lies (`split_rows`).
+as `data` does, and the decoder's kernels are split over it as well. Whichever is smaller then travels. A context with
+its questions is long: every layer's weights are gathered for it (`gathered`), and dropped again. The tokens of answers
+are few: all devices share their rows (`shared_rows`) and multiply them with their own parts of the weights; only
+attention goes back to where the context lies (`split_rows`).
 """
 
 import dataclasses

@@ -39,7 +39,10 @@ def start(count: int, words, directory: pathlib.Path, devices: int = 1) -> list[
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+    }
     environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # JAX has set it for this process
     return [
         subprocess.Popen(

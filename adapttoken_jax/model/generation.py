@@ -81,7 +81,7 @@ def generate(
       logits: float32[B, Q, V] after the last prompt token.
       first_position: int32[B, Q], M-RoPE id of the first generated token; later ones count up from it.
       pasts: what the prompt left behind, one pair per range of layers, from the lowest to the highest; the answer is
-        written into the tails from index `start` on.
+        written into the tails from index `start` on. Not looked at where `tokens` is 1.
       tokens: length A of the answer's buffer.
       limit: int32[Q], most tokens of each question's answer, at most A.
       end_ids: tokens that end an answer.
@@ -123,7 +123,7 @@ def generate(
 
     shape = (*logits.shape[:2], tokens)
     blank = Generation(
-        tails=tuple(tail for _, tail in pasts),
+        tails=tuple(tail for _, tail in pasts) if tokens > 1 else (),
         tokens=jnp.zeros(shape, jnp.int32),
         counted=jnp.zeros(shape, bool),
         measured=jnp.zeros((*shape, jax.eval_shape(measure, logits).shape[-1]), jnp.float32),
@@ -131,5 +131,8 @@ def generate(
         step=jnp.int32(0),
         key=jax.random.key(0) if key is None else key,
     )
+    first = record(blank, logits)
+    if tokens == 1:
+        return first
     going = lambda state: (state.step < tokens) & ~jnp.all(state.ended)
-    return jax.lax.while_loop(going, advance, record(blank, logits))
+    return jax.lax.while_loop(going, advance, first)

@@ -38,16 +38,20 @@ class Kernel:
     name: str = "xla"
     mesh: Mesh | None = None
 
-    def causal(self, q, k, v, valid) -> jax.Array:
+    def causal(self, q, k, v, valid, rest=None) -> jax.Array:
         """Causal attention of a sequence over itself: q[B, T, N, H], k and v[B, T, K, H] -> [B, T, N, H].
 
         `valid[B, T]` is False at padding, which stands at the end and which nothing looks at. Rows of padding come out
-        as any finite numbers.
+        as any finite numbers; the last of them as `rest`[B, R, N, H], where that is given.
         """
         if self.name == "xla":
-            return attention.causal_attention(q, k, v, valid)
+            own = slice(None if rest is None else -rest.shape[1])
+            mixed = attention.causal_attention(*(x[:, own] for x in (q, k, v, valid)))
+            return mixed if rest is None else jnp.concatenate([mixed, rest], 1)
         kernel = {"splash": _splash_causal, "cudnn": _cudnn_causal}[self.name]
-        return self._per_device(kernel, 1)(q, k, v, valid)
+        mixed = self._per_device(kernel, 1)(q, k, v, valid)
+        # A kernel pads to whole blocks as it is: computing a few rows more costs less than copies cut to size.
+        return mixed if rest is None else mixed.at[:, -rest.shape[1] :].set(rest)
 
     def over_context(self, q, k, v, valid) -> tuple[jax.Array, jax.Array]:
         """Attention of later rows over a context: q[B, T, N, H], k and v[B, S, K, H], valid[B, S], padding anywhere.

@@ -2,9 +2,10 @@
 
 `prefill` runs a context (prompt prefix and visual tokens) once and keeps its keys and values. `extend` runs further
 tokens (a question, then its answer token by token) against that context; many questions can share one context, each
-with a tail of keys and values of its own. The answer is the same as of one long sequence.
+with a tail of keys and values of its own. The answer is the same as of one long sequence. `read` is both in one
+loop over the layers: what a layer keeps of the context serves its own questions, and is dropped if no answer goes on.
 
-Either may run a range of the layers: what a lower range saw of a context can decide which rows of it the upper one
+Each may run a range of the layers: what a lower range saw of a context can decide which rows of it the upper one
 gets. Layers are taken out of their stack one by one, so a range copies no weights.
 """
 
@@ -19,7 +20,7 @@ from adapttoken_jax.model.attention import probabilities_from_lse, two_part_atte
 from adapttoken_jax.model.block import Block, product, rms_norm
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.rotary import rotate, text_angles, turns
-from adapttoken_jax.sharding import gathered, shared_rows, split_rows
+from adapttoken_jax.sharding import gathered, gathers, shared_rows, split_rows
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +57,20 @@ class Tail:
 
     k: jax.Array
     v: jax.Array
+    valid: jax.Array
+
+
+class Rows(NamedTuple):
+    """Rows on their way through the layers.
+
+    Attributes:
+      x: embeddings, or what the layers below made of them: [B, S, D] of contexts, [B, Q, T, D] of what follows them.
+      position_ids: int32[B, 3, S] or [B, Q, 3, T].
+      valid: bool[B, S] or [B, Q, T]; padding stands at the end, nothing looks at it.
+    """
+
+    x: jax.Array
+    position_ids: jax.Array
     valid: jax.Array
 
 
@@ -106,6 +121,27 @@ class TextLayer(Block):
         mixed, lse = two_part_attention(q, context, (k, v, mask), kernel.over_context)
         return self.finish(x, shared_rows(mixed, kernel.mesh)), (k, v), q, lse
 
+    def read(self, rows, h, turn, past, mask, kernel, first):
+        """The output half of one layer of `TextDecoder.read`, of the rows from `first` on; the others stay as they are.
+
+        Args:
+          rows: [B, S + Q x T, D] of contexts and suffixes; h, the same normalised.
+          past: keys and values of all rows, and which of them belong to the context: bool[B, S + Q x T].
+        """
+        k, v, valid = past
+        B, Q, T, _ = mask.shape
+        own = lambda x: x[:, first:]
+        by_suffix = lambda x: x[:, -Q * T :].reshape(B, Q, T, *x.shape[2:])
+        q = self.queries(own(h), jax.tree.map(own, turn))
+        with jax.named_scope("question"):
+            tail = by_suffix(k), by_suffix(v), mask
+            mixed, lse = two_part_attention(by_suffix(q), past, tail, kernel.over_context)
+            mixed = mixed.reshape(B, Q * T, *mixed.shape[3:])
+        if first == 0:
+            with jax.named_scope("context"):
+                mixed = kernel.causal(q, k, v, valid, rest=mixed)
+        return rows.at[:, first:].set(self.finish(own(rows), mixed)), by_suffix(q), lse
+
 
 class TextDecoder(Block):
     """Embedding, scanned layers, final norm and head (tied to the embedding where the checkpoint says so)."""
@@ -153,8 +189,7 @@ class TextDecoder(Block):
 
         def step(carry, index):
             x, kept = carry
-            layer = gathered(self.layer(index), kernel.mesh, len(x))
-            x, k, v = layer.prefill(split_rows(x, kernel.mesh), turn, valid, kernel, needed=read or index < last)
+            x, k, v = self.layer(index).prefill(x, turn, valid, kernel, needed=read or index < last)
             if keep_layer is not None:
                 kept = jnp.where(index == keep_layer, x, kept)
             return (x, kept), (k, v, x if return_layers else None)
@@ -190,9 +225,7 @@ class TextDecoder(Block):
         """
         turn = self.turns(position_ids)
         written = jax.lax.dynamic_update_slice_in_dim(tail.valid, valid, start, 2)
-        T, R = embeddings.shape[2], written.shape[2]
-        causal = start + jnp.arange(T)[:, None] >= jnp.arange(R)
-        mask = causal & written[:, :, None]  # [B, Q, T, R]
+        mask = _looks_at(written, start, embeddings.shape[2])
 
         def step(carry, indexed):
             x, observed = carry
@@ -200,20 +233,95 @@ class TextDecoder(Block):
             x, (tk, tv), q, lse = self.layer(index).extend(
                 x, turn, (ck, cv, context.valid), (tk, tv), mask, start, kernel
             )
-            if probe is not None:
-                look = lambda: probe.observe(probabilities_from_lse(q, ck, context.valid, lse))
-                observed = jax.lax.cond(index == probe.layer, look, lambda: observed)
+            observed = _observe(probe, index, observed, q, ck, context.valid, lse)
             return (x, observed), (tk, tv, x if return_layers else None)
 
-        observed = None if probe is None else self.unobserved(probe, embeddings, context)
+        observed = self.unobserved(probe, embeddings, context.valid)
         layers_in = (jnp.asarray(context.layers), (context.k, context.v, tail.k, tail.v))
         start_from = (shared_rows(embeddings, kernel.mesh), observed)
         (x, observed), (k, v, layers) = jax.lax.scan(step, start_from, layers_in)
         found = {"observed": observed, "layers": layers}
         return x, Tail(k, v, written), {name: value for name, value in found.items() if value is not None}
 
-    def unobserved(self, probe, embeddings, context):
-        """Zeros of the shape that the probe's observation will have."""
+    def read(self, context: Rows, suffixes: Rows, *, layers: range | None = None, room=0, keep_layer=None, probe=None,
+             kernel: Kernel = XLA):  # fmt: skip
+        """`prefill` of contexts and `extend` by suffixes, layer by layer: the same numbers.
+
+        The rows of both go through a layer's products together; attention alone tells them apart.
+
+        Args:
+          context: B of them.
+          suffixes: Q of each.
+          layers: those to run; None is all.
+          room: of the tail, for an answer's tokens that see the past. 0: there are none, and no past is kept.
+          keep_layer, probe, kernel: as of `prefill` and `extend`.
+
+        Returns:
+          Hidden states [B, Q, T, D]; the past, a `Context` and a `Tail`, or None; and a dictionary of the intermediates
+          asked for, "kept" and "observed".
+        """
+        layers = range(self.config.layers) if layers is None else layers
+        last = self.config.layers - 1
+        read = keep_layer == last or last not in layers
+        S, (B, Q, T) = context.x.shape[1], suffixes.valid.shape
+        rows = jnp.concatenate([context.x, suffixes.x.reshape(B, Q * T, -1)], 1)
+        later = jnp.swapaxes(suffixes.position_ids, 1, 2).reshape(B, 3, Q * T)
+        turn = self.turns(jnp.concatenate([context.position_ids, later], 2))
+        valid = jnp.pad(context.valid, _after(1, Q * T, 2))
+        mask = _looks_at(suffixes.valid, 0, T)
+
+        def step(carry, index):
+            rows, kept, observed = carry
+            rows = split_rows(rows, kernel.mesh)
+            layer = gathered(self.layer(index), kernel.mesh, B)
+            # Where nothing is gathered the weights are taken out of their stack again, in the branch that they serve:
+            # the compiler then multiplies with them where they lie.
+            take = (lambda: layer) if gathers(kernel.mesh, B) else (lambda: self.layer(index))
+            h = rms_norm(rows, layer.norm1, self.config.eps)
+            k, v = layer.keys_and_values(h, turn)
+            output = lambda first: take().read(rows, h, turn, (k, v, valid), mask, kernel, first)
+            with jax.named_scope("rows"):
+                rows, q, lse = jax.lax.cond(read or index < last, lambda: output(0), lambda: output(S))
+            if keep_layer is not None:
+                kept = jnp.where(index == keep_layer, rows[:, :S], kept)
+            observed = _observe(probe, index, observed, q, k, context.valid, lse)
+            return (rows, kept, observed), (k, v) if room else None
+
+        kept = None if keep_layer is None else context.x
+        start_from = (rows, kept, self.unobserved(probe, suffixes.x, context.valid))
+        (rows, kept, observed), past = jax.lax.scan(step, start_from, jnp.asarray(layers))
+        if room:
+            k, v = past
+            tail = lambda x: jnp.pad(x[:, :, S:].reshape(len(x), B, Q, T, *x.shape[3:]), _after(3, room, x.ndim + 1))
+            written = jnp.pad(suffixes.valid, _after(2, room, 3))
+            past = Context(k[:, :, :S], v[:, :, :S], context.valid, layers.start), Tail(tail(k), tail(v), written)
+        found = {"kept": kept, "observed": observed}
+        return rows[:, S:].reshape(suffixes.x.shape), past, {k: x for k, x in found.items() if x is not None}
+
+    def unobserved(self, probe, embeddings, valid):
+        """Zeros of the shape that the probe's observation will have; None of no probe."""
+        if probe is None:
+            return None
         B, Q, T, _ = embeddings.shape
-        rows = jax.ShapeDtypeStruct((B, Q, self.config.heads, T, context.valid.shape[1]), jnp.float32)
+        rows = jax.ShapeDtypeStruct((B, Q, self.config.heads, T, valid.shape[1]), jnp.float32)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(probe.observe, rows))
+
+
+def _after(axis: int, size: int, axes: int) -> list[tuple[int, int]]:
+    """Padding of one of so many axes, at its end."""
+    return [(0, size if each == axis else 0) for each in range(axes)]
+
+
+def _looks_at(written, start, length: int) -> jax.Array:
+    """What tokens at `start` and after may look at of the tail: bool[B, Q, T, R] from written[B, Q, R]."""
+    causal = start + jnp.arange(length)[:, None] >= jnp.arange(written.shape[2])
+    return causal & written[:, :, None]
+
+
+def _observe(probe, index, observed, q, k, valid, lse):
+    """The probe's observation, if layer `index` is the one that it asks for."""
+    if probe is None:
+        return None
+    look = lambda: probe.observe(probabilities_from_lse(q, k[:, : valid.shape[1]], valid, lse))
+    with jax.named_scope("probe"):
+        return jax.lax.cond(index == probe.layer, look, lambda: observed)

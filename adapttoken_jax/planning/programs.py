@@ -186,7 +186,7 @@ def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Prog
         absent="vision",
         trips={"/answer/while": answered},
         # Of the layers that may be probed one is; of those among which the last one is, all others give an output.
-        shares={"/question/": 1 / asked, "/context/": (ending - 1) / ending},
+        shares={"/probe/": 1 / asked, "/rows/": (ending - 1) / ending},
         visited={"/context/": 0.5},  # causal
     )
 

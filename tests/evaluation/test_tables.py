@@ -91,7 +91,7 @@ def test_the_command_prints_tables_and_draws_the_plot(tmp_path, capsys, monkeypa
         table.run([str(tmp_path / "ours"), str(tmp_path / "base")])
         assert words in capsys.readouterr().out
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="no run.json"):
+    with pytest.raises(UserError, match=r"no run\.json"):
         table.run([str(tmp_path)])
 
 
