@@ -53,15 +53,18 @@ class Kernel:
         # A kernel pads to whole blocks as it is: computing a few rows more costs less than copies cut to size.
         return mixed if rest is None else mixed.at[:, -rest.shape[1] :].set(rest)
 
-    def over_context(self, q, k, v, valid) -> tuple[jax.Array, jax.Array]:
+    def over_context(self, q, k, v, valid, unused: int = 0) -> tuple[jax.Array, jax.Array]:
         """Attention of later rows over a context: q[B, T, N, H], k and v[B, S, K, H], valid[B, S], padding anywhere.
+
+        The last `unused` keys are nothing but padding.
 
         Returns:
           values[B, T, N, H], and the log-sum-exp of every row's scores, float32[B, N, T].
         """
         # cuDNN's log-sum-exp reaches JAX rounded to the queries' type, too coarse for relevance; few rows come here.
         if self.name != "splash":
-            return attention.context_attention(q, k, v, valid)
+            used = slice(-unused or None)
+            return attention.context_attention(q, *(x[:, used] for x in (k, v, valid)))
         return self._per_device(_splash_over_context, 2)(q, k, v, valid)
 
     def _per_device(self, function, outputs: int):

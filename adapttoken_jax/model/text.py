@@ -10,6 +10,7 @@ gets. Layers are taken out of their stack one by one, so a range copies no weigh
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -135,7 +136,8 @@ class TextLayer(Block):
         q = self.queries(own(h), jax.tree.map(own, turn))
         with jax.named_scope("question"):
             tail = by_suffix(k), by_suffix(v), mask
-            mixed, lse = two_part_attention(by_suffix(q), past, tail, kernel.over_context)
+            over_context = functools.partial(kernel.over_context, unused=Q * T)
+            mixed, lse = two_part_attention(by_suffix(q), past, tail, over_context)
             mixed = mixed.reshape(B, Q * T, *mixed.shape[3:])
         if first == 0:
             with jax.named_scope("context"):
