@@ -525,8 +525,8 @@ def test_a_tiny_model_is_compiled_for_a_tpu(monkeypatch):
         assert bool(program.collectives) == (program.name != "vision")  # every chip encodes slots of its own
         assert program.seconds["compiler"] > program.seconds["roofline"] > 0
     group = found.programs[1]
-    # At least the text layers' two reductions each over `model`, for the context and for the question.
-    assert group.collectives["all-reduce"]["times"] >= 4 * TINY.text.layers
+    # At least the text layers' two reductions each over `model`, of the context's and the question's rows together.
+    assert group.collectives["all-reduce"]["times"] >= 2 * TINY.text.layers
     # The group pass compiles more than the model needs (masked attention), and not twice as much.
     assert 1 < group.flops * found.chips / group.model_flops < 2
     assert set(found.versions) == {"jax", "libtpu"}
