@@ -477,6 +477,8 @@ _PLAN_FLAGS = (
 def _plan(values: flags.FlagValues) -> int:
     """`adapttoken plan`; nothing is run, so a machine's own accelerator is left alone."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # What is compiled for chips that are not here JAX can write to its cache, and then not read.
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
     if values.json not in (None, "-"):
         check_output("json", values.json)
     from adapttoken_jax import planning

@@ -11,6 +11,7 @@ _CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes
 os.environ["XLA_FLAGS"] = f"{_CHEAP} --xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "true")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
