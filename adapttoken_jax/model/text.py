@@ -76,7 +76,7 @@ class Rows(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Asks `extend` for the attention of one layer.
+    """Asks `extend` or `read` for the attention of one layer.
 
     Attributes:
       layer: 0-based decoder layer.
@@ -128,6 +128,9 @@ class TextLayer(Block):
         Args:
           rows: [B, S + Q x T, D] of contexts and suffixes; h, the same normalised.
           past: keys and values of all rows, and which of them belong to the context: bool[B, S + Q x T].
+
+        Returns:
+          The rows; the suffixes' queries [B, Q, T, N, H] and the log-sum-exp of their scores [B, Q, N, T].
         """
         k, v, valid = past
         B, Q, T, _ = mask.shape
@@ -293,10 +296,7 @@ class TextDecoder(Block):
         start_from = (rows, kept, self.unobserved(probe, suffixes.x, context.valid))
         (rows, kept, observed), past = jax.lax.scan(step, start_from, jnp.asarray(layers))
         if room:
-            k, v = past
-            tail = lambda x: jnp.pad(x[:, :, S:].reshape(len(x), B, Q, T, *x.shape[3:]), _after(3, room, x.ndim + 1))
-            written = jnp.pad(suffixes.valid, _after(2, room, 3))
-            past = Context(k[:, :, :S], v[:, :, :S], context.valid, layers.start), Tail(tail(k), tail(v), written)
+            past = _left_behind(*past, context.valid, suffixes.valid, room, layers.start)
         found = {"kept": kept, "observed": observed}
         return rows[:, S:].reshape(suffixes.x.shape), past, {k: x for k, x in found.items() if x is not None}
 
@@ -307,6 +307,15 @@ class TextDecoder(Block):
         B, Q, T, _ = embeddings.shape
         rows = jax.ShapeDtypeStruct((B, Q, self.config.heads, T, valid.shape[1]), jnp.float32)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(probe.observe, rows))
+
+
+def _left_behind(k, v, context_valid, suffix_valid, room: int, first: int) -> tuple[Context, Tail]:
+    """What layers from `first` on keep of contexts and suffixes: k and v[L, B, S + Q x T, K, H] of both together."""
+    S, (B, Q, T) = context_valid.shape[1], suffix_valid.shape
+    by_suffix = lambda x: x[:, :, S:].reshape(len(x), B, Q, T, *x.shape[3:])
+    tail = (jnp.pad(by_suffix(x), _after(3, room, 6)) for x in (k, v))
+    context = Context(k[:, :, :S], v[:, :, :S], context_valid, first)
+    return context, Tail(*tail, jnp.pad(suffix_valid, _after(2, room, 3)))
 
 
 def _after(axis: int, size: int, axes: int) -> list[tuple[int, int]]:
