@@ -196,10 +196,12 @@ class SlotEncoder:
         _, height, width = self._clip.grid
         if self._keep:
             self.patches.append(patches)
-        padded = np.zeros((self._size, *patches.shape[1:]), np.float32)
-        padded[np.flatnonzero(self._own[: len(slots)])] = patches
+        if len(patches) < self._size:
+            padded = np.zeros((self._size, *patches.shape[1:]), np.float32)
+            padded[np.flatnonzero(self._own[: len(slots)])] = patches
+            patches = padded
         self._started[slots] = True
-        encoded = encode_slots(self._model.module, _place(self._model, padded), height, width)
+        encoded = encode_slots(self._model.module, _place(self._model, patches), height, width)
         return slots, sharding.everywhere(encoded, self._model.mesh)
 
     def _collect(self, slots: np.ndarray, encoded: jax.Array) -> None:

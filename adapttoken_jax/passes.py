@@ -27,6 +27,10 @@ from adapttoken_jax.selection import most_relevant, reduce_relevance, token_cert
 DECODER_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": str(2**16), "xla_tpu_dot_dot_fusion": "false"}
 _VISION_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": str(2**15)}
 
+# Contexts are padded so that these divide the rows that go through a product together: a GPU's library of products
+# asks for that, and XLA would otherwise copy every operand and every result to pad it.
+_ROWS_STEP = 8
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +130,7 @@ def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[st
       "entropy" and "certainty" float32[B, Q, A] per token; with `spec.relevance` "relevance" float32[B, Q, M]; with
       `spec.keep_layer` "kept"[B, M, D].
     """
-    text, prefix = model.text, batch.prefix_ids.shape[0]
+    text, visual = model.text, _visual_rows(batch)
     hidden, pasts, found = _run_layers(text, batch, spec)
     with jax.named_scope("question"):
         last = jnp.take_along_axis(hidden, (batch.suffix_length - 1)[None, :, None, None], 2)[:, :, 0]
@@ -140,9 +144,9 @@ def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[st
     out = {"first_logits": logits, "tokens": generation.tokens, "counted": generation.counted}
     out |= {"entropy": generation.measured[..., 0], "certainty": generation.measured[..., 1]}
     if spec.relevance is not None:
-        out["relevance"] = found["observed"][..., prefix:]
+        out["relevance"] = found["observed"][..., visual]
     if spec.keep_layer is not None:
-        out["kept"] = found["kept"][:, prefix:]
+        out["kept"] = found["kept"][:, visual]
     return out
 
 
@@ -172,28 +176,42 @@ def _run_layers(text, batch, spec):
     return hidden, pasts, found
 
 
+def _visual_rows(batch) -> slice:
+    """Where a context's visual tokens are."""
+    prefix = batch.prefix_ids.shape[0]
+    return slice(prefix, prefix + batch.visual.shape[1])
+
+
 def _context_rows(text, batch) -> Rows:
     with jax.named_scope("context"):
         prefix = text.embed(batch.prefix_ids)
         prefix = jnp.broadcast_to(prefix, (batch.visual.shape[0], *prefix.shape))
         valid = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), batch.visual_valid], 1)
         x = jnp.concatenate([prefix, batch.visual.astype(prefix.dtype)], 1)
-        return Rows(x, batch.context_positions, valid)
+        return _padded(Rows(x, batch.context_positions, valid), batch.suffix_ids.size)
+
+
+def _padded(rows: Rows, others: int) -> Rows:
+    """Padding after the rows, so that `_ROWS_STEP` divides them and `others` together."""
+    spare = -(rows.x.shape[1] + others) % _ROWS_STEP
+    pad = lambda array, axis: jnp.pad(array, [(0, spare if axis == each else 0) for each in range(array.ndim)])
+    return Rows(pad(rows.x, 1), pad(rows.position_ids, 2), pad(rows.valid, 1))
 
 
 def _most_relevant(rows: Rows, relevance, batch, share: float) -> Rows:
     """The prefix, and the share of the visual tokens that is most relevant to any question: relevance[B, Q, S]."""
     with jax.named_scope("context"):
         prefix, tokens = batch.prefix_ids.shape[0], batch.visual.shape[1]
-        scores = jnp.where(batch.visual_valid, relevance[..., prefix:].max(1), -1.0)
+        scores = jnp.where(batch.visual_valid, relevance[..., _visual_rows(batch)].max(1), -1.0)
         visual = prefix + most_relevant(scores, math.ceil(share * tokens))
         text = jnp.broadcast_to(jnp.arange(prefix), (len(visual), prefix))
         index = jnp.concatenate([text, visual], 1)
-        return Rows(
+        chosen = Rows(
             jnp.take_along_axis(rows.x, index[..., None], 1),
             jnp.take_along_axis(rows.position_ids, index[:, None], 2),
             jnp.take_along_axis(rows.valid, index, 1),
         )
+        return _padded(chosen, batch.suffix_ids.size)
 
 
 def _suffix_rows(text, batch) -> Rows:

@@ -222,7 +222,7 @@ def _stop_reason(run: Run, visits: list[Visit]) -> str:
 
 def conclude(run: Run) -> Outcome:
     """Steps 8 to 11 for one question."""
-    return answer_from(run, *_select(run))
+    return answer_from(run, *select_tokens(run))
 
 
 def answer_from(run: Run, selected: Selected, features=None) -> Outcome:
@@ -239,7 +239,7 @@ def answer_from(run: Run, selected: Selected, features=None) -> Outcome:
     return Outcome(selected, ids, final_reply(run.model, run.video, context, run.prompt, run.config, room))
 
 
-def _select(run: Run) -> tuple[Selected, jax.Array | None]:
+def select_tokens(run: Run) -> tuple[Selected, jax.Array | None]:
     """Steps 8 to 10, and the survivors' features if they already lie on the device."""
     # On a CPU compiling costs more than a few selections save, and the NumPy twin skips pairs that are far apart.
     if run.scan and run.loop == "device" and jax.default_backend() != "cpu":

@@ -316,9 +316,13 @@ def context_size(tokens: int) -> int:
 
 
 def _visual(contexts: list[ContextTokens], size: int):
-    if isinstance(contexts[0].features, jax.Array):
-        return contexts[0].features[None]
-    return np.stack([_padded(c.features, size, 0) for c in contexts])
+    first = contexts[0].features
+    if isinstance(first, jax.Array) or (len(contexts) == 1 and len(first) == size):
+        return first[None]
+    visual = np.zeros((len(contexts), size, first.shape[1]), first.dtype)
+    for row, context in zip(visual, contexts, strict=True):
+        row[: len(context.features)] = context.features
+    return visual
 
 
 def _padded(array: np.ndarray, size: int, axis: int, fill=0) -> np.ndarray:

@@ -87,24 +87,26 @@ def time_model(name: str, dtype: str) -> dict:
 
     shape = chosen_shape(name)
     pair = speed.make_pair(shape, dtype, questions=_QUESTIONS.value, answer_tokens=_ANSWER.value, seed=_SEED.value)
+    answers = speed.answers(pair)
     found = {
         "model": name, "dtype": dtype, "parameters": parameters.count(shape.model), "groups": shape.groups,
         "visual_tokens_per_group": shape.slots_per_group * pair.plan.tokens_per_slot, "budget": shape.budget,
-        "agreement": speed.agreement(pair),
+        "agreement": speed.agreement(answers),
     }  # fmt: skip
     print(f"{name}, {dtype}: {describe(found['agreement'])}", file=sys.stderr)
     if not found["agreement"]["ok"]:
         return found
-    stages = speed.stages(pair)
+    stages = speed.stages(pair, answers)
     load, times = [os.getloadavg()[0]], speed.measure(stages, _REPETITIONS.value)
     peak = speed.device_peak(dtype)
     found |= {
         "load_average": [*load, os.getloadavg()[0]], "peak_flops_per_s": peak,
         "stages": [speed.summary(stage, times[stage.name], peak) for stage in stages],
-        "relevance_and_entropy": speed.overhead(times),
+        "relevance_and_entropy": speed.overhead(times), "tokens_per_s": speed.rates(pair, times),
     }  # fmt: skip
     if _QUESTIONS.value > 1:
-        found["further_question"] = speed.further_question(times, _QUESTIONS.value) | speed.questions_agree(pair)
+        found["further_question"] = speed.further_question(times, _QUESTIONS.value)
+        found["further_question"] |= speed.questions_agree(pair, answers.run.video)
     return found
 
 
@@ -189,6 +191,11 @@ def _costs(found: dict) -> str:
             f" Each further question: {_time(more['seconds'])}, {more['share']:.1%} of the first one's scan; asked "
             f"together or alone, entropies differ by {more['entropy']:.1e} nats, relevance by {more['relevance']:.1e}."
         )
+    rates = found["tokens_per_s"]
+    text += (
+        f" Tokens per second: {rates['prefill']:,.0f} in a plain prefill; visual ones {rates['group']:,.0f} through vision "
+        f"tower and group pass, {rates['whole']:,.0f} over the whole question."
+    )
     low, high = sorted(found["load_average"])
     return text + f" Load average {low:.1f} to {high:.1f}."
 

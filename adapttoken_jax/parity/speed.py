@@ -8,16 +8,16 @@ side keeps them). `agreement` holds the two results together; nothing should be 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-from adapttoken_jax import costs, device_scan, parameters, passes, pipeline, scan, survivors
+from adapttoken_jax import costs, device_scan, encoding, parameters, passes, pipeline, scan
 from adapttoken_jax.config import AdaptTokenConfig
-from adapttoken_jax.encoding import VisualTokens, chunk_slots
+from adapttoken_jax.encoding import SlotEncoder, VisualTokens, chunk_slots
 from adapttoken_jax.loading import Model
 from adapttoken_jax.model import Qwen25VL
 from adapttoken_jax.parity import pytorch_fast as fast
@@ -128,22 +128,24 @@ def make_plan(shape: Shape) -> Plan:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encode(pair: Pair, slots: Sequence[int]) -> np.ndarray:
-    """Features [n, M, D] of some slots, every call of the vision tower as large as in `encoding.encode_video`."""
-    _, height, width = pair.plan.clip.grid
-    size, parts = min(pair.chunk, len(slots)), []
-    for start in range(0, len(slots), size):
-        chunk = pair.patches[slots[start : start + size]]
-        padded = np.pad(chunk, ((0, size - len(chunk)), (0, 0), (0, 0)))
-        parts.append(passes.encode_slots(pair.model.module, padded, height, width))
-    return np.concatenate([np.asarray(part) for part in parts])[: len(slots)]
+def chunks(pair: Pair, slots: np.ndarray, patches: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Slots and their patches in portions of what one call of the vision tower takes, as if read from a file."""
+    for start in range(0, len(slots), pair.chunk):
+        part = slice(start, start + pair.chunk)
+        yield slots[part], patches[part]
 
 
-def visual_tokens(pair: Pair, features: np.ndarray) -> VisualTokens:
+def encode(pair: Pair, slots: np.ndarray, patches: np.ndarray) -> SlotEncoder:
+    """Encodes some slots as `encoding.encode_video` does all of them."""
+    with SlotEncoder(pair.model, pair.plan.clip, [], chunks=chunks(pair, slots, patches)) as done:
+        done.encode(slots)
+    return done
+
+
+def encode_video(pair: Pair) -> VisualTokens:
     """The encoded video."""
-    vision = pair.shape.model.vision
-    seconds = {"decode": 0.0, "vision": 0.0, "waiting": 0.0}
-    return VisualTokens(features, pair.plan.clip, vision.merge, vision.tokens_per_second, None, seconds)
+    every = np.arange(len(pair.patches))
+    return encoding.encode_video(pair.model, pair.plan.clip, chunks=chunks(pair, every, pair.patches))
 
 
 def wave(pair: Pair) -> list[np.ndarray]:
@@ -154,10 +156,19 @@ def wave(pair: Pair) -> list[np.ndarray]:
 
 def pass_groups(pair: Pair, video: VisualTokens, questions: int = 1) -> dict[str, np.ndarray]:
     """Steps 4 to 6 for the first wave of groups and the first few questions: what `run_prompts` returned."""
+    return scan.run_and_read(pair.model, wave_batch(pair, video, questions), group_spec(pair, questions))
+
+
+def group_spec(pair: Pair, questions: int = 1) -> passes.PassSpec:
+    """What is compiled into the pass of the first few questions."""
+    return scan.group_spec(pair.model, pair.prompts[:questions], pair.config)
+
+
+def wave_batch(pair: Pair, video: VisualTokens, questions: int = 1) -> passes.PromptBatch:
+    """The first wave of groups and the first few questions, ready for the compiled pass."""
     prompts = pair.prompts[:questions]
     contexts = [scan.group_context(video, slots, prompts, pair.config) for slots in wave(pair)]
-    batch = scan.prompt_batch(pair.model, video, contexts, prompts, pair.config, len(contexts[0].features))
-    return scan.run_and_read(pair.model, batch, scan.group_spec(pair.model, prompts, pair.config))
+    return scan.prompt_batch(pair.model, video, contexts, prompts, pair.config, len(contexts[0].features))
 
 
 def prefill(pair: Pair, embeddings: jax.Array, position_ids: np.ndarray):
@@ -165,7 +176,7 @@ def prefill(pair: Pair, embeddings: jax.Array, position_ids: np.ndarray):
 
     Every layer runs on every row, as engines do it.
     """
-    kernel = scan.group_spec(pair.model, pair.prompts[:1], pair.config).kernel
+    kernel = pair.model.kernel
     return jax.block_until_ready(_prefill(pair.model.module, embeddings, jnp.asarray(position_ids), kernel=kernel))
 
 
@@ -179,14 +190,9 @@ def _prefill(model: Qwen25VL, embeddings, position_ids, kernel):
     return context, text.logits(found["kept"][:, -1])
 
 
-def scan_once(pair: Pair, video: VisualTokens, questions: int = 1) -> list[Run]:
-    """Steps 3 to 7 for the first few questions, as `pipeline.answer` runs them."""
-    return pipeline.scan_video(pair.model, pair.plan, video, pair.prompts[:questions], pair.config, "adapttoken")
-
-
 def answer(pair: Pair) -> tuple[Run, Outcome]:
     """The whole question, from patches to answer."""
-    (run,) = scan_once(pair, visual_tokens(pair, encode(pair, np.arange(len(pair.patches)))))
+    (run,) = pipeline.scan_video(pair.model, pair.plan, encode_video(pair), pair.prompts[:1], pair.config, "adapttoken")
     return run, pipeline.conclude(run)
 
 
@@ -195,19 +201,32 @@ def answer(pair: Pair) -> tuple[Run, Outcome]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def agreement(pair: Pair) -> dict:
-    """Answers the question on both sides and compares.
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """The question answered on both sides."""
+
+    run: Run
+    outcome: Outcome
+    theirs: fast.Answered
+
+
+def answers(pair: Pair) -> Answers:
+    """Answers the question on both sides."""
+    return Answers(*answer(pair), fast.run(pair.torch_model, pair.inputs, pair.config, pair.chunk))
+
+
+def agreement(answers: Answers) -> dict:
+    """Compares two answers.
 
     Returns:
       "entropy_difference" (largest, nats), "selected_in_common" (share), "same_answer", "dtype", and "ok": within
       `TOLERANCES`, and in float32 the same answer.
     """
-    run, outcome = answer(pair)
-    theirs = fast.run(pair.torch_model, pair.inputs, pair.config, pair.chunk)
+    run, outcome, theirs = answers.run, answers.outcome, answers.theirs
     ours = [visit.reply.entropy for visit in sorted(run.scan.visits, key=lambda visit: visit.index)]
     difference = float(np.max(np.abs(np.subtract(ours, [visit.entropy for visit in theirs.passes]))))
     both = set(map(tuple, outcome.selected.tokens)) & set(map(tuple, theirs.selection.selected))
-    share, dtype = len(both) / len(theirs.selection.selected), pair.model.dtype.name
+    share, dtype = len(both) / len(theirs.selection.selected), run.model.dtype.name
     same = tuple(outcome.reply.answer_ids) == theirs.answer_ids
     nats, least = TOLERANCES[dtype]
     return {
@@ -216,9 +235,8 @@ def agreement(pair: Pair) -> dict:
     }  # fmt: skip
 
 
-def questions_agree(pair: Pair) -> dict[str, float]:
+def questions_agree(pair: Pair, video: VisualTokens) -> dict[str, float]:
     """Largest differences between asking all questions in one pass of the first groups and asking each alone."""
-    video = visual_tokens(pair, encode(pair, np.arange(len(pair.patches))))
     together = pass_groups(pair, video, len(pair.prompts))
     worst = {"entropy": 0.0, "relevance": 0.0}
     for q, prompt in enumerate(pair.prompts):
@@ -237,6 +255,7 @@ VISION, GROUP, PREFILL, SELECT, FINAL, WHOLE = (
     "vision encode of a group", "group pass", "plain prefill of the same tokens", "budget and redundancy",
     "final pass", "whole question",
 )  # fmt: skip
+RESIDENT = "group pass, inputs on the device"
 MORE = "group pass, further questions"
 PRUNED = "group pass, 20 % of the tokens after the reference layer"
 _PRUNED_TO = 0.2
@@ -251,6 +270,7 @@ class Stage:
       ours, theirs: one call; `theirs` is None where only ours is of interest.
       flops: of one group, or of what is done once.
       groups: groups that one call handles; seconds are per group.
+      warm: both sides have run it before.
     """
 
     name: str
@@ -258,39 +278,42 @@ class Stage:
     theirs: Callable[[], object] | None
     flops: float
     groups: int = 1
+    warm: bool = False
 
 
-def stages(pair: Pair) -> list[Stage]:
-    """All stages, each from inputs computed here once and shared by both sides."""
-    model, inputs, config = pair.torch_model, pair.inputs, pair.config
-    features = encode(pair, np.arange(len(pair.patches)))
-    video, torch_features = visual_tokens(pair, features), _tensor(features).to(model.device)
-    (run,) = scan_once(pair, video)
-    visits = [fast.pass_group(model, inputs, torch_features, slots, config) for slots in pair.plan.groups]
-    selection = survivors.select(run)
-    encoded = np.concatenate(wave(pair))
-    patches, grid = pair.patches[encoded].reshape(-1, pair.patches.shape[-1]), (len(encoded), *pair.shape.grid)
-    prompts = [group_prompt(pair, torch_features, slots) for slots in wave(pair)]
+def stages(pair: Pair, answers: Answers) -> list[Stage]:
+    """All stages, each from inputs computed here or on the way to the answers, and shared by both sides."""
+    model, inputs, config, run = pair.torch_model, pair.inputs, pair.config, answers.run
+    video, visits = run.video, answers.theirs.passes
+    features = _tensor(video.features).to(model.device)
+    selected = pipeline.select_tokens(run)
+    tokens = selected[0].tokens
+    slots = np.concatenate(wave(pair))
+    patches, grid = pair.patches[slots], (len(slots), *pair.shape.grid)
+    rows = patches.reshape(-1, patches.shape[-1])
+    prompts = [group_prompt(pair, features, slots) for slots in wave(pair)]
     embeddings = jnp.stack([jnp.asarray(rows.float().cpu().numpy(), pair.model.dtype) for rows, _ in prompts])
     ids = np.stack([ids for _, ids in prompts])
+    batch, spec = jax.device_put(wave_batch(pair, video)), group_spec(pair)
     found = [
-        Stage(VISION, lambda: encode(pair, encoded), lambda: fast.encode(model, patches, grid, pair.chunk), 0),
+        Stage(VISION, lambda: encode(pair, slots, patches), lambda: fast.encode(model, rows, grid, pair.chunk), 0),
         Stage(GROUP, lambda: pass_groups(pair, video),
-              lambda: [fast.pass_group(model, inputs, torch_features, slots, config) for slots in wave(pair)], 0),
+              lambda: [fast.pass_group(model, inputs, features, slots, config) for slots in wave(pair)], 0),
+        Stage(RESIDENT, lambda: jax.block_until_ready(passes.run_prompts(pair.model.module, batch, spec)), None, 0),
         Stage(PREFILL, lambda: prefill(pair, embeddings, ids),
               lambda: [fast.prefill(model, *prompt) for prompt in prompts], 0),
-        Stage(SELECT, lambda: survivors.select(run),
-              lambda: fast.select(model, inputs, torch_features, visits, config), 0),
-        Stage(FINAL, lambda: pipeline.answer_from(run, selection),
-              lambda: fast.final_answer(model, inputs, torch_features, selection.tokens, config), 0),
-        Stage(WHOLE, lambda: answer(pair), lambda: fast.run(model, inputs, config, pair.chunk), 0),
+        Stage(SELECT, lambda: pipeline.select_tokens(run),
+              lambda: fast.select(model, inputs, features, visits, config), 0),
+        Stage(FINAL, lambda: pipeline.answer_from(run, *selected),
+              lambda: fast.final_answer(model, inputs, features, tokens, config), 0),
+        Stage(WHOLE, lambda: answer(pair), lambda: fast.run(model, inputs, config, pair.chunk), 0, warm=True),
     ]  # fmt: skip
     pruned = dataclasses.replace(pair, config=dataclasses.replace(config, keep_after_reference=_PRUNED_TO))
     found.append(Stage(PRUNED, lambda: pass_groups(pruned, video), None, 0))
     if len(pair.prompts) > 1:
         found.append(Stage(MORE, lambda: pass_groups(pair, video, len(pair.prompts)), None, 0))
     counted = flops(pair)
-    of_groups = {name: len(prompts) for name in (VISION, GROUP, PREFILL, PRUNED, MORE)}
+    of_groups = {name: len(prompts) for name in (VISION, GROUP, RESIDENT, PREFILL, PRUNED, MORE)}
     return [dataclasses.replace(s, flops=counted[s.name], groups=of_groups.get(s.name, 1)) for s in found]
 
 
@@ -315,7 +338,7 @@ def flops(pair: Pair) -> dict[str, float]:
         count(prefix + shape.budget, suffix, pair.config.max_answer_tokens - 1),
     )
     whole = costs.text_flops(shape.model, prefix + group + suffix) + costs.head_flops(shape.model, 1)
-    return {VISION: vision, GROUP: one, PREFILL: whole, SELECT: 0.0, FINAL: final, MORE: one + further,
+    return {VISION: vision, GROUP: one, RESIDENT: one, PREFILL: whole, SELECT: 0.0, FINAL: final, MORE: one + further,
             PRUNED: pruned, WHOLE: shape.groups * (vision + one) + final}  # fmt: skip
 
 
@@ -341,9 +364,11 @@ def measure(stages: Sequence[Stage], repetitions: int, least_seconds: float = 0.
     """
     times, calls = {}, {}
     for stage in stages:
-        times[stage.name] = Times(_seconds(stage.ours) / stage.groups, [], [])
-        warm = max(_seconds(call) for call in (stage.theirs, stage.ours) if call)
-        calls[stage.name] = max(1, round(least_seconds / warm))
+        first = _seconds(stage.ours)
+        times[stage.name] = Times(first / stage.groups, [], [])
+        again = [stage.theirs, stage.ours] if not stage.warm else []
+        slowest = max((_seconds(call) for call in again if call), default=first)
+        calls[stage.name] = max(1, round(least_seconds / slowest))
     for repetition in range(repetitions):
         for stage in stages:
             sides = [(stage.ours, times[stage.name].ours), (stage.theirs, times[stage.name].theirs)]
@@ -385,9 +410,31 @@ def summary(stage: Stage, times: Times, peak: float | None) -> dict:
 
 
 def overhead(times: dict[str, Times]) -> dict[str, float]:
-    """What relevance and entropy add to a plain prefill, as a share of it: medians over the repetitions."""
-    extra = lambda side: np.median(np.divide(getattr(times[GROUP], side), getattr(times[PREFILL], side))) - 1
-    return {"ours": float(extra("ours")), "pytorch": float(extra("theirs"))}
+    """What relevance and entropy add to a plain prefill, as a share of it: medians over the repetitions.
+
+    Both passes begin with all inputs on the device.
+    """
+    extra = lambda passed, plain: float(np.median(np.divide(passed, plain)) - 1)
+    return {"ours": extra(times[RESIDENT].ours, times[PREFILL].ours),
+            "pytorch": extra(times[GROUP].theirs, times[PREFILL].theirs)}  # fmt: skip
+
+
+def rates(pair: Pair, times: dict[str, Times]) -> dict[str, float]:
+    """Tokens per second of our side, medians.
+
+    Returns:
+      "prefill" of prompt tokens; "group" of visual tokens, vision tower and group pass one after the other; "whole", the
+      video's visual tokens over the whole question.
+    """
+    visual, prompt = pair.shape.slots_per_group * pair.plan.tokens_per_slot, pair.prompts[0]
+    text = len(prompt.prefix_ids) + len(prompt.suffix_ids)
+    seconds = {name: np.asarray(times[name].ours) for name in (VISION, GROUP, PREFILL, WHOLE)}
+    per_second = lambda tokens, seconds: float(np.median(tokens / seconds))
+    return {
+        "prefill": per_second(visual + text, seconds[PREFILL]),
+        "group": per_second(visual, seconds[VISION] + seconds[GROUP]),
+        "whole": per_second(visual * pair.shape.groups, seconds[WHOLE]),
+    }
 
 
 def further_question(times: dict[str, Times], questions: int) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""Every attention kernel against its reference twin. Splash runs in Pallas' interpreter; cuDNN is lowered, not run."""
+"""Every attention kernel against its reference twin. Splash runs in Pallas' interpreter, cuDNN on a GPU alone.
+
+    JAX_PLATFORMS=cuda,cpu python -m pytest -n0 tests/model/test_kernels.py -k cudnn      # where there is one
+"""
 
 import dataclasses
 
@@ -70,6 +73,23 @@ def test_the_arguments_for_cudnn_mean_the_reference():
     assert_valid_rows_agree(ours, XLA.causal(q, k, v, valid), valid)
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("T", [130, 1024])
+def test_cudnn_is_the_causal_reference(T):
+    """Two key heads for four; padding; rows of a question put in the place of the last ones."""
+    q, k, v, valid = case(T=T, S=T, dtype=jnp.bfloat16)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    with jax.default_matmul_precision("highest"):
+        expected = np.asarray(XLA.causal(*wide, valid))
+    ours = np.asarray(jax.jit(Kernel("cudnn").causal)(q, k, v, valid).astype(jnp.float32))
+    # bfloat16 keeps eight bits of the weights, which are at most 1, and of the values, which are at most 5.
+    np.testing.assert_allclose(ours[valid], expected[valid], atol=3e-2)
+    rest = jnp.ones_like(q[:, :9])
+    ours = jax.jit(Kernel("cudnn").causal)(q, k, v, valid, rest=rest)
+    np.testing.assert_array_equal(ours[:, -9:], rest)
+    np.testing.assert_allclose(ours[0, :-9].astype(jnp.float32), expected[0, :-9], atol=3e-2)
+
+
 @pytest.mark.parametrize("method", ["causal", "over_context"])
 def test_splash_lowers_for_a_tpu(method):
     q, k, v, valid = case(T=1000, S=1000, dtype=jnp.bfloat16)
@@ -84,7 +104,7 @@ def test_the_resolver_takes_kernels_only_where_they_run_exactly_enough():
     assert chosen(jnp.bfloat16, 128, platform="cpu") == "xla"
     assert {chosen(jnp.float32, 128, platform=platform) for platform in ("tpu", "gpu", "cpu")} == {"xla"}
     assert chosen(jnp.bfloat16, 80, platform="tpu") == "xla" and chosen(jnp.float16, 256, platform="gpu") == "xla"
-    assert chosen(jnp.float32, 128) == "xla"  # this machine
+    assert chosen(jnp.float32, 128) == "xla"  # any machine
 
 
 def test_a_group_pass_with_splash_is_the_pass_with_xla(tmp_path):
