@@ -54,12 +54,12 @@ def head_flops(config: ModelConfig, tokens: int) -> float:
 
 
 def vision_flops(config: ModelConfig, slots: int, height: int, width: int) -> float:
-    """Vision tower and merger on slots of `height` x `width` patches, without the padding of border windows."""
+    """Vision tower and merger on slots of `height` x `width` patches."""
     c, patches = config.vision, height * width
-    layout = window_layout(c, height, width)
-    per_window = layout.valid.sum(1) * c.merge**2
+    layout = window_layout(c, height, width, padded=False)
+    windowed = sum(count * (tokens * c.merge**2) ** 2 for count, tokens in layout.windows)
     full = len(c.full_attention_layers)
-    pairs = full * patches**2 + (c.layers - full) * float((per_window**2).sum())
+    pairs = full * patches**2 + (c.layers - full) * windowed
     layers = c.layers * patches * (4 * c.width**2 + 3 * c.width * c.ff)
     merged = c.width * c.merge**2
     merger = patches / c.merge**2 * merged * (merged + c.out_width)

@@ -201,7 +201,7 @@ class SlotEncoder:
             padded[np.flatnonzero(self._own[: len(slots)])] = patches
             patches = padded
         self._started[slots] = True
-        encoded = encode_slots(self._model.module, _place(self._model, patches), height, width)
+        encoded = encode_slots(self._model.module, _place(self._model, patches), height, width, self._model.vision_kernel)
         return slots, sharding.everywhere(encoded, self._model.mesh)
 
     def _collect(self, slots: np.ndarray, encoded: jax.Array) -> None:

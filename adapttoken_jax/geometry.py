@@ -6,6 +6,7 @@ U merged tokens per window, P patches, S sequence length.
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 
@@ -16,15 +17,17 @@ from adapttoken_jax.config import VisionConfig
 class WindowLayout:
     """Where every merged token of one slot sits when the slot is cut into attention windows.
 
-    Windows that the frame's border cuts are padded to the common size; `valid` tells tokens from padding.
+    Windows follow one another, those with most tokens first.
 
     Attributes:
-      token: int32[W, U], merged token in raster order at each window place; 0 where padded.
-      valid: bool[W, U].
-      place: int32[M], window place (flat index into [W, U]) of each merged token: the way back.
-      rows, cols: int32[W U merge^2], patch coordinates at each patch place, for the rotary embedding.
+      windows: (count, places) of each run of windows with equally many places.
+      token: int32[U], merged token in raster order at each place; 0 where padded.
+      valid: bool[U], False where a window is padded, at its end.
+      place: int32[M], place of each merged token: the way back.
+      rows, cols: int32[U merge^2], patch coordinates at each patch place, for the rotary embedding.
     """
 
+    windows: tuple[tuple[int, int], ...]
     token: np.ndarray
     valid: np.ndarray
     place: np.ndarray
@@ -33,40 +36,30 @@ class WindowLayout:
 
 
 @functools.lru_cache(maxsize=64)
-def window_layout(config: VisionConfig, height: int, width: int) -> WindowLayout:
+def window_layout(config: VisionConfig, height: int, width: int, padded: bool = True) -> WindowLayout:
     """Cuts a slot of `height` x `width` patches into windows (`get_window_index` of the HF vision tower).
 
-    A frame smaller than a window in one direction gets windows of its own size there, so that nothing is padded.
+    If `padded`, those that the frame's border cuts have as many places as the largest; else there is no padding.
     """
-    merge = config.merge
-    tokens_high, tokens_wide = height // merge, width // merge
-    side = config.window // (config.patch * merge)
-    tile_high, tile_wide = min(side, tokens_high), min(side, tokens_wide)
-    row, col = np.meshgrid(
-        _tiled(tokens_high, tile_high), _tiled(tokens_wide, tile_wide), indexing="ij"
-    )  # [windows high * tile_high, windows wide * tile_wide]
-    row, col = _by_window(row, tile_high, tile_wide), _by_window(col, tile_high, tile_wide)
-    valid = (row < tokens_high) & (col < tokens_wide)
-    token = np.where(valid, row * tokens_wide + col, 0)
-    place = np.empty(tokens_high * tokens_wide, np.int32)
+    merge, side = config.merge, config.window // (config.patch * config.merge)
+    row, col = np.divmod(np.arange(height * width // merge**2), width // merge)
+    window = row // side * width + col // side
+    tokens = sorted((np.flatnonzero(window == each) for each in np.unique(window)), key=len, reverse=True)
+    places = [len(tokens[0]) if padded else len(own) for own in tokens]
+    token = np.concatenate([np.pad(own, (0, size - len(own))) for own, size in zip(tokens, places, strict=True)])
+    valid = np.concatenate([np.arange(size) < len(own) for own, size in zip(tokens, places, strict=True)])
+    place = np.empty(len(row), np.int32)
     place[token[valid]] = np.flatnonzero(valid)
     inner_row, inner_col = np.divmod(np.arange(merge**2), merge)
-    rows = np.where(valid, row, 0)[..., None] * merge + inner_row
-    cols = np.where(valid, col, 0)[..., None] * merge + inner_col
+    patches = lambda first, inner: (first[token, None] * merge + inner).reshape(-1).astype(np.int32)
     return WindowLayout(
-        token.astype(np.int32), valid, place, rows.reshape(-1).astype(np.int32), cols.reshape(-1).astype(np.int32)
+        windows=tuple((len(list(run)), size) for size, run in itertools.groupby(places)),
+        token=token.astype(np.int32),
+        valid=valid,
+        place=place,
+        rows=patches(row, inner_row),
+        cols=patches(col, inner_col),
     )
-
-
-def _tiled(length: int, tile: int) -> np.ndarray:
-    return np.arange(-(-length // tile) * tile)
-
-
-def _by_window(grid: np.ndarray, tile_high: int, tile_wide: int) -> np.ndarray:
-    """[rows, cols] -> [W, U]: windows in raster order, their places in raster order."""
-    high, wide = grid.shape[0] // tile_high, grid.shape[1] // tile_wide
-    tiles = grid.reshape(high, tile_high, wide, tile_wide).transpose(0, 2, 1, 3)
-    return tiles.reshape(high * wide, tile_high * tile_wide)
 
 
 def time_ids(slots, seconds_per_slot: float, tokens_per_second: float) -> np.ndarray:

@@ -41,8 +41,13 @@ class Model:
 
     @property
     def kernel(self) -> Kernel:
-        """What computes attention on the devices at hand."""
+        """What computes the decoder's attention on the devices at hand."""
         return resolve(self.dtype, self.config.text.head_dim, self.mesh)
+
+    @property
+    def vision_kernel(self) -> Kernel:
+        """The same of the vision tower."""
+        return resolve(self.dtype, self.config.vision.head_dim, self.mesh)
 
     @property
     def wave(self) -> int:

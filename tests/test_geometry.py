@@ -13,23 +13,30 @@ VISION = SIZES["qwen2.5-vl-7b"].vision
 
 @pytest.mark.parametrize("window", [28, 56, 84, 112])
 @pytest.mark.parametrize("grid", [(4, 4), (8, 8), (10, 14), (2, 30), (22, 40), (18, 6)])
-def test_windows_are_those_of_transformers(grid, window):
+@pytest.mark.parametrize("padded", [True, False])
+def test_windows_are_those_of_transformers(grid, window, padded):
     torch = pytest.importorskip("torch")
     from transformers.vision_utils import get_vision_window_index
 
-    layout = geometry.window_layout(dataclasses.replace(VISION, window=window), *grid)
+    layout = geometry.window_layout(dataclasses.replace(VISION, window=window), *grid, padded)
     order, bounds = get_vision_window_index(torch.tensor([[1, *grid]]), 2, window, 14)
     theirs = [set(part.tolist()) for part in np.split(order.numpy(), np.unique(bounds.numpy())[1:-1] // 4)]
-    ours = [set(token[valid].tolist()) for token, valid in zip(layout.token, layout.valid, strict=True)]
-    assert [w for w in ours if w] == theirs
+    sizes = [tokens for count, tokens in layout.windows for _ in range(count)]
+    cut = lambda array: np.split(array, np.cumsum(sizes)[:-1])
+    ours = [set(own[real].tolist()) for own, real in zip(cut(layout.token), cut(layout.valid), strict=True)]
+    # Ours come by size, theirs in raster order.
+    assert sum(sizes) == len(layout.token) and ours == sorted(theirs, key=len, reverse=True)
+    assert layout.valid.all() or padded
+    assert len(layout.windows) == 1 or not padded
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("grid", [(4, 4), (10, 14), (2, 30), (22, 40)])
-def test_every_token_has_one_place_and_its_patches_their_coordinates(grid):
-    layout = geometry.window_layout(VISION, *grid)
+def test_every_token_has_one_place_and_its_patches_their_coordinates(grid, padded):
+    layout = geometry.window_layout(VISION, *grid, padded)
     tokens = grid[0] * grid[1] // 4
-    assert layout.token.reshape(-1)[layout.place].tolist() == list(range(tokens))
-    assert layout.valid.reshape(-1)[layout.place].all() and layout.valid.sum() == tokens
+    assert layout.token[layout.place].tolist() == list(range(tokens))
+    assert layout.valid[layout.place].all() and layout.valid.sum() == tokens
     rows, cols = (x.reshape(-1, 4)[layout.place] for x in (layout.rows, layout.cols))
     for token in range(tokens):
         row, col = divmod(token, grid[1] // 2)
@@ -38,8 +45,16 @@ def test_every_token_has_one_place_and_its_patches_their_coordinates(grid):
 
 
 def test_a_frame_smaller_than_a_window_is_not_padded():
-    assert geometry.window_layout(VISION, 4, 6).token.tolist() == [[0, 1, 2, 3, 4, 5]]
-    assert geometry.window_layout(VISION, 4, 20).valid.sum(1).tolist() == [8, 8, 4]
+    assert geometry.window_layout(VISION, 4, 6).windows == ((1, 6),)
+    layout = geometry.window_layout(VISION, 4, 20)
+    assert layout.windows == ((3, 8),) and layout.valid.reshape(3, 8).sum(1).tolist() == [8, 8, 4]
+
+
+def test_without_padding_windows_of_equal_size_are_neighbours():
+    assert geometry.window_layout(VISION, 4, 20, padded=False).windows == ((2, 8), (1, 4))
+    layout = geometry.window_layout(VISION, 10, 10, padded=False)  # 5 x 5 tokens: 16, twice 4, and the corner
+    assert layout.windows == ((1, 16), (2, 4), (1, 1))
+    assert layout.token[16:].tolist() == [4, 9, 14, 19, 20, 21, 22, 23, 24]
 
 
 def test_time_ids_are_float32_products():

@@ -87,6 +87,17 @@ def causal_attention(q, k, v, valid, implementation: str | None = None) -> jax.A
     return CAUSAL[implementation](q, k, v, valid)
 
 
+def window_attention(q, k, v, valid=None) -> jax.Array:
+    """Attention within windows, each row over those of its own that are `valid`: q, k, v[T, N, W, U, H] -> the same.
+
+    T slots of W windows of U rows; heads come before rows. `valid[W, U]` is False at padding; None: there is none.
+    """
+    scores = jnp.einsum("TNWUH,TNWSH->TNWUS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if valid is not None:
+        scores = jnp.where(valid[:, None], scores, MASKED)
+    return product("TNWUS,TNWSH->TNWUH", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
 def context_attention(q, k, v, valid) -> tuple[jax.Array, jax.Array]:
     """Attention of a few rows over a context: q[B, T, N, H], k and v[B, S, K, H], valid[B, S].
 

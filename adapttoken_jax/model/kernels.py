@@ -5,7 +5,7 @@ and agrees with `attention.py`, which is its reference twin. Letters as there.
 
 - A float32 model takes XLA everywhere: the kernels round the factors of their products.
 - XLA cannot split a kernel over a mesh by itself, so each device is handed its own heads and batch entries.
-- The vision tower does not come here: its windows are small, and dense products fill the matrix units best.
+- Splash is not for the vision tower: its windows are small, and dense products fill a TPU's matrix units best.
 """
 
 import dataclasses
@@ -67,6 +67,18 @@ class Kernel:
             return attention.context_attention(q, *(x[:, used] for x in (k, v, valid)))
         return self._per_device(_splash_over_context, 2)(q, k, v, valid)
 
+    @property
+    def pads_windows(self) -> bool:
+        """Whether `within` wants windows of one size. On a mesh, whose devices have slots of their own, XLA computes it."""
+        return self.name != "cudnn" or self.mesh is not None
+
+    def within(self, q, k, v, valid=None) -> jax.Array:
+        """Attention of the vision tower within windows: q, k, v[T, N, W, U, H] -> the same shape.
+
+        Letters as of `attention.window_attention`; `valid` is None unless `pads_windows`.
+        """
+        return attention.window_attention(q, k, v, valid) if self.pads_windows else _cudnn_within(q, k, v)
+
     def _per_device(self, function, outputs: int):
         """`function` on every device's own batch entries (if the first axis of the mesh divides them) and heads."""
         if self.mesh is None:
@@ -115,6 +127,13 @@ def _cudnn_causal(q, k, v, valid, implementation="cudnn"):
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=True, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation
     )
+
+
+def _cudnn_within(q, k, v, implementation="cudnn"):
+    T, N, W, U, H = q.shape
+    rows = (jnp.transpose(x, (0, 2, 3, 1, 4)).reshape(T * W, U, N, H) for x in (q, k, v))
+    mixed = jax.nn.dot_product_attention(*rows, implementation=implementation)
+    return jnp.transpose(mixed.reshape(T, W, U, N, H), (0, 3, 1, 2, 4))
 
 
 def _splash_causal(q, k, v, valid):

@@ -73,6 +73,28 @@ def test_the_arguments_for_cudnn_mean_the_reference():
     assert_valid_rows_agree(ours, XLA.causal(q, k, v, valid), valid)
 
 
+def test_the_arguments_for_cudnn_mean_the_windows():
+    q, k, v = (random(2, 3, 4, 10, 16, seed=seed) for seed in range(3))  # 2 slots, 3 heads, 4 windows of 10 rows
+    ours = kernels._cudnn_within(q, k, v, implementation="xla")
+    np.testing.assert_allclose(ours, XLA.within(q, k, v), atol=2e-6)
+    assert not np.allclose(ours, XLA.within(q, k, v, np.arange(40).reshape(4, 10) % 10 < 9), atol=1e-3)
+
+
+def test_only_cudnn_on_one_device_takes_windows_of_several_sizes():
+    mesh = sharding.make_mesh(sharding.MeshShape.parse("data=2,model=1"))
+    assert XLA.pads_windows and Kernel("splash").pads_windows and Kernel("cudnn", mesh).pads_windows
+    assert not Kernel("cudnn").pads_windows
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("U", [4, 48, 64, 880])
+def test_cudnn_is_the_reference_within_windows(U):
+    q, k, v = (random(2, 3, 4, U, 80, seed=seed).astype(jnp.bfloat16) for seed in range(3))
+    with jax.default_matmul_precision("highest"):
+        expected = XLA.within(*(x.astype(jnp.float32) for x in (q, k, v)))
+    np.testing.assert_allclose(jax.jit(Kernel("cudnn").within)(q, k, v).astype(jnp.float32), expected, atol=3e-2)
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
 @pytest.mark.parametrize("T", [130, 1024])
 def test_cudnn_is_the_causal_reference(T):

@@ -68,6 +68,9 @@ def test_vision_tower_and_decoder_match_transformers(load, shape, grid):
     assert relative(ours["features"], theirs["features"]) < TOLERANCE
     for layer in range(config.vision.layers):
         assert relative(ours["layers"][layer], theirs["layers"][layer]) < TOLERANCE
+    unpadded = geometry.window_layout(config.vision, *grid[1:], padded=False)
+    features = jax.jit(lambda m, p: m.vision(p, unpadded)["features"])(model, patches)
+    assert relative(features, theirs["features"]) < TOLERANCE
 
     prefix, suffix = [5, 6, 7, config.vision_start], [config.vision_end, 8, 9, 10, 11, 12]
     visual = geometry.grid_position_ids(4, geometry.time_ids(range(grid[0]), 1.5, 2), *grid[1:], 2)
