@@ -1,4 +1,4 @@
-"""`jax.jit` with options for an accelerator's compiler. `planning` uses the same, so that what is planned is what runs."""
+"""`jax.jit` with options of an accelerator's compiler. `planning` uses the same: what is planned is what runs."""
 
 import functools
 from collections.abc import Callable, Mapping

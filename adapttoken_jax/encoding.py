@@ -201,8 +201,9 @@ class SlotEncoder:
             padded[np.flatnonzero(self._own[: len(slots)])] = patches
             patches = padded
         self._started[slots] = True
-        encoded = encode_slots(self._model.module, _place(self._model, patches), height, width, self._model.vision_kernel)
-        return slots, sharding.everywhere(encoded, self._model.mesh)
+        model = self._model
+        encoded = encode_slots(model.module, _place(model, patches), height, width, model.vision_kernel)
+        return slots, sharding.everywhere(encoded, model.mesh)
 
     def _collect(self, slots: np.ndarray, encoded: jax.Array) -> None:
         self.features[slots] = np.asarray(encoded)[: len(slots)]

@@ -193,8 +193,8 @@ def _costs(found: dict) -> str:
         )
     rates = found["tokens_per_s"]
     text += (
-        f" Tokens per second: {rates['prefill']:,.0f} in a plain prefill; visual ones {rates['group']:,.0f} through vision "
-        f"tower and group pass, {rates['whole']:,.0f} over the whole question."
+        f" Tokens per second: {rates['prefill']:,.0f} in a plain prefill; visual ones {rates['group']:,.0f} through "
+        f"vision tower and group pass, {rates['whole']:,.0f} over the whole question."
     )
     low, high = sorted(found["load_average"])
     return text + f" Load average {low:.1f} to {high:.1f}."

@@ -423,8 +423,8 @@ def rates(pair: Pair, times: dict[str, Times]) -> dict[str, float]:
     """Tokens per second of our side, medians.
 
     Returns:
-      "prefill" of prompt tokens; "group" of visual tokens, vision tower and group pass one after the other; "whole", the
-      video's visual tokens over the whole question.
+      "prefill" of prompt tokens; "group" of visual tokens, vision tower and group pass one after the other; "whole" of
+      the video's visual tokens, over the whole question.
     """
     visual, prompt = pair.shape.slots_per_group * pair.plan.tokens_per_slot, pair.prompts[0]
     text = len(prompt.prefix_ids) + len(prompt.suffix_ids)

@@ -123,7 +123,8 @@ def loop(model, chunk, rule, first=0, last=None, state=None):
 
 def test_the_device_itself_ends_the_loop(model, chunk):
     ended = loop(model, chunk, StopRule("groups", 3, 9.0, False))
-    assert int(ended.wave) == 3 and [REASONS[Stop(int(s))] for s in ended.stopping.stop] == ["enough certain groups"] * 3
+    reasons = [REASONS[Stop(int(stop))] for stop in ended.stopping.stop]
+    assert int(ended.wave) == 3 and reasons == ["enough certain groups"] * 3
     assert np.asarray(ended.said["relevance"][:3]).any() and not np.asarray(ended.said["relevance"][3:]).any()
     whole = loop(model, chunk, None)
     assert int(whole.wave) == 6 and (np.asarray(whole.stopping.visited) == 6).all()
