@@ -93,11 +93,11 @@ def time_model(name: str, dtype: str) -> dict:
         "visual_tokens_per_group": shape.slots_per_group * pair.plan.tokens_per_slot, "budget": shape.budget,
         "agreement": speed.agreement(answers),
     }  # fmt: skip
-    print(f"{name}, {dtype}: {describe(found['agreement'])}", file=sys.stderr)
+    _tell(f"{name}, {dtype}: {describe(found['agreement'])}")
     if not found["agreement"]["ok"]:
         return found
     stages = speed.stages(pair, answers)
-    load, times = [os.getloadavg()[0]], speed.measure(stages, _REPETITIONS.value)
+    load, times = [os.getloadavg()[0]], speed.measure(stages, _REPETITIONS.value, tell=_tell)
     peak = speed.device_peak(dtype)
     found |= {
         "load_average": [*load, os.getloadavg()[0]], "peak_flops_per_s": peak,
@@ -108,6 +108,10 @@ def time_model(name: str, dtype: str) -> dict:
         found["further_question"] = speed.further_question(times, _QUESTIONS.value)
         found["further_question"] |= speed.questions_agree(pair, answers.run.video)
     return found
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def describe(agreement: dict) -> str:

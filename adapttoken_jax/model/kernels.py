@@ -69,7 +69,7 @@ class Kernel:
 
     @property
     def pads_windows(self) -> bool:
-        """Whether `within` wants windows of one size; on a mesh, whose devices have slots of their own, XLA computes it."""
+        """Whether `within` wants windows of one size; on a mesh, whose devices have slots of their own, XLA does it."""
         return self.name != "cudnn" or self.mesh is not None
 
     def within(self, q, k, v, valid=None) -> jax.Array:

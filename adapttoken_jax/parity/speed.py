@@ -356,25 +356,33 @@ class Times:
     theirs: list[float]
 
 
-def measure(stages: Sequence[Stage], repetitions: int, least_seconds: float = 0.3) -> dict[str, Times]:
+def measure(
+    stages: Sequence[Stage],
+    repetitions: int,
+    least_seconds: float = 0.3,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Times]:
     """Warms every stage up, then runs all of them again and again, the two sides in turn and in changing order.
 
     Load from outside then falls on both sides alike, which is what makes their ratio robust. Short calls are timed
     several in a row, for `least_seconds`: the threads of the other side keep a core busy for a while after their work.
+    `tell` is told every time taken.
     """
     times, calls = {}, {}
     for stage in stages:
         first = _seconds(stage.ours)
+        tell(f"{stage.name}: {first:.3g} s at first")
         times[stage.name] = Times(first / stage.groups, [], [])
         again = [stage.theirs, stage.ours] if not stage.warm else []
         slowest = max((_seconds(call) for call in again if call), default=first)
         calls[stage.name] = max(1, round(least_seconds / slowest))
     for repetition in range(repetitions):
         for stage in stages:
-            sides = [(stage.ours, times[stage.name].ours), (stage.theirs, times[stage.name].theirs)]
-            for call, seconds in sides if repetition % 2 == 0 else sides[::-1]:
+            sides = [("ours", stage.ours, times[stage.name].ours), ("PyTorch", stage.theirs, times[stage.name].theirs)]
+            for side, call, seconds in sides if repetition % 2 == 0 else sides[::-1]:
                 if call:
                     seconds.append(_seconds(call, calls[stage.name]) / stage.groups)
+                    tell(f"{stage.name}, {side}: {seconds[-1]:.3g} s")
     return times
 
 

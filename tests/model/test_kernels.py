@@ -1,6 +1,6 @@
 """Every attention kernel against its reference twin. Splash runs in Pallas' interpreter, cuDNN on a GPU alone.
 
-    JAX_PLATFORMS=cuda,cpu python -m pytest -n0 tests/model/test_kernels.py -k cudnn      # where there is one
+JAX_PLATFORMS=cuda,cpu python -m pytest -n0 tests/model/test_kernels.py -k cudnn_is      # where there is one
 """
 
 import dataclasses
@@ -86,30 +86,42 @@ def test_only_cudnn_on_one_device_takes_windows_of_several_sizes():
     assert not Kernel("cudnn").pads_windows
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+on_a_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+
+
+def reference(function, *arrays):
+    """In float32 on a CPU."""
+    cpu = [
+        jax.device_put(np.asarray(x, np.float32 if x.dtype == jnp.bfloat16 else None), jax.devices("cpu")[0])
+        for x in arrays
+    ]
+    return np.asarray(jax.jit(function)(*cpu))
+
+
+# bfloat16 keeps eight bits of the weights, which add up to 1, and of the values, which are at most 5.
+HALF = {"atol": 3e-2, "rtol": 0}
+
+
+@on_a_gpu
 @pytest.mark.parametrize("U", [4, 48, 64, 880])
 def test_cudnn_is_the_reference_within_windows(U):
     q, k, v = (random(2, 3, 4, U, 80, seed=seed).astype(jnp.bfloat16) for seed in range(3))
-    with jax.default_matmul_precision("highest"):
-        expected = XLA.within(*(x.astype(jnp.float32) for x in (q, k, v)))
-    np.testing.assert_allclose(jax.jit(Kernel("cudnn").within)(q, k, v).astype(jnp.float32), expected, atol=3e-2)
+    ours = jax.jit(Kernel("cudnn").within)(q, k, v)
+    np.testing.assert_allclose(np.asarray(ours, np.float32), reference(XLA.within, q, k, v), **HALF)
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+@on_a_gpu
 @pytest.mark.parametrize("T", [130, 1024])
 def test_cudnn_is_the_causal_reference(T):
     """Two key heads for four; padding; rows of a question put in the place of the last ones."""
     q, k, v, valid = case(T=T, S=T, dtype=jnp.bfloat16)
-    wide = [x.astype(jnp.float32) for x in (q, k, v)]
-    with jax.default_matmul_precision("highest"):
-        expected = np.asarray(XLA.causal(*wide, valid))
-    ours = np.asarray(jax.jit(Kernel("cudnn").causal)(q, k, v, valid).astype(jnp.float32))
-    # bfloat16 keeps eight bits of the weights, which are at most 1, and of the values, which are at most 5.
-    np.testing.assert_allclose(ours[valid], expected[valid], atol=3e-2)
+    expected = reference(XLA.causal, q, k, v, valid)
+    ours = np.asarray(jax.jit(Kernel("cudnn").causal)(q, k, v, valid), np.float32)
+    np.testing.assert_allclose(ours[valid], expected[valid], **HALF)
     rest = jnp.ones_like(q[:, :9])
-    ours = jax.jit(Kernel("cudnn").causal)(q, k, v, valid, rest=rest)
-    np.testing.assert_array_equal(ours[:, -9:], rest)
-    np.testing.assert_allclose(ours[0, :-9].astype(jnp.float32), expected[0, :-9], atol=3e-2)
+    ours = np.asarray(jax.jit(Kernel("cudnn").causal)(q, k, v, valid, rest=rest), np.float32)
+    np.testing.assert_array_equal(ours[:, -9:], 1)
+    np.testing.assert_allclose(ours[0, :-9], expected[0, :-9], **HALF)
 
 
 @pytest.mark.parametrize("method", ["causal", "over_context"])
