@@ -7,7 +7,7 @@ import jax
 
 
 def compiled(
-    static: tuple[str, ...], tpu_options: Mapping[str, str], gpu_options: Mapping[str, bool] | None = None
+    static: tuple[str, ...], tpu_options: Mapping[str, str], gpu_options: Mapping[str, bool]
 ) -> Callable[[Callable], Callable]:
     """Decorates a function of arrays: `jax.jit` with static arguments, and with options of a TPU's or GPU's compiler.
 
@@ -18,8 +18,7 @@ def compiled(
     def decorate(function):
         jit = functools.partial(jax.jit, function, static_argnames=static)
         anywhere = jit()
-        options = {"tpu": tpu_options, "gpu": gpu_options}
-        tuned = {name: jit(compiler_options=dict(chosen)) for name, chosen in options.items() if chosen}
+        tuned = {"tpu": jit(compiler_options=dict(tpu_options)), "gpu": jit(compiler_options=dict(gpu_options))}
 
         @functools.wraps(function)
         def call(*args, **kwargs):

@@ -27,9 +27,9 @@ from adapttoken_jax.selection import most_relevant, reduce_relevance, token_cert
 DECODER_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": str(2**16), "xla_tpu_dot_dot_fusion": "false"}
 _VISION_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": str(2**15)}
 
-# For products of the tower's sizes XLA's autotuner prefers kernels of its own, which together with their surroundings
-# are slower than cuBLAS: on an H200 a chunk of a 7B model's frames took 60 ms with them and 46 ms without.
-_VISION_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+# Products are cuBLAS'. XLA's autotuner would take kernels of its own for some: a chunk of a 7B model's frames then took
+# 60 ms on an H200 in place of 46; and it copies the weights out of their stack for them, which cuBLAS reads in place.
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 # Contexts are padded so that these divide the rows that go through a product together: a GPU's library of products
 # asks for that, and XLA would otherwise copy every operand and every result to pad it.
@@ -114,7 +114,7 @@ def exact(function):
     return traced
 
 
-@compiled(static=("height", "width", "kernel"), tpu_options=_VISION_OPTIONS, gpu_options=_VISION_GPU_OPTIONS)
+@compiled(static=("height", "width", "kernel"), tpu_options=_VISION_OPTIONS, gpu_options=GPU_OPTIONS)
 @exact
 def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int, kernel: Kernel = XLA) -> jax.Array:
     """Patches [T, height x width, 1176] of T slots -> visual tokens [T, M, D]; `kernel` computes attention."""
@@ -155,7 +155,7 @@ def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[st
     return out
 
 
-run_prompts = compiled(static=("spec",), tpu_options=DECODER_OPTIONS)(prompts_pass)
+run_prompts = compiled(static=("spec",), tpu_options=DECODER_OPTIONS, gpu_options=GPU_OPTIONS)(prompts_pass)
 
 
 def _run_layers(text, batch, spec):

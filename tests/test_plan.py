@@ -29,7 +29,7 @@ TINY = ModelConfig(
     VisionConfig(layers=4, width=64, heads=4, ff=96, out_width=128, full_attention_layers=(1,)),
     TextConfig(layers=3, width=128, heads=4, kv_heads=2, head_dim=32, ff=192, vocab=512, mrope_sections=(4, 6, 6)),
 )
-SETTINGS = AdaptTokenConfig.for_model(TINY, slots_per_group=8, budget=128, max_answer_tokens=5)
+SETTINGS = AdaptTokenConfig.for_model(TINY, slots_per_group=8, budget=128, reference_layer=1, max_answer_tokens=5)
 # 16 prompt tokens before the visual ones: with them eight divides the rows of every pass, and none is padding.
 WORK = programs.Work((32, 8, 16), 4, 128, prefix=16, question=64, questions=2, may_stop=False, config=SETTINGS)
 PER_SLOT = 8 * 16 // 4

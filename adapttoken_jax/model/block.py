@@ -38,6 +38,18 @@ def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, y, cpu=wide, default=functools.partial(jnp.einsum, spec))
 
 
+def wide_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x[..., D] times y[D, V] in float32, of factors of any type.
+
+    cuBLAS has this for two rows of half precision and more, not for one: XLA would widen all of `y` first.
+    """
+    plain = functools.partial(jnp.einsum, "...D,DV->...V", preferred_element_type=jnp.float32)
+    if x.dtype == jnp.float32 or x.size > x.shape[-1]:
+        return plain(x, y)
+    beside_zeros = lambda x, y: plain(jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0))), y)[0].reshape(*x.shape[:-1], -1)
+    return jax.lax.platform_dependent(x, y, cuda=beside_zeros, default=plain)
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square normalisation over the last axis, in float32."""
     wide = x.astype(jnp.float32)

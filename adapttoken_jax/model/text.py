@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from adapttoken_jax.model.attention import probabilities_from_lse, two_part_attention
-from adapttoken_jax.model.block import Block, product, rms_norm
+from adapttoken_jax.model.block import Block, product, rms_norm, wide_product
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.rotary import rotate, text_angles, turns
-from adapttoken_jax.sharding import gathered, gathers, shared_rows, split_rows
+from adapttoken_jax.sharding import gathered, shared_rows, split_rows
 
 
 @jax.tree_util.register_dataclass
@@ -161,7 +161,7 @@ class TextDecoder(Block):
         """Hidden states [..., D] after the last layer -> float32 logits [..., V]; applies the final norm."""
         x = rms_norm(hidden, self.norm, self.config.eps)
         head = self.embedding[...].T if self.config.tied else self.head[...]
-        return jnp.einsum("...D,DV->...V", x, head, preferred_element_type=jnp.float32)
+        return wide_product(x, head)
 
     def turns(self, position_ids):
         """The rotary `turns` of M-RoPE ids [..., 3, T]."""
@@ -252,7 +252,8 @@ class TextDecoder(Block):
              kernel: Kernel = XLA):  # fmt: skip
         """`prefill` of contexts and `extend` by suffixes, layer by layer: the same numbers.
 
-        The rows of both go through a layer's products together; attention alone tells them apart.
+        The rows of both go through a layer's products together; attention alone tells them apart. Nothing looks at what
+        the last layer makes of a context: it gives that of the suffixes alone, unless `keep_layer` asks for both.
 
         Args:
           context: B of them.
@@ -267,7 +268,7 @@ class TextDecoder(Block):
         """
         layers = range(self.config.layers) if layers is None else layers
         last = self.config.layers - 1
-        read = keep_layer == last or last not in layers
+        ends = layers[-1] == last != keep_layer
         S, (B, Q, T) = context.x.shape[1], suffixes.valid.shape
         rows = jnp.concatenate([context.x, suffixes.x.reshape(B, Q * T, -1)], 1)
         later = jnp.swapaxes(suffixes.position_ids, 1, 2).reshape(B, 3, Q * T)
@@ -275,18 +276,14 @@ class TextDecoder(Block):
         valid = jnp.pad(context.valid, _after(1, Q * T, 2))
         mask = _looks_at(suffixes.valid, 0, T)
 
-        def step(carry, index):
+        def run(carry, index, first=0):
             rows, kept, observed = carry
             rows = split_rows(rows, kernel.mesh)
             layer = gathered(self.layer(index), kernel.mesh, B)
-            # Where nothing is gathered the weights are taken out of their stack again, in the branch that they serve:
-            # the compiler then multiplies with them where they lie.
-            take = (lambda: layer) if gathers(kernel.mesh, B) else (lambda: self.layer(index))
             h = rms_norm(rows, layer.norm1, self.config.eps)
             k, v = layer.keys_and_values(h, turn)
-            output = lambda first: take().read(rows, h, turn, (k, v, valid), mask, kernel, first)
             with jax.named_scope("rows"):
-                rows, q, lse = jax.lax.cond(read or index < last, lambda: output(0), lambda: output(S))
+                rows, q, lse = layer.read(rows, h, turn, (k, v, valid), mask, kernel, first)
             if keep_layer is not None:
                 kept = jnp.where(index == keep_layer, rows[:, :S], kept)
             observed = _observe(probe, index, observed, q, k, context.valid, lse)
@@ -294,7 +291,11 @@ class TextDecoder(Block):
 
         kept = None if keep_layer is None else context.x
         start_from = (rows, kept, self.unobserved(probe, suffixes.x, context.valid))
-        (rows, kept, observed), past = jax.lax.scan(step, start_from, jnp.asarray(layers))
+        found, past = jax.lax.scan(run, start_from, jnp.arange(layers.start, layers.stop - ends))
+        if ends:
+            found, own = run(found, last, first=S)
+            past = jax.tree.map(lambda stack, more: jnp.concatenate([stack, more[None]]), past, own)
+        rows, kept, observed = found
         if room:
             past = _left_behind(*past, context.valid, suffixes.valid, room, layers.start)
         found = {"kept": kept, "observed": observed}

@@ -172,9 +172,8 @@ def final_spec(config: AdaptTokenConfig, kernel: Kernel) -> PassSpec:
 def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Program:
     batch = abstract_batch(model, contexts, tokens, work.prefix, work.question, questions)
     answered, context = spec.answer_tokens - 1, work.prefix + tokens  # the first token needs no further step
-    layers = model.config.text.layers
     pruned = costs.pruned(model.config, work.config, work.prefix, tokens, tokens) if spec.relevance else None
-    asked, ending = (pruned.layer + 1, layers - pruned.layer - 1) if pruned else (layers, layers)
+    in_loop = pruned.layer + 1 if pruned else model.config.text.layers - 1
     question = costs.question_flops(model.config, work.question, answered, context, pruned)
     return Program(
         name=name,
@@ -185,8 +184,7 @@ def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Prog
         flops=contexts * (costs.context_flops(model.config, context, pruned) + questions * question),
         absent="vision",
         trips={"/answer/while": answered},
-        # Of the layers that may be probed one is; of those among which the last one is, all others give an output.
-        shares={"/probe/": 1 / asked, "/rows/": (ending - 1) / ending},
+        shares={"/probe/": 1 / in_loop},  # of the layers that may be probed one is
         visited={"/context/": 0.5},  # causal
     )
 
