@@ -26,7 +26,7 @@ GIB = 2**30
 
 # Windows of 4 x 4 tokens (8 x 8 patches); 4 heads in both towers.
 TINY = ModelConfig(
-    VisionConfig(layers=4, width=64, heads=4, ff=96, out_width=128, full_attention_layers=(1,)),
+    VisionConfig(layers=4, width=64, heads=4, ff=128, out_width=128, full_attention_layers=(1,)),
     TextConfig(layers=3, width=128, heads=4, kv_heads=2, head_dim=32, ff=192, vocab=512, mrope_sections=(4, 6, 6)),
 )
 SETTINGS = AdaptTokenConfig.for_model(TINY, slots_per_group=8, budget=128, reference_layer=1, max_answer_tokens=5)

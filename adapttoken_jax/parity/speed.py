@@ -98,8 +98,9 @@ def torch_weights(model: Model) -> dict[str, torch.Tensor]:
     for parameter in parameters.parameters(model.config):
         value = functools.reduce(getattr, parameter.path, model.module)[...]
         layers = [value] if parameter.layers is None else value
+        own = tuple(map(slice, parameter.layer_shape))  # the model may have padded it
         for key, layer in zip(parameter.keys, layers, strict=True):
-            weights[key] = _tensor(parameter.to_stored(np.asarray(layer)))
+            weights[key] = _tensor(parameter.to_stored(np.asarray(layer)[own]))
     return weights
 
 

@@ -34,7 +34,8 @@ def test_this_library_reads_back_what_was_written(exported):
     for (row, ours), (_, theirs) in zip(
         parameters.leaves(config, values), parameters.leaves(config, _values(model)), strict=True
     ):
-        assert np.array_equal(ours, theirs), row.path
+        own = tuple(map(slice, row.shape))  # the model widens the vision tower's feed-forward blocks
+        assert np.array_equal(ours, theirs[own]) and np.abs(theirs).sum() == np.abs(theirs[own]).sum(), row.path
     assert model.tokenizer.eos[0] == chat_tokenizer().eos[0]
     question = needle.scene(0, "test", 32, "pair").question
     ours, theirs = (
