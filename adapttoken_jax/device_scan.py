@@ -216,5 +216,7 @@ def _chunk(model, video, groups, indices: list[int], shape: tuple[int, int], pro
     contexts += [contexts[-1]] * (waves * width - len(contexts))
     size = config.slots_per_group * video.per_slot
     batch = prompt_batch(model, video, contexts, prompts, config, size, waves=waves)
+    if model.mesh is None:
+        batch = jax.device_put(batch)  # now, while the device runs the chunk before
     real = (np.arange(waves * width) < len(indices)).reshape(shape)
     return Chunk(indices, lengths, batch, real, int(real[:, 0].sum()))
