@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from adapttoken_jax.compilation import compiled
 from adapttoken_jax.geometry import window_layout
 from adapttoken_jax.model import Probe, Qwen25VL
+from adapttoken_jax.model.block import pad_end
 from adapttoken_jax.model.generation import Sampling, generate
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.text import Rows
@@ -199,8 +200,7 @@ def _context_rows(text, batch) -> Rows:
 def _padded(rows: Rows, others: int) -> Rows:
     """Padding after the rows, so that `_ROWS_STEP` divides them and `others` together."""
     spare = -(rows.x.shape[1] + others) % _ROWS_STEP
-    pad = lambda array, axis: jnp.pad(array, [(0, spare if axis == each else 0) for each in range(array.ndim)])
-    return Rows(pad(rows.x, 1), pad(rows.position_ids, 2), pad(rows.valid, 1))
+    return Rows(pad_end(rows.x, 1, spare), pad_end(rows.position_ids, 2, spare), pad_end(rows.valid, 1, spare))
 
 
 def _most_relevant(rows: Rows, relevance, batch, share: float) -> Rows:

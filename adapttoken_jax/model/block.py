@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -48,6 +49,13 @@ def wide_product(x: jax.Array, y: jax.Array) -> jax.Array:
         return plain(x, y)
     beside_zeros = lambda x, y: plain(jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0))), y)[0].reshape(*x.shape[:-1], -1)
     return jax.lax.platform_dependent(x, y, cuda=beside_zeros, default=plain)
+
+
+def pad_end(x: jax.Array, axis: int, count: int) -> jax.Array:
+    """`x` with `count` zeros after the end of an axis."""
+    widths = np.zeros((x.ndim, 2), int)
+    widths[axis, 1] = count
+    return jnp.pad(x, widths)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

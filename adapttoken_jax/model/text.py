@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from adapttoken_jax.model.attention import probabilities_from_lse, two_part_attention
-from adapttoken_jax.model.block import Block, product, rms_norm, wide_product
+from adapttoken_jax.model.block import Block, pad_end, product, rms_norm, wide_product
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.rotary import rotate, text_angles, turns
 from adapttoken_jax.sharding import gathered, shared_rows, split_rows
@@ -273,7 +273,7 @@ class TextDecoder(Block):
         rows = jnp.concatenate([context.x, suffixes.x.reshape(B, Q * T, -1)], 1)
         later = jnp.swapaxes(suffixes.position_ids, 1, 2).reshape(B, 3, Q * T)
         turn = self.turns(jnp.concatenate([context.position_ids, later], 2))
-        valid = jnp.pad(context.valid, _after(1, Q * T, 2))
+        valid = pad_end(context.valid, 1, Q * T)
         mask = _looks_at(suffixes.valid, 0, T)
 
         def run(carry, index, first=0):
@@ -314,14 +314,9 @@ def _left_behind(k, v, context_valid, suffix_valid, room: int, first: int) -> tu
     """What layers from `first` on keep of contexts and suffixes: k and v[L, B, S + Q x T, K, H] of both together."""
     S, (B, Q, T) = context_valid.shape[1], suffix_valid.shape
     by_suffix = lambda x: x[:, :, S:].reshape(len(x), B, Q, T, *x.shape[3:])
-    tail = (jnp.pad(by_suffix(x), _after(3, room, 6)) for x in (k, v))
+    tail = (pad_end(by_suffix(x), 3, room) for x in (k, v))
     context = Context(k[:, :, :S], v[:, :, :S], context_valid, first)
-    return context, Tail(*tail, jnp.pad(suffix_valid, _after(2, room, 3)))
-
-
-def _after(axis: int, size: int, axes: int) -> list[tuple[int, int]]:
-    """Padding of one of so many axes, at its end."""
-    return [(0, size if each == axis else 0) for each in range(axes)]
+    return context, Tail(*tail, pad_end(suffix_valid, 2, room))
 
 
 def _looks_at(written, start, length: int) -> jax.Array:

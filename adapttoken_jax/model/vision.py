@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapttoken_jax.geometry import WindowLayout
-from adapttoken_jax.model.block import Block, product, rms_norm
+from adapttoken_jax.model.block import Block, pad_end, product, rms_norm
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.rotary import rotate_heads_first, turns, vision_angles
 
@@ -83,11 +83,10 @@ class VisionLayer(Block):
 
 def _whole_lanes(weights, axis: int):
     """An array, or its shape, with zeros at the end of an axis so that `_LANES` divides it."""
-    spare = -weights.shape[axis] % _LANES
+    widen = lambda weights: pad_end(weights, axis, -weights.shape[axis] % _LANES)
     if isinstance(weights, jax.ShapeDtypeStruct):
-        wide = np.add(weights.shape, [spare if each == axis % weights.ndim else 0 for each in range(weights.ndim)])
-        return weights.update(shape=tuple(wide.tolist()))
-    return jnp.pad(weights, [(0, spare if each == axis % weights.ndim else 0) for each in range(weights.ndim)])
+        return jax.eval_shape(widen, weights).update(sharding=weights.sharding)
+    return widen(weights)
 
 
 def _runs(kinds: list[bool]) -> Iterator[tuple[np.ndarray, bool]]:
