@@ -172,7 +172,8 @@ def gathered(layer, mesh: Mesh | None, contexts: int):
         spec = _split(axes, array.shape, {"model": mesh.shape["model"]})
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(whole, layer)
+    # Gathered once for all that use them: a TPU's compiler would gather some a second time.
+    return jax.lax.optimization_barrier(jax.tree_util.tree_map_with_path(whole, layer))
 
 
 def split_rows(tree, mesh: Mesh | None):
