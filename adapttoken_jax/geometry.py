@@ -1,7 +1,7 @@
 """Host integers: attention windows, M-RoPE ids and padding sizes. NumPy only; traced code receives the arrays.
 
-Letters: T slots, h and w rows and columns of patches, M = h w / merge^2 merged tokens per slot, W windows per slot,
-U merged tokens per window, P patches, S sequence length.
+Letters: T slots, h and w rows and columns of patches, M = h w / merge^2 merged tokens per slot, Z places for them in
+its windows (M, or more where windows are padded), S sequence length.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ class WindowLayout:
 
     Attributes:
       windows: (count, places) of each run of windows with equally many places.
-      token: int32[U], merged token in raster order at each place; 0 where padded.
-      valid: bool[U], False where a window is padded, at its end.
+      token: int32[Z], merged token in raster order at each place; 0 where padded.
+      valid: bool[Z], False where a window is padded, at its end.
       place: int32[M], place of each merged token: the way back.
-      rows, cols: int32[U merge^2], patch coordinates at each patch place, for the rotary embedding.
+      rows, cols: int32[Z merge^2], patch coordinates at each patch place, for the rotary embedding.
     """
 
     windows: tuple[tuple[int, int], ...]

@@ -44,11 +44,18 @@ def wide_product(x: jax.Array, y: jax.Array) -> jax.Array:
 
     cuBLAS has this for two rows of half precision and more, not for one: XLA would widen all of `y` first.
     """
-    plain = functools.partial(jnp.einsum, "...D,DV->...V", preferred_element_type=jnp.float32)
     if x.dtype == jnp.float32 or x.size > x.shape[-1]:
-        return plain(x, y)
-    beside_zeros = lambda x, y: plain(jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0))), y)[0].reshape(*x.shape[:-1], -1)
-    return jax.lax.platform_dependent(x, y, cuda=beside_zeros, default=plain)
+        return _wide_product(x, y)
+    return jax.lax.platform_dependent(x, y, cuda=_beside_zeros, default=_wide_product)
+
+
+def _wide_product(x, y):
+    return jnp.einsum("...D,DV->...V", x, y, preferred_element_type=jnp.float32)
+
+
+def _beside_zeros(x, y):
+    """`_wide_product` of one row x[..., D], as one of two."""
+    return _wide_product(pad_end(x.reshape(1, -1), 0, 1), y)[0].reshape(*x.shape[:-1], -1)
 
 
 def pad_end(x: jax.Array, axis: int, count: int) -> jax.Array:

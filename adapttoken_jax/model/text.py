@@ -291,11 +291,11 @@ class TextDecoder(Block):
 
         kept = None if keep_layer is None else context.x
         start_from = (rows, kept, self.unobserved(probe, suffixes.x, context.valid))
-        found, past = jax.lax.scan(run, start_from, jnp.arange(layers.start, layers.stop - ends))
+        carry, past = jax.lax.scan(run, start_from, jnp.arange(layers.start, layers.stop - ends))
         if ends:
-            found, own = run(found, last, first=S)
+            carry, own = run(carry, last, first=S)
             past = jax.tree.map(lambda stack, more: jnp.concatenate([stack, more[None]]), past, own)
-        rows, kept, observed = found
+        rows, kept, observed = carry
         if room:
             past = _left_behind(*past, context.valid, suffixes.valid, room, layers.start)
         found = {"kept": kept, "observed": observed}

@@ -7,7 +7,7 @@ import pytest
 
 from adapttoken_jax import parameters
 from adapttoken_jax.config import model_config
-from adapttoken_jax.model import Qwen25VL
+from adapttoken_jax.model import Qwen25VL, block
 from adapttoken_jax.model.generation import Sampling, generate, keep_top_p
 from tests import tiny
 
@@ -85,3 +85,14 @@ def test_sampled_tokens_have_the_model_s_distribution():
 def test_top_p_keeps_the_smallest_sufficient_set(top_p, kept):
     logits = jnp.log(jnp.array([0.05, 0.5, 0.15, 0.3]))
     assert int(jnp.isfinite(keep_top_p(logits, top_p)).sum()) == kept
+
+
+def test_one_row_of_half_precision_is_the_product_in_float64():
+    """Alone, and beside the row of zeros that it gets on a GPU. Products of bfloat16 are exact in float32."""
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, 1, 64), (64, 9)))
+    expected = np.asarray(x, np.float64) @ np.asarray(y, np.float64)
+    for product in (block.wide_product, block._beside_zeros):
+        ours = product(x, y)
+        assert ours.shape == (1, 1, 9) and ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)  # 64 terms of up to 10, added in float32
