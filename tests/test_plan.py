@@ -1,15 +1,17 @@
 """`adapttoken plan`: reading the compiler's output, the shapes it is asked about, memory, seconds, choice of the mesh.
 
-Only the last test needs libtpu, the TPU compiler. Everything before it is checked on what the CPU's compiler makes of
+Only the last tests need libtpu, the TPU compiler. Everything before them is checked on what the CPU's compiler makes of
 the same programs, on lines of HLO as libtpu 0.0.52 writes them, and on plain arithmetic.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import pytest
 from adapttoken_jax import cli, passes, scan, sharding
 from adapttoken_jax.config import SIZES, AdaptTokenConfig, ModelConfig, TextConfig, VisionConfig
 from adapttoken_jax.errors import UserError
+from adapttoken_jax.model.block import product
 from adapttoken_jax.planning import compiler, estimate, hlo, programs
 from adapttoken_jax.planning.chips import CHIPS, Topology
 from adapttoken_jax.prompt import Prompt
@@ -531,3 +534,19 @@ def test_a_tiny_model_is_compiled_for_a_tpu(monkeypatch):
     # The group pass compiles more than the model needs (masked attention), and not twice as much.
     assert 1 < group.flops * found.chips / group.model_flops < 2
     assert set(found.versions) == {"jax", "libtpu"}
+
+
+@NEEDS_LIBTPU
+def test_a_lone_row_takes_a_tpu_no_longer_than_eight():
+    """A token of an answer, through a product of the 7B model."""
+    spec = "...D,DF->...F"
+    where = sharding.replicated(compiler.make_tpu_mesh(Topology.parse("v6e:1x1"), sharding.MeshShape()))
+
+    def cycles(multiply, rows):
+        shapes = [(1, 1, rows, 3584), (3584, 18944)]
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where) for shape in shapes]
+        return hlo.program_cost(jax.jit(multiply).lower(*arrays).compile().as_text(), {}, {}).cycles
+
+    eight = cycles(functools.partial(product, spec), 8)
+    assert cycles(functools.partial(product, spec), 1) < 1.1 * eight
+    assert cycles(functools.partial(jnp.einsum, spec), 1) > 2 * eight

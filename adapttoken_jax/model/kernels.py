@@ -23,6 +23,7 @@ NAMES = ("xla", "splash", "cudnn")
 
 _LANES = 128  # splash works on blocks of multiples of this, and on heads of them
 _BLOCK = 512
+_FEW_ROWS = 8
 _HALF = (jnp.bfloat16, jnp.float16)
 
 
@@ -65,7 +66,9 @@ class Kernel:
         if self.name != "splash":
             used = slice(-unused or None)
             return attention.context_attention(q, *(x[:, used] for x in (k, v, valid)))
-        return self._per_device(_splash_over_context, 2)(q, k, v, valid)
+        # Splash wants blocks of keys; for an answer's token, copying them into blocks costs more than attention does.
+        kernel = attention.context_attention if q.shape[1] <= _FEW_ROWS else _splash_over_context
+        return self._per_device(kernel, 2)(q, k, v, valid)
 
     @property
     def pads_windows(self) -> bool:

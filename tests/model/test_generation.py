@@ -88,11 +88,37 @@ def test_top_p_keeps_the_smallest_sufficient_set(top_p, kept):
 
 
 def test_one_row_of_half_precision_is_the_product_in_float64():
-    """Alone, and beside the row of zeros that it gets on a GPU. Products of bfloat16 are exact in float32."""
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, 1, 64), (64, 9)))
-    expected = np.asarray(x, np.float64) @ np.asarray(y, np.float64)
-    for product in (block.wide_product, block._beside_zeros):
-        ours = product(x, y)
-        assert ours.shape == (1, 1, 9) and ours.dtype == jnp.float32
-        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)  # 64 terms of up to 10, added in float32
+    ours = block.wide_product(x, y)
+    assert ours.shape == (1, 1, 9) and ours.dtype == jnp.float32
+    # 64 terms of up to 10, added in float32; products of bfloat16 are exact in it.
+    np.testing.assert_allclose(ours, np.asarray(x, np.float64) @ np.asarray(y, np.float64), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows", "weights", "axis"),
+    [
+        ("...D,DV->...V", (2, 1, 6), (6, 9), 1),
+        ("...D,DF->...F", (2, 1, 1, 6), (6, 9), 2),
+        ("...TD,DNH->...TNH", (2, 3, 1, 6), (6, 3, 4), 2),
+        ("...TNH,NHD->...TD", (2, 3, 1, 3, 4), (3, 4, 6), 2),
+        ("...TNH,NHD->...TD", (2, 1, 5, 3, 4), (3, 4, 6), None),
+        ("...D,DF->...F", (1, 7, 6), (6, 9), None),
+        ("...D,DF->...F", (6,), (6, 9), None),
+        ("TPD,DF->TPF", (3, 1, 6), (6, 9), None),
+    ],
+)
+def test_a_lone_row_beside_zeros_has_the_same_product(spec, rows, weights, axis):
+    """What a TPU and a GPU compute, with whole numbers, so that every order of adding gives the same."""
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.integers(-9, 9, size=shape), jnp.float32) for shape in (rows, weights))
+    assert block._lone_row(spec, rows) == axis
+    seen = []
+
+    def multiply(x, y):
+        seen.append(x.shape)
+        return jnp.einsum(spec, x, y)
+
+    np.testing.assert_array_equal(block.beside_zeros(multiply, x, y, axis), np.einsum(spec, x, y))
+    assert seen == [tuple(8 if place == axis else size for place, size in enumerate(rows))]

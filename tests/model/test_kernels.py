@@ -44,13 +44,16 @@ def test_splash_is_the_causal_reference():
     assert not np.allclose(ours, Kernel("splash").causal(q, k, v, np.ones_like(valid)), atol=1e-3)
 
 
-def test_splash_over_a_context_gives_values_and_log_sum_exp():
-    q, k, v, _ = case(T=5, S=130)
+@pytest.mark.parametrize("T", [1, 8, 9, 20])  # up to eight rows are XLA's
+def test_splash_over_a_context_gives_values_and_log_sum_exp(T):
+    q, k, v, _ = case(T=T, S=130)
     valid = np.random.default_rng(0).random((2, 130)) < 0.7  # padding anywhere
     ours, lse = jax.jit(Kernel("splash").over_context)(q, k, v, valid)
     values, expected = attention.context_attention(q, k, v, valid)
     np.testing.assert_allclose(ours, values, atol=5e-6)
     np.testing.assert_allclose(lse, expected, atol=5e-6)
+    exported = jax.export.export(jax.jit(Kernel("splash").over_context), platforms=["tpu"])(q, k, v, valid)
+    assert ("tpu_custom_call" in exported.mlir_module()) == (T > 8)
 
 
 @pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "fsdp=2,model=4", "fsdp=4,model=1"])
@@ -60,10 +63,11 @@ def test_splash_on_a_mesh_hands_each_device_its_heads(mesh):
     q, k, v, valid = case(T=20, S=20)
     ours = jax.jit(kernel.causal)(q, k, v, valid)
     assert_valid_rows_agree(ours, XLA.causal(q, k, v, valid), valid)
-    ours, lse = jax.jit(kernel.over_context)(q, k, v, valid)
-    values, expected = XLA.over_context(q, k, v, valid)
-    np.testing.assert_allclose(ours, values, atol=5e-6)
-    np.testing.assert_allclose(lse, expected, atol=5e-6)
+    for rows in (q, q[:, :1]):
+        ours, lse = jax.jit(kernel.over_context)(rows, k, v, valid)
+        values, expected = XLA.over_context(rows, k, v, valid)
+        np.testing.assert_allclose(ours, values, atol=5e-6)
+        np.testing.assert_allclose(lse, expected, atol=5e-6)
 
 
 def test_the_arguments_for_cudnn_mean_the_reference():
