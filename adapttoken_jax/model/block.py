@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-
 _TILE_ROWS = 8  # of a TPU's vector registers
 
 
@@ -48,7 +47,8 @@ def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def wide_product(x: jax.Array, y: jax.Array) -> jax.Array:
     """x[..., D] times y[D, V] in float32, of factors of any type.
 
-    cuBLAS has this for two rows of half precision and more, not for one: XLA would widen all of `y` first.
+    A lone row goes beside zeros: cuBLAS has this product for two rows of half precision and more, not for one, and XLA
+    would widen all of `y` first.
     """
     spec = "...D,DV->...V"
     plain = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
