@@ -1,7 +1,8 @@
 """Which kernel computes attention: splash attention on a TPU, cuDNN's flash attention on a GPU, XLA elsewhere.
 
-`resolve` is the only place that chooses. Every kernel has the reference's signature, takes grouped queries as they are
-and agrees with `attention.py`, which is its reference twin. Letters as there.
+`resolve` chooses for a model; `Kernel` leaves to XLA the calls that a kernel is bad at. Every kernel has the signature
+of the reference, takes grouped queries as they are and agrees with `attention.py`, which is its reference twin. Letters
+as there.
 
 - A float32 model takes XLA everywhere: the kernels round the factors of their products.
 - XLA cannot split a kernel over a mesh by itself, so each device is handed its own heads and batch entries.
