@@ -198,7 +198,12 @@ def _chunks(
 
 
 def side_by_side(model: Model, size: int) -> int:
-    """Groups of `size` visual tokens in a wave: as many on each place of the mesh's first axis as are worth it."""
+    """Groups of `size` visual tokens in a wave: as many on each place of the mesh's first axis as are worth it.
+
+    Where a group is cut into pieces, a place has no other.
+    """
+    if model.kernel.pieces(model.wave).count > 1:
+        return model.wave
     least = _PER_GATHER if sharding.gathers(model.mesh) else 1
     return model.wave * max(least, _ROWS // size)
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from adapttoken_jax.compilation import compiled
 from adapttoken_jax.geometry import window_layout
 from adapttoken_jax.model import Probe, Qwen25VL
-from adapttoken_jax.model.block import pad_end
 from adapttoken_jax.model.generation import Sampling, generate
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.text import Rows
@@ -205,8 +204,7 @@ def _context_rows(text, batch) -> Rows:
 
 def _padded(rows: Rows, others: int) -> Rows:
     """Padding after the rows, so that `_ROWS_STEP` divides them and `others` together."""
-    spare = -(rows.x.shape[1] + others) % _ROWS_STEP
-    return Rows(pad_end(rows.x, 1, spare), pad_end(rows.position_ids, 2, spare), pad_end(rows.valid, 1, spare))
+    return rows.padded(-(rows.x.shape[1] + others) % _ROWS_STEP)
 
 
 def _most_relevant(rows: Rows, relevance, batch, share: float) -> Rows:

@@ -26,8 +26,8 @@ from adapttoken_jax import parameters
 from adapttoken_jax.config import ModelConfig
 from adapttoken_jax.errors import UserError
 
-AXES = ("data", "model")
-FSDP = ("fsdp", "model")
+_CONTEXTS = ("data", "fsdp")
+_AXES = (*_CONTEXTS, "context", "model")
 
 # Logical axes that `model` splits where it divides them. An axis that it does not divide is replicated; heads (N) must
 # divide, because replicated attention would save nothing.
@@ -41,10 +41,11 @@ class MeshShape:
     data: int = 1
     model: int = 1
     fsdp: bool = False
+    context: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
-        """Reads "data=4,model=2" or "fsdp=4,model=2"; a missing axis is 1.
+        """Reads "data=4,model=2", "fsdp=4,model=2" or "data=4,context=2,model=2"; a missing axis is 1.
 
         Raises:
           UserError: anything else.
@@ -52,34 +53,38 @@ class MeshShape:
         sizes = {}
         for part in text.split(","):
             name, _, number = part.strip().partition("=")
-            if name not in AXES + FSDP or name in sizes or not number.isdigit() or int(number) < 1:
-                raise UserError(f"--mesh={text}: write data=N,model=N or fsdp=N,model=N with positive numbers")
+            if name not in _AXES or name in sizes or not number.isdigit() or int(number) < 1:
+                raise UserError(
+                    f"--mesh={text}: write data=N,model=N or fsdp=N,model=N, or context=N as well, with positive numbers"
+                )
             sizes[name] = int(number)
         if sizes.keys() >= {"data", "fsdp"}:
             raise UserError(f"--mesh={text}: the first axis is either data or fsdp, which holds groups as data does")
-        return cls(sizes.get("fsdp", sizes.get("data", 1)), sizes.get("model", 1), "fsdp" in sizes)
+        first = sizes.get("fsdp", sizes.get("data", 1))
+        return cls(first, sizes.get("model", 1), "fsdp" in sizes, sizes.get("context", 1))
 
     @property
-    def axes(self) -> tuple[str, str]:
-        """Names of the mesh's axes."""
-        return FSDP if self.fsdp else AXES
+    def sizes(self) -> dict[str, int]:
+        """The mesh's axes and their sizes."""
+        cut = {"context": self.context} if self.context > 1 else {}
+        return {_CONTEXTS[self.fsdp]: self.data, **cut, "model": self.model}
 
     @property
     def devices(self) -> int:
         """How many it takes."""
-        return self.data * self.model
+        return math.prod(self.sizes.values())
 
     @property
     def abstract(self) -> AbstractMesh:
         """The mesh without devices, for shapes and places."""
-        return AbstractMesh((self.data, self.model), self.axes)
+        return AbstractMesh(tuple(self.sizes.values()), tuple(self.sizes))
 
     def __str__(self):
-        return f"{self.axes[0]}={self.data},{self.axes[1]}={self.model}"
+        return ",".join(f"{axis}={size}" for axis, size in self.sizes.items())
 
 
 def make_mesh(shape: MeshShape, devices=None) -> Mesh:
-    """A (data or fsdp, model) mesh over as many devices as it takes, by default the first of those of all processes.
+    """A (data or fsdp, model) mesh, or (data or fsdp, context, model), over as many devices as it takes, by default the first of those of all processes.
 
     Raises:
       UserError: more devices asked for than there are, or some left over where the processes of a run share them.
@@ -93,14 +98,16 @@ def make_mesh(shape: MeshShape, devices=None) -> Mesh:
         owners = f"{jax.process_count()} processes"
         raise UserError(f"{asked}: takes {need} of the {len(devices)} devices of {owners}; their product must be all")
     # An axis of the mesh need not be a whole axis of a TPU's torus: data=2,model=8 on 4x4 splits one of its axes.
-    places = create_device_mesh((shape.data, shape.model), devices[:need], allow_split_physical_axes=True)
-    return Mesh(places, shape.axes, (AxisType.Auto,) * 2)
+    sizes = tuple(shape.sizes.values())
+    places = create_device_mesh(sizes, devices[:need], allow_split_physical_axes=True)
+    return Mesh(places, tuple(shape.sizes), (AxisType.Auto,) * len(sizes))
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Raises UserError unless the axes are ours and `model` divides the decoder's attention heads."""
-    if mesh.axis_names not in (AXES, FSDP):
-        raise UserError(f"--mesh: its axes are {mesh.axis_names}; make one with {AXES} or {FSDP}, in this order")
+    first, *cut, last = mesh.axis_names
+    if first not in _CONTEXTS or cut not in ([], ["context"]) or last != "model":
+        raise UserError(f"--mesh: its axes are {mesh.axis_names}; make one with data or fsdp, [context,] model")
     model, heads = mesh.shape["model"], config.text.heads
     if heads % model:
         raise UserError(f"--mesh: model={model} does not divide the {heads} attention heads")
@@ -142,6 +149,13 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names[0]))
 
 
+def batch_axes(mesh: Mesh, batch: int) -> tuple[str, ...]:
+    """Axes of the mesh that split so many contexts, or pieces of contexts."""
+    places = mesh.axis_names[:-1]
+    fitting = (axes for axes in (places, places[:1]) if batch % math.prod(mesh.shape[axis] for axis in axes) == 0)
+    return next(fitting, ())
+
+
 def slot_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis over all devices: the slots of an encoded chunk."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -178,18 +192,18 @@ def gathered(layer, mesh: Mesh | None, contexts: int):
 
 def split_rows(tree, mesh: Mesh | None):
     """Arrays [B, ...] with every batch entry where its context lies."""
-    return jax.tree.map(lambda x: _rows(x, mesh, "fsdp"), tree)
+    return jax.tree.map(lambda x: _rows(x, mesh, split=True), tree)
 
 
 def shared_rows(tree, mesh: Mesh | None):
     """Arrays [B, ...] with all batch entries on every place of `fsdp`."""
-    return jax.tree.map(lambda x: _rows(x, mesh, None), tree)
+    return jax.tree.map(lambda x: _rows(x, mesh, split=False), tree)
 
 
-def _rows(x: jax.Array, mesh: Mesh | None, name: str | None) -> jax.Array:
+def _rows(x: jax.Array, mesh: Mesh | None, split: bool) -> jax.Array:
     if not gathers(mesh, len(x)):
         return x
-    spec = PartitionSpec(name, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+    spec = PartitionSpec(batch_axes(mesh, len(x)) if split else None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 

@@ -38,53 +38,64 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     return weighted_values(jax.nn.softmax(jnp.where(mask[:, None], scores(q, k), MASKED)), v)
 
 
-def _causal_reference(q, k, v, valid):
-    causal = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
-    return attention(q, k, v, causal & valid[:, None])
+def _causal_reference(q, k, v, valid, places, key_places):
+    return attention(q, k, v, (places[..., None] >= key_places) & valid[:, None])
 
 
-def _causal_blocked(q, k, v, valid):
+def _causal_blocked(q, k, v, valid, places, key_places):
     B, T, N, H = q.shape
     K = k.shape[2]
     whole = round_up(T, _BLOCK)
     blocks = jnp.pad(q, ((0, 0), (0, whole - T), (0, 0), (0, 0))).reshape(B, -1, _BLOCK, K, N // K, H)
     blocks = jnp.transpose(blocks, (1, 0, 3, 4, 2, 5))  # [blocks, B, K, G, block, H]
     k, v = jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)  # [B, K, H, S] and [B, K, S, H]: plain products
-    rows = round_up(-(-whole // _SEGMENTS), _BLOCK)
-    mixed = [_segment(blocks, k, v, valid, start, min(start + rows, whole)) for start in range(0, whole, rows)]
+    places = jnp.pad(places, ((0, 0), (0, whole - T)), mode="edge").reshape(len(places), -1, _BLOCK)
+    places = jnp.swapaxes(places, 0, 1)
+    if T < len(key_places):
+        segments = [(slice(None), slice(None))]  # rows of a piece may look anywhere
+    else:
+        rows = round_up(-(-whole // _SEGMENTS), _BLOCK)
+        ends = [(start, min(start + rows, whole)) for start in range(0, whole, rows)]
+        segments = [(slice(start // _BLOCK, stop // _BLOCK), slice(stop)) for start, stop in ends]
+    mixed = [
+        _segment(places[own], blocks[own], k[..., keys], v[:, :, keys], valid[:, keys], key_places[keys])
+        for own, keys in segments
+    ]
     return jnp.transpose(jnp.concatenate(mixed), (1, 0, 4, 2, 3, 5)).reshape(B, whole, N, H)[:, :T]
 
 
-def _segment(blocks, k, v, valid, start, stop):
-    """Rows `start` to `stop`, block by block, over no more keys than those before `stop`."""
-    k, v, valid = k[..., :stop], v[:, :, :stop], valid[:, :stop]
+def _segment(places, blocks, k, v, valid, key_places):
+    """Blocks of rows that stand at such places, one by one, over keys."""
 
-    def block(place_and_rows):
-        place, q = place_and_rows
-        row = place * _BLOCK + jnp.arange(_BLOCK)
-        mask = (row[:, None] >= jnp.arange(valid.shape[1])) & valid[:, None]
+    def block(places_and_rows):
+        places, q = places_and_rows
+        mask = (places[..., None] >= key_places) & valid[:, None]
         products = jnp.einsum("BKGTH,BKHS->BKGTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         products = jnp.where(mask[:, None, None], products, MASKED)
         weights = jnp.exp(products - products.max(-1, keepdims=True))
         mixed = product("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v)
         return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)  # fewer numbers to divide than the weights
 
-    places = slice(start // _BLOCK, stop // _BLOCK)
-    return jax.lax.map(block, (jnp.arange(places.start, places.stop), blocks[places]))
+    return jax.lax.map(block, (places, blocks))
 
 
 CAUSAL = {"reference": _causal_reference, "blocked": _causal_blocked}
 
 
-def causal_attention(q, k, v, valid, implementation: str | None = None) -> jax.Array:
-    """Causal attention of a sequence over itself; `valid[B, T]` is False at padding, which nothing looks at.
+def causal_attention(q, k, v, valid, implementation: str | None = None, places=None, key_places=None) -> jax.Array:
+    """Causal attention of rows of a sequence over it: q[B, T, N, H], k and v[B, S, K, H] -> [B, T, N, H].
 
-    `implementation` forces "reference" (forms the T x T scores) or "blocked" (a block of queries at a time); None
-    chooses by size. Both give the same numbers.
+    Args:
+      valid: bool[B, S], False at padding, which nothing looks at.
+      implementation: "reference" (forms the T x S scores) or "blocked" (a block of queries at a time), which give the
+        same numbers; None chooses by size.
+      places, key_places: int[B or 1, T] and int[S], where rows and keys stand in the sequence; None: as they come.
     """
+    places = jnp.arange(q.shape[1])[None] if places is None else places
+    key_places = jnp.arange(k.shape[1]) if key_places is None else key_places
     if implementation is None:
         implementation = "reference" if q.shape[1] <= _REFERENCE_UP_TO else "blocked"
-    return CAUSAL[implementation](q, k, v, valid)
+    return CAUSAL[implementation](q, k, v, valid, places, key_places)
 
 
 def window_attention(q, k, v, valid=None) -> jax.Array:

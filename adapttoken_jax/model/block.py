@@ -83,6 +83,11 @@ def pad_end(x: jax.Array, axis: int, count: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
+def merge_axes(x: jax.Array, axis: int) -> jax.Array:
+    """`x` with an axis and the next one as one."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square normalisation over the last axis, in float32."""
     wide = x.astype(jnp.float32)

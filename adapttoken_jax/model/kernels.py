@@ -15,15 +15,19 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapttoken_jax.geometry import round_up
 from adapttoken_jax.model import attention
+from adapttoken_jax.model.pieces import WHOLE, Pieces
+from adapttoken_jax.sharding import batch_axes
 
 NAMES = ("xla", "splash", "cudnn")
 
 _LANES = 128  # splash works on blocks of multiples of this, and on heads of them
 _BLOCK = 512
+_LONGEST_BLOCK = 1024
 _FEW_ROWS = 8
 _HALF = (jnp.bfloat16, jnp.float16)
 
@@ -40,20 +44,54 @@ class Kernel:
     name: str = "xla"
     mesh: Mesh | None = None
 
-    def causal(self, q, k, v, valid, rest=None) -> jax.Array:
+    def pieces(self, contexts: int) -> Pieces:
+        """How so many contexts lie on the mesh."""
+        if self.name == "cudnn" and (self.mesh is None or "context" not in self.mesh.shape):
+            return WHOLE  # cuDNN has no kernel for a piece, and what a lone context wins is not worth doing without
+        return Pieces.of(self.mesh, contexts)
+
+    def run(self, rows: int) -> int:
+        """The length of the runs, of at least so many rows, that suits `causal` of pieces: whole blocks of splash."""
+        if self.name != "splash":
+            return rows
+        blocks = -(-rows // _LONGEST_BLOCK)
+        return blocks * round_up(-(-rows // blocks), _LANES)
+
+    def causal(self, q, k, v, valid, rest=None, pieces: Pieces = WHOLE) -> jax.Array:
         """Causal attention of a sequence over itself: q[B, T, N, H], k and v[B, T, K, H] -> [B, T, N, H].
 
         `valid[B, T]` is False at padding, which stands at the end and which nothing looks at. Rows of padding come out
         as any finite numbers; the last of them as `rest`[B, R, N, H], where that is given.
+
+        With `pieces`, `q` is a piece of the sequence and then the rest's rows; keys are the sequence's alone, in the
+        order of the pieces.
         """
+        if rest is not None and (pieces.count > 1 or self.name == "xla"):
+            own = slice(q.shape[1] - rest.shape[1])
+            if pieces.count == 1:
+                k, v, valid = (x[:, own] for x in (k, v, valid))
+            return jnp.concatenate([self.causal(q[:, own], k, v, valid, pieces=pieces), rest], 1)
+        if pieces.count > 1:
+            return self._causal_piece(q, k, v, valid, pieces)
         if self.name == "xla":
-            own = slice(None if rest is None else -rest.shape[1])
-            mixed = attention.causal_attention(*(x[:, own] for x in (q, k, v, valid)))
-            return mixed if rest is None else jnp.concatenate([mixed, rest], 1)
+            return attention.causal_attention(q, k, v, valid)
         kernel = {"splash": _splash_causal, "cudnn": _cudnn_causal}[self.name]
         mixed = self._per_device(kernel, 1)(q, k, v, valid)
         # A kernel pads to whole blocks as it is: computing a few rows more costs less than copies cut to size.
         return mixed if rest is None else mixed.at[:, -rest.shape[1] :].set(rest)
+
+    def _causal_piece(self, q, k, v, valid, pieces: Pieces):
+        order = pieces.order(k.shape[1])
+        if self.name != "splash":
+            places = jnp.tile(order.reshape(pieces.count, -1), (len(q) // pieces.count, 1))
+            return attention.causal_attention(q, k, v, valid, places=places, key_places=order)
+        run = len(order) // pieces.runs
+        block = run // -(-run // _LONGEST_BLOCK)
+        mask = _splash_mask_of(order)
+        kernels = _splash_kernels(mask, q.shape[2] // self.mesh.shape["model"], (block, block), shards=pieces.count)
+        split = NamedSharding(self.mesh, PartitionSpec(None, pieces.own))
+        specs = {platform: kernel.manual_sharding_spec(split) for platform, kernel in kernels.items()}
+        return self._per_device(_splash, 1, (kernels, specs))(q, k, v, valid)
 
     def over_context(self, q, k, v, valid, unused: int = 0) -> tuple[jax.Array, jax.Array]:
         """Attention of later rows over a context: q[B, T, N, H], k and v[B, S, K, H], valid[B, S], padding anywhere.
@@ -83,8 +121,23 @@ class Kernel:
         """
         return attention.window_attention(q, k, v, valid) if self.pads_windows else _cudnn_within(q, k, v)
 
-    def _per_device(self, function, outputs: int):
-        """`function` on every device's own batch entries (if the first axis of the mesh divides them) and heads."""
+    def _splash_pieces(self, q, k, v, valid, pieces: Pieces, length: int):
+        """`causal` of every place's own piece of a context of so many rows: each has a mask of its own."""
+        places, (rows, heads) = pieces.places(length), q.shape[1:3]
+        rows = round_up(rows, min(_BLOCK, round_up(rows, _LANES)))
+        places = np.pad(places, ((0, 0), (0, rows - places.shape[1])), mode="edge").ravel()
+        kernels = _splash_kernels(
+            (rows, k.shape[1]), heads // self.mesh.shape["model"], places=places, shards=pieces.count
+        )
+        split = NamedSharding(self.mesh, PartitionSpec(None, pieces.own))
+        specs = {platform: kernel.manual_sharding_spec(split) for platform, kernel in kernels.items()}
+        return self._per_device(_splash, 1, (kernels, specs))(q, k, v, valid)
+
+    def _per_device(self, function, outputs: int, shared=()):
+        """`function` on every device's own batch entries (if axes of the mesh divide them) and heads.
+
+        `shared`: a further argument, and how the mesh splits it.
+        """
         if self.mesh is None:
             return function
 
@@ -95,19 +148,17 @@ class Kernel:
             k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
             heads, rows = PartitionSpec(batch, None, over), PartitionSpec(batch, over)
             return jax.shard_map(
-                function, mesh=self.mesh, in_specs=(heads, heads, heads, PartitionSpec(batch)),
+                function, mesh=self.mesh, in_specs=(heads, heads, heads, PartitionSpec(batch), *shared[1:]),
                 out_specs=heads if outputs == 1 else (heads, rows), check_vma=False,
-            )(q, k, v, valid)  # fmt: skip
+            )(q, k, v, valid, *shared[:1])  # fmt: skip
 
         return split
 
-    def _places(self, batch: int, heads: int) -> tuple[str | None, tuple[str, ...]]:
+    def _places(self, batch: int, heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Axes of the mesh that split so many batch entries, and so many heads."""
-        first, model = self.mesh.axis_names
-        if batch % self.mesh.shape[first] == 0:
-            return first, (model,)
-        weights_are_split = first == "fsdp" and heads % self.mesh.size == 0
-        return None, (model, first) if weights_are_split else (model,)
+        over = batch_axes(self.mesh, batch)
+        weights_are_split = not over and "fsdp" in self.mesh.shape and heads % self.mesh.size == 0
+        return over, ("model", *self.mesh.axis_names[:-1]) if weights_are_split else ("model",)
 
 
 XLA = Kernel()
@@ -141,35 +192,66 @@ def _cudnn_within(q, k, v, implementation="cudnn"):
 
 
 def _splash_causal(q, k, v, valid):
-    return _splash(q, k, v, valid, "CausalMask", with_lse=False)
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Pallas loads slowly, and few need it
+
+    shape, blocks = _whole_blocks(q, k)
+    return _splash(q, k, v, valid, _splash_kernels(splash.CausalMask(shape), q.shape[2], blocks))
 
 
 def _splash_over_context(q, k, v, valid):
-    return _splash(q, k, v, valid, "FullMask", with_lse=True)
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    shape, blocks = _whole_blocks(q, k)
+    return _splash(q, k, v, valid, _splash_kernels(splash.FullMask(shape), q.shape[2], blocks, with_lse=True))
 
 
-def _splash(q, k, v, valid, mask_name: str, with_lse: bool):
+def _whole_blocks(q, k) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and keys padded to whole blocks, and these blocks."""
+    lengths = q.shape[1], k.shape[1]
+    blocks = tuple(min(_BLOCK, round_up(length, _LANES)) for length in lengths)
+    return tuple(round_up(length, block) for length, block in zip(lengths, blocks, strict=True)), blocks
+
+
+def _splash_mask_of(order: np.ndarray):
+    """The causal mask of a sequence over itself, both in such an order. Made in parts: the whole may not fit."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    class Mask(splash.Mask):
+        shape = (len(order), len(order))
+
+        def __getitem__(self, index):
+            rows, keys = index
+            return order[rows][:, None] >= order[keys]
+
+    return Mask()
+
+
+def _splash_kernels(mask, heads: int, blocks: tuple[int, int], with_lse: bool = False, shards: int = 1) -> dict:
+    """Splash with a mask of rows and keys, by platform: others than a TPU interpret it. Devices may have shards of it."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    make = lambda interpret: splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=shards, save_residuals=with_lse,
+        block_sizes=splash.BlockSizes(block_q=blocks[0], block_kv=blocks[1], block_kv_compute=blocks[1]),
+        interpret=interpret,
+    )  # fmt: skip
+    return {"tpu": make(False), "default": make(True)}
+
+
+def _splash(q, k, v, valid, kernels: dict):
     """Pads rows and keys to whole blocks; a row looks at the keys of its segment, and padding is another one."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Pallas loads slowly, and few need it
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    (T, N, H), S = q.shape[1:], k.shape[1]
-    block_q, block_kv = (min(_BLOCK, round_up(length, _LANES)) for length in (T, S))
-    rows, keys = round_up(T, block_q), round_up(S, block_kv)
-    mask = splash.MultiHeadMask([getattr(splash, mask_name)((rows, keys))] * N)
-    blocks = splash.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv)
+    (T, _, H), S = q.shape[1:], k.shape[1]
+    blocks = kernels["tpu"].kwargs["block_sizes"]
+    rows, keys = round_up(T, blocks.block_q), round_up(S, blocks.block_kv)
     heads_first = lambda x, size: jnp.moveaxis(jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))), 2, 1)
     hidden = jnp.pad(~valid, ((0, 0), (0, keys - S)), constant_values=True).astype(jnp.int32)
     segments = splash.SegmentIds(q=jnp.zeros((q.shape[0], rows), jnp.int32), kv=hidden)
-
-    def run(q, k, v, segments, interpret):
-        kernel = splash.make_splash_mha(
-            mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, save_residuals=with_lse, interpret=interpret
-        )
-        return jax.vmap(kernel)(q, k, v, segments)
-
     out = jax.lax.platform_dependent(
         heads_first(q * H**-0.5, rows), heads_first(k, keys), heads_first(v, keys), segments,
-        tpu=functools.partial(run, interpret=False), default=functools.partial(run, interpret=True),
+        **{platform: jax.vmap(kernel) for platform, kernel in kernels.items()},
     )  # fmt: skip
-    values = jnp.moveaxis(out[0] if with_lse else out, 1, 2)[:, :T]
-    return (values, out[1][0][..., :T]) if with_lse else values
+    if not kernels["tpu"].kwargs["save_residuals"]:
+        return jnp.moveaxis(out, 1, 2)[:, :T]
+    return jnp.moveaxis(out[0], 1, 2)[:, :T], out[1][0][..., :T]

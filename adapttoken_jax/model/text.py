@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from adapttoken_jax.model.attention import probabilities_from_lse, two_part_attention
-from adapttoken_jax.model.block import Block, pad_end, product, rms_norm, wide_product
+from adapttoken_jax.model.block import Block, merge_axes, pad_end, product, rms_norm, wide_product
 from adapttoken_jax.model.kernels import XLA, Kernel
+from adapttoken_jax.model.pieces import WHOLE, Pieces
 from adapttoken_jax.model.rotary import rotate, text_angles, turns
 from adapttoken_jax.sharding import gathered, shared_rows, split_rows
 
@@ -74,6 +75,11 @@ class Rows(NamedTuple):
     position_ids: jax.Array
     valid: jax.Array
 
+    def padded(self, count: int) -> "Rows":
+        """With so many rows of padding after them."""
+        ends = zip(self, (-2, -1, -1), strict=True)
+        return Rows(*(pad_end(x, axis % x.ndim, count) for x, axis in ends))
+
 
 class Probe(NamedTuple):
     """Asks `extend` or `read` for the attention of one layer.
@@ -122,30 +128,29 @@ class TextLayer(Block):
         mixed, lse = two_part_attention(q, context, (k, v, mask), kernel.over_context)
         return self.finish(x, shared_rows(mixed, kernel.mesh)), (k, v), q, lse
 
-    def read(self, rows, h, turn, past, mask, kernel, first):
+    def read(self, rows, h, turn, past, tail, kernel, first, pieces=WHOLE):
         """The output half of one layer of `TextDecoder.read`, of the rows from `first` on; the others stay as they are.
 
         Args:
-          rows: [B, S + Q x T, D] of contexts and suffixes; h, the same normalised.
-          past: keys and values of all rows, and which of them belong to the context: bool[B, S + Q x T].
+          rows: [P, s + Q x t, D] of contexts and suffixes, or of `pieces` of them; h, the same normalised.
+          past: (k, v, valid) of the contexts, [P, S or more, K, H] and bool; what is more is not valid.
+          tail: (k, v, mask) of the suffixes, [P, Q, T, K, H] and bool[P, Q, t, T].
 
         Returns:
-          The rows; the suffixes' queries [B, Q, T, N, H] and the log-sum-exp of their scores [B, Q, N, T].
+          The rows; the suffixes' queries [P, Q, t, N, H] and the log-sum-exp of their scores [P, Q, N, t].
         """
-        k, v, valid = past
-        B, Q, T, _ = mask.shape
         own = lambda x: x[:, first:]
-        by_suffix = lambda x: x[:, -Q * T :].reshape(B, Q, T, *x.shape[2:])
         q = self.queries(own(h), jax.tree.map(own, turn))
         with jax.named_scope("question"):
-            tail = by_suffix(k), by_suffix(v), mask
-            over_context = functools.partial(kernel.over_context, unused=Q * T)
-            mixed, lse = two_part_attention(by_suffix(q), past, tail, over_context)
-            mixed = mixed.reshape(B, Q * T, *mixed.shape[3:])
+            Q, t, T = tail[2].shape[1:]
+            asked = _by_suffix(q, Q, t)
+            over_context = functools.partial(kernel.over_context, unused=0 if pieces.count > 1 else Q * T)
+            mixed, lse = two_part_attention(asked, past, tail, over_context)
+            mixed = mixed.reshape(len(q), Q * t, *q.shape[2:])
         if first == 0:
             with jax.named_scope("context"):
-                mixed = kernel.causal(q, k, v, valid, rest=mixed)
-        return rows.at[:, first:].set(self.finish(own(rows), mixed)), by_suffix(q), lse
+                mixed = kernel.causal(q, *past, rest=mixed, pieces=pieces)
+        return rows.at[:, first:].set(self.finish(own(rows), mixed)), asked, lse
 
 
 class TextDecoder(Block):
@@ -238,10 +243,10 @@ class TextDecoder(Block):
             x, (tk, tv), q, lse = self.layer(index).extend(
                 x, turn, (ck, cv, context.valid), (tk, tv), mask, start, kernel
             )
-            observed = _observe(probe, index, observed, q, ck, context.valid, lse)
+            observed = _observe(probe, index, observed, lambda: (q, ck, context.valid, lse))
             return (x, observed), (tk, tv, x if return_layers else None)
 
-        observed = self.unobserved(probe, embeddings, context.valid)
+        observed = self.unobserved(probe, (*embeddings.shape[:3], context.valid.shape[1]))
         layers_in = (jnp.asarray(context.layers), (context.k, context.v, tail.k, tail.v))
         start_from = (shared_rows(embeddings, kernel.mesh), observed)
         (x, observed), (k, v, layers) = jax.lax.scan(step, start_from, layers_in)
@@ -269,54 +274,103 @@ class TextDecoder(Block):
         layers = range(self.config.layers) if layers is None else layers
         last = self.config.layers - 1
         ends = layers[-1] == last != keep_layer
-        S, (B, Q, T) = context.x.shape[1], suffixes.valid.shape
-        rows = jnp.concatenate([context.x, suffixes.x.reshape(B, Q * T, -1)], 1)
-        later = jnp.swapaxes(suffixes.position_ids, 1, 2).reshape(B, 3, Q * T)
-        turn = self.turns(jnp.concatenate([context.position_ids, later], 2))
-        valid = pad_end(context.valid, 1, Q * T)
-        mask = _looks_at(suffixes.valid, 0, T)
+        pieces = kernel.pieces(len(context.x))
+        S, (Q, T) = context.valid.shape[1], suffixes.valid.shape[1:]
+        context, suffixes = _in_runs(context, pieces, kernel.run), _in_runs(suffixes, pieces)
+        s, t = (rows.valid.shape[-1] // pieces.count for rows in (context, suffixes))
+        rows = jnp.concatenate([pieces.cut(context.x, 1), merge_axes(pieces.cut(suffixes.x, 2), 1)], 1)
+        later = pieces.cut(jnp.swapaxes(suffixes.position_ids, 1, 2), 3)
+        turn = self.turns(jnp.concatenate([pieces.cut(context.position_ids, 2), merge_axes(later, 2)], 2))
+        valid, mask = _masks(context.valid, suffixes.valid, pieces)
 
         def run(carry, index, first=0):
             rows, kept, observed = carry
             rows = split_rows(rows, kernel.mesh)
-            layer = gathered(self.layer(index), kernel.mesh, B)
+            layer = gathered(self.layer(index), kernel.mesh, len(context.x))
             h = rms_norm(rows, layer.norm1, self.config.eps)
-            k, v = layer.keys_and_values(h, turn)
+            k, v = (_of_context_and_suffixes(x, Q, t, pieces) for x in layer.keys_and_values(h, turn))
+            past, tail = zip(k, v, (valid, mask), strict=True)
             with jax.named_scope("rows"):
-                rows, q, lse = layer.read(rows, h, turn, (k, v, valid), mask, kernel, first)
+                rows, q, lse = layer.read(rows, h, turn, past, tail, kernel, first, pieces)
             if keep_layer is not None:
-                kept = jnp.where(index == keep_layer, rows[:, :S], kept)
-            observed = _observe(probe, index, observed, q, k, context.valid, lse)
-            return (rows, kept, observed), (k, v) if room else None
+                kept = jnp.where(index == keep_layer, rows[:, :s], kept)
+            observed = _observe(probe, index, observed, lambda: _looks(q, past, lse, pieces, S, T))
+            return (rows, kept, observed), jax.tree.map(pieces.merge, (k, v)) if room else None
 
-        kept = None if keep_layer is None else context.x
-        start_from = (rows, kept, self.unobserved(probe, suffixes.x, context.valid))
+        kept = None if keep_layer is None else rows[:, :s]
+        start_from = (rows, kept, self.unobserved(probe, (len(rows), Q, T, S)))
         carry, past = jax.lax.scan(run, start_from, jnp.arange(layers.start, layers.stop - ends))
         if ends:
-            carry, own = run(carry, last, first=S)
+            carry, own = run(carry, last, first=s)
             past = jax.tree.map(lambda stack, more: jnp.concatenate([stack, more[None]]), past, own)
         rows, kept, observed = carry
+        found = {}
+        if keep_layer is not None:
+            found["kept"] = pieces.join(kept, 1)[:, :S]
+        if probe is not None:
+            found["observed"] = jax.tree.map(pieces.merge, observed)
         if room:
-            past = _left_behind(*past, context.valid, suffixes.valid, room, layers.start)
-        found = {"kept": kept, "observed": observed}
-        return rows[:, S:].reshape(suffixes.x.shape), past, {k: x for k, x in found.items() if x is not None}
+            past = _left_behind(*past, pieces.merge(valid[:, : s * pieces.count]), suffixes.valid, pieces, room, layers)
+        return pieces.join(_by_suffix(rows, Q, t), 2)[:, :, :T], past, found
 
-    def unobserved(self, probe, embeddings, valid):
-        """Zeros of the shape that the probe's observation will have; None of no probe."""
+    def unobserved(self, probe, shape: tuple[int, int, int, int]):
+        """Zeros of the shape that the probe's observation will have, of (B, Q, T, S); None of no probe."""
         if probe is None:
             return None
-        B, Q, T, _ = embeddings.shape
-        rows = jax.ShapeDtypeStruct((B, Q, self.config.heads, T, valid.shape[1]), jnp.float32)
+        B, Q, T, S = shape
+        rows = jax.ShapeDtypeStruct((B, Q, self.config.heads, T, S), jnp.float32)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(probe.observe, rows))
 
 
-def _left_behind(k, v, context_valid, suffix_valid, room: int, first: int) -> tuple[Context, Tail]:
-    """What layers from `first` on keep of contexts and suffixes: k and v[L, B, S + Q x T, K, H] of both together."""
-    S, (B, Q, T) = context_valid.shape[1], suffix_valid.shape
-    by_suffix = lambda x: x[:, :, S:].reshape(len(x), B, Q, T, *x.shape[3:])
-    tail = (pad_end(by_suffix(x), 3, room) for x in (k, v))
-    context = Context(k[:, :, :S], v[:, :, :S], context_valid, first)
-    return context, Tail(*tail, pad_end(suffix_valid, 2, room))
+def _by_suffix(x, questions: int, length: int) -> jax.Array:
+    """The suffixes' rows, which are the last: [B, ... + Q x T, ...] -> [B, Q, T, ...]."""
+    return x[:, -questions * length :].reshape(len(x), questions, length, *x.shape[2:])
+
+
+def _in_runs(rows: Rows, pieces: Pieces, run: Callable[[int], int] = lambda length: length) -> Rows:
+    """Rows with padding after them, so that `pieces` can cut them into runs of a length that suits."""
+    if pieces.count == 1:
+        return rows
+    length = rows.valid.shape[-1]
+    return rows.padded(pieces.runs * run(-(-length // pieces.runs)) - length)
+
+
+def _masks(context_valid, suffix_valid, pieces: Pieces) -> tuple[jax.Array, jax.Array]:
+    """`valid` and `mask` of `TextLayer.read`, from bool[B, S] and bool[B, Q, T]."""
+    (S, T), tokens = (valid.shape[-1] for valid in (context_valid, suffix_valid)), suffix_valid[0].size
+    mask = _looks_at(suffix_valid, 0, T)
+    if pieces.count == 1:
+        return pad_end(context_valid, 1, tokens), mask
+    return pieces.spread(context_valid)[:, pieces.order(S)], pieces.cut(mask, 2)[..., pieces.order(T)]
+
+
+def _of_context_and_suffixes(x, questions: int, length: int, pieces: Pieces) -> tuple[jax.Array, jax.Array]:
+    """Keys or values [P, s + Q x t, K, H] -> of the contexts, [P, S, K, H], and of the suffixes, [P, Q, T, K, H].
+
+    Of pieces: of all of a context and its suffixes, in the order of the pieces. Else the former have the others' after
+    them, which saves a copy.
+    """
+    if pieces.count == 1:
+        return x, _by_suffix(x, questions, length)
+    x = jnp.moveaxis(x, 2, 1)  # heads before rows, as kernels want them
+    context, suffixes = x[:, :, : -questions * length], x[:, :, -questions * length :]
+    suffixes = suffixes.reshape(*x.shape[:2], questions, length, -1)
+    return jnp.moveaxis(pieces.gather(context, 2), 1, 2), jnp.moveaxis(pieces.gather(suffixes, 3), 1, 3)
+
+
+def _looks(q, past, lse, pieces: Pieces, context: int, suffix: int):
+    """The arguments of `probabilities_from_lse` of all rows of the suffixes over their contexts, both in sequence."""
+    k, _, valid = (pieces.in_sequence(x, 1)[:, :context] for x in past)
+    q, lse = (pieces.in_sequence(pieces.gather(x, axis), axis) for x, axis in ((q, 2), (lse, 3)))
+    return q[:, :, :suffix], k, valid, lse[..., :suffix]
+
+
+def _left_behind(k, v, valid, suffix_valid, pieces: Pieces, room: int, layers: range) -> tuple[Context, Tail]:
+    """What layers keep for answers: k and v are pairs of what `_of_context_and_suffixes` gives, with an axis L."""
+    (ck, tk), (cv, tv) = k, v
+    tail = (pad_end(pieces.in_sequence(x, 3), 3, room) for x in (tk, tv))
+    context = (x[:, :, : valid.shape[1]] for x in (ck, cv))
+    return Context(*context, valid, layers.start), Tail(*tail, pad_end(suffix_valid, 2, room))
 
 
 def _looks_at(written, start, length: int) -> jax.Array:
@@ -325,10 +379,10 @@ def _looks_at(written, start, length: int) -> jax.Array:
     return causal & written[:, :, None]
 
 
-def _observe(probe, index, observed, q, k, valid, lse):
-    """The probe's observation, if layer `index` is the one that it asks for."""
+def _observe(probe, index, observed, rows):
+    """The probe's observation of `rows`, of arguments of `probabilities_from_lse`, if layer `index` is its own."""
     if probe is None:
         return None
-    look = lambda: probe.observe(probabilities_from_lse(q, k[:, : valid.shape[1]], valid, lse))
+    look = lambda: probe.observe(probabilities_from_lse(*rows()))
     with jax.named_scope("probe"):
         return jax.lax.cond(index == probe.layer, look, lambda: observed)

@@ -1,0 +1,110 @@
+"""The rows of one context on several places of a mesh.
+
+Every place takes its piece of a context's rows and of its questions' through a layer; only keys and values, a fraction
+of a row, are gathered from the other pieces, for attention. A row looks at the rows before it, so later ones have more
+to do: a sequence is cut into twice as many runs as there are pieces, and a piece is the c-th run from the beginning and
+the c-th from the end, which is as much work for each.
+
+Letters: B contexts, C pieces of each, P = B x C. An array [P, ...] lies with one piece on each place.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from adapttoken_jax.model.block import merge_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """How contexts lie on a mesh; hashable.
+
+    Attributes:
+      mesh: the mesh; None for one device.
+      contexts: its axes that hold different contexts.
+      own: its axes that hold the pieces of one context.
+    """
+
+    mesh: Mesh | None = None
+    contexts: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, mesh: Mesh | None, contexts: int) -> "Pieces":
+        """How so many contexts lie on a mesh (see `sharding.py`).
+
+        With one context per place of the first axis, `context` holds their pieces. A lone context has a piece on every
+        place, unless `fsdp` splits the weights: then these stay where they are, and rows are not cut.
+        """
+        if mesh is None:
+            return WHOLE
+        first, *others = mesh.axis_names[:-1]
+        if contexts == mesh.shape[first]:
+            return cls(mesh, (first,), tuple(others))
+        return cls(mesh, (), (first, *others)) if contexts == 1 and first != "fsdp" else WHOLE
+
+    @property
+    def count(self) -> int:
+        """Pieces of each context, C."""
+        return math.prod(self.mesh.shape[axis] for axis in self.own)
+
+    @property
+    def runs(self) -> int:
+        """Runs that a sequence is cut into: its length must be a multiple."""
+        return 1 if self.count == 1 else 2 * self.count
+
+    def order(self, length: int) -> np.ndarray:
+        """Where the rows of all pieces, one piece after the other, stand in a sequence of so many rows."""
+        runs = np.arange(length).reshape(self.runs, -1)
+        return runs.ravel() if self.count == 1 else np.stack([runs, runs[::-1]], 1)[: self.count].ravel()
+
+    def cut(self, x: jax.Array, axis: int) -> jax.Array:
+        """[B, ..., S, ...] with rows on `axis` -> [P, ..., S / C, ...]."""
+
+        def piece(x):
+            c = jax.lax.axis_index(self.own)
+            runs = x.reshape(*x.shape[:axis], self.runs, -1, *x.shape[axis + 1 :])
+            return merge_axes(jnp.take(runs, jnp.stack([c, self.runs - 1 - c]), axis), axis)
+
+        return self._each(piece, x, self.contexts, self.contexts + self.own)
+
+    def gather(self, x: jax.Array, axis: int) -> jax.Array:
+        """[P, ..., S / C, ...] with rows on `axis` -> [P, ..., S, ...]: all rows of a context on each of its places.
+
+        They stand in the `order` of the pieces: attention need not have them in another, and copying takes its time.
+        """
+        whole = lambda x: jax.lax.all_gather(x, self.own, axis=axis, tiled=True)
+        return self._each(whole, x, self.contexts + self.own, self.contexts + self.own)
+
+    def in_sequence(self, x: jax.Array, axis: int) -> jax.Array:
+        """Rows in the `order` of the pieces -> as they stand in the sequence."""
+        return x if self.count == 1 else jnp.take(x, np.argsort(self.order(x.shape[axis])), axis)
+
+    def join(self, x: jax.Array, axis: int) -> jax.Array:
+        """[P, ..., S / C, ...] with rows on `axis` -> [B, ..., S, ...], the inverse of `cut`."""
+        return self.merge(self.in_sequence(self.gather(x, axis), axis))
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """[B, ...] -> [P, ...]: the same for every piece of a context."""
+        return self._each(lambda x: x, x, self.contexts, self.contexts + self.own)
+
+    def merge(self, x: jax.Array) -> jax.Array:
+        """[P, ...], the same for every piece of a context -> [B, ...]. Nothing travels."""
+        return self._each(lambda x: x, x, self.contexts + self.own, self.contexts)
+
+    def _each(self, function, x, came: tuple[str, ...], goes: tuple[str, ...]):
+        """`function` on every place's own part of `x`, whose first axis came and goes over these axes of the mesh."""
+        if self.count == 1:
+            return x
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=PartitionSpec(came or None), out_specs=PartitionSpec(goes or None),
+            axis_names={*self.contexts, *self.own}, check_vma=False,
+        )(x)  # fmt: skip
+
+
+WHOLE = Pieces()
+
