@@ -337,11 +337,10 @@ def _in_runs(rows: Rows, pieces: Pieces, run: Callable[[int], int] = lambda leng
 
 def _masks(context_valid, suffix_valid, pieces: Pieces) -> tuple[jax.Array, jax.Array]:
     """`valid` and `mask` of `TextLayer.read`, from bool[B, S] and bool[B, Q, T]."""
-    (S, T), tokens = (valid.shape[-1] for valid in (context_valid, suffix_valid)), suffix_valid[0].size
-    mask = _looks_at(suffix_valid, 0, T)
+    mask = _looks_at(suffix_valid, 0, suffix_valid.shape[2])
     if pieces.count == 1:
-        return pad_end(context_valid, 1, tokens), mask
-    return pieces.spread(context_valid)[:, pieces.order(S)], pieces.cut(mask, 2)[..., pieces.order(T)]
+        return pad_end(context_valid, 1, suffix_valid[0].size), mask
+    return pieces.spread(pieces.in_order(context_valid, 1)), pieces.cut(pieces.in_order(mask, 3), 2)
 
 
 def _of_context_and_suffixes(x, questions: int, length: int, pieces: Pieces) -> tuple[jax.Array, jax.Array]:
