@@ -202,7 +202,7 @@ def side_by_side(model: Model, size: int) -> int:
 
     Where a group is cut into pieces, a place has no other.
     """
-    if model.kernel.pieces(model.wave).count > 1:
+    if model.kernel.pieces(model.wave, size).count > 1:
         return model.wave
     least = _PER_GATHER if sharding.gathers(model.mesh) else 1
     return model.wave * max(least, _ROWS // size)

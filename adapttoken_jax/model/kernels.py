@@ -28,6 +28,7 @@ NAMES = ("xla", "splash", "cudnn")
 _LANES = 128  # splash works on blocks of multiples of this, and on heads of them
 _BLOCK = 512
 _LONGEST_BLOCK = 1024
+_MOST_PADDING = 2  # times the rows of a context; what needs more is too short for so many pieces
 _FEW_ROWS = 8
 _HALF = (jnp.bfloat16, jnp.float16)
 
@@ -44,11 +45,13 @@ class Kernel:
     name: str = "xla"
     mesh: Mesh | None = None
 
-    def pieces(self, contexts: int) -> Pieces:
-        """How so many contexts lie on the mesh."""
-        if self.name == "cudnn" and (self.mesh is None or "context" not in self.mesh.shape):
+    def pieces(self, contexts: int, length: int) -> Pieces:
+        """How so many contexts of so many rows lie on the mesh."""
+        found = Pieces.of(self.mesh, contexts)
+        if self.name == "cudnn" and "context" not in found.own:
             return WHOLE  # cuDNN has no kernel for a piece, and what a lone context wins is not worth doing without
-        return Pieces.of(self.mesh, contexts)
+        padded = found.runs * self.run(-(-length // found.runs))
+        return found if padded <= _MOST_PADDING * length else WHOLE
 
     def run(self, rows: int) -> int:
         """The length of the runs, of at least so many rows, that suits `causal` of pieces: whole blocks of splash."""
@@ -91,12 +94,12 @@ class Kernel:
         kernels = _splash_kernels(mask, q.shape[2] // self.mesh.shape["model"], (block, block), shards=pieces.count)
         split = NamedSharding(self.mesh, PartitionSpec(None, pieces.own))
         specs = {platform: kernel.manual_sharding_spec(split) for platform, kernel in kernels.items()}
-        return self._per_device(_splash, 1, (kernels, specs))(q, k, v, valid)
+        return self._per_device(_splash, 1, pieces, (kernels, specs))(q, k, v, valid)
 
-    def over_context(self, q, k, v, valid, unused: int = 0) -> tuple[jax.Array, jax.Array]:
+    def over_context(self, q, k, v, valid, unused: int = 0, pieces: Pieces = WHOLE) -> tuple[jax.Array, jax.Array]:
         """Attention of later rows over a context: q[B, T, N, H], k and v[B, S, K, H], valid[B, S], padding anywhere.
 
-        The last `unused` keys are nothing but padding.
+        The last `unused` keys are nothing but padding. B may be `pieces` of contexts.
 
         Returns:
           values[B, T, N, H], and the log-sum-exp of every row's scores, float32[B, N, T].
@@ -107,7 +110,7 @@ class Kernel:
             return attention.context_attention(q, *(x[:, used] for x in (k, v, valid)))
         # Splash wants blocks of keys; for an answer's token, copying them into blocks costs more than attention does.
         kernel = attention.context_attention if q.shape[1] <= _FEW_ROWS else _splash_over_context
-        return self._per_device(kernel, 2)(q, k, v, valid)
+        return self._per_device(kernel, 2, pieces)(q, k, v, valid)
 
     @property
     def pads_windows(self) -> bool:
@@ -121,20 +124,8 @@ class Kernel:
         """
         return attention.window_attention(q, k, v, valid) if self.pads_windows else _cudnn_within(q, k, v)
 
-    def _splash_pieces(self, q, k, v, valid, pieces: Pieces, length: int):
-        """`causal` of every place's own piece of a context of so many rows: each has a mask of its own."""
-        places, (rows, heads) = pieces.places(length), q.shape[1:3]
-        rows = round_up(rows, min(_BLOCK, round_up(rows, _LANES)))
-        places = np.pad(places, ((0, 0), (0, rows - places.shape[1])), mode="edge").ravel()
-        kernels = _splash_kernels(
-            (rows, k.shape[1]), heads // self.mesh.shape["model"], places=places, shards=pieces.count
-        )
-        split = NamedSharding(self.mesh, PartitionSpec(None, pieces.own))
-        specs = {platform: kernel.manual_sharding_spec(split) for platform, kernel in kernels.items()}
-        return self._per_device(_splash, 1, (kernels, specs))(q, k, v, valid)
-
-    def _per_device(self, function, outputs: int, shared=()):
-        """`function` on every device's own batch entries (if axes of the mesh divide them) and heads.
+    def _per_device(self, function, outputs: int, pieces: Pieces = WHOLE, shared=()):
+        """`function` on every device's own batch entries (`pieces`, or whole if axes divide them) and heads.
 
         `shared`: a further argument, and how the mesh splits it.
         """
@@ -142,7 +133,7 @@ class Kernel:
             return function
 
         def split(q, k, v, valid):
-            batch, over = self._places(*q.shape[::2])
+            batch, over = self._places(*q.shape[::2], pieces)
             # Fewer key heads than devices: each is repeated until every device has one.
             repeats = math.lcm(k.shape[2], math.prod(self.mesh.shape[name] for name in over)) // k.shape[2]
             k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
@@ -154,9 +145,9 @@ class Kernel:
 
         return split
 
-    def _places(self, batch: int, heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _places(self, batch: int, heads: int, pieces: Pieces) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Axes of the mesh that split so many batch entries, and so many heads."""
-        over = batch_axes(self.mesh, batch)
+        over = pieces.axes if pieces.count > 1 else batch_axes(self.mesh, batch)
         weights_are_split = not over and "fsdp" in self.mesh.shape and heads % self.mesh.size == 0
         return over, ("model", *self.mesh.axis_names[:-1]) if weights_are_split else ("model",)
 

@@ -37,15 +37,20 @@ class Pieces:
     def of(cls, mesh: Mesh | None, contexts: int) -> "Pieces":
         """How so many contexts lie on a mesh (see `sharding.py`).
 
-        With one context per place of the first axis, `context` holds their pieces. A lone context has a piece on every
-        place, unless `fsdp` splits the weights: then these stay where they are, and rows are not cut.
+        With one context per place of the first axis, `context` holds their pieces. A lone context is cut for the last
+        axis that holds contexts, unless `fsdp` splits the weights: then these stay where they are, and rows are whole.
         """
         if mesh is None:
             return WHOLE
-        first, *others = mesh.axis_names[:-1]
+        first, *cut = mesh.axis_names[:-1]
         if contexts == mesh.shape[first]:
-            return cls(mesh, (first,), tuple(others))
-        return cls(mesh, (), (first, *others)) if contexts == 1 and first != "fsdp" else WHOLE
+            return cls(mesh, (first,), tuple(cut))
+        return cls(mesh, (), tuple(cut or [first])) if contexts == 1 and first != "fsdp" else WHOLE
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of the mesh that split an array [P, ...]."""
+        return self.contexts + self.own
 
     @property
     def count(self) -> int:
@@ -86,7 +91,7 @@ class Pieces:
             own = (jax.lax.dynamic_slice_in_dim(runs, place, 1, axis) for place in (c, self.runs - 1 - c))
             return merge_axes(jnp.concatenate(list(own), axis), axis)
 
-        return self._each(piece, x, self.contexts, self.contexts + self.own)
+        return self._each(piece, x, self.contexts, self.axes)
 
     def gather(self, x: jax.Array, axis: int) -> jax.Array:
         """[P, ..., S / C, ...] with rows on `axis` -> [P, ..., S, ...]: all rows of a context on each of its places.
@@ -94,7 +99,7 @@ class Pieces:
         They stand in the `order` of the pieces: attention need not have them in another, and copying takes its time.
         """
         whole = lambda x: jax.lax.all_gather(x, self.own, axis=axis, tiled=True)
-        return self._each(whole, x, self.contexts + self.own, self.contexts + self.own)
+        return self._each(whole, x, self.axes, self.axes)
 
     def join(self, x: jax.Array, axis: int) -> jax.Array:
         """[P, ..., S / C, ...] with rows on `axis` -> [B, ..., S, ...], the inverse of `cut`."""
@@ -102,11 +107,11 @@ class Pieces:
 
     def spread(self, x: jax.Array) -> jax.Array:
         """[B, ...] -> [P, ...]: the same for every piece of a context."""
-        return self._each(lambda x: x, x, self.contexts, self.contexts + self.own)
+        return self._each(lambda x: x, x, self.contexts, self.axes)
 
     def merge(self, x: jax.Array) -> jax.Array:
         """[P, ...], the same for every piece of a context -> [B, ...]. Nothing travels."""
-        return self._each(lambda x: x, x, self.contexts + self.own, self.contexts)
+        return self._each(lambda x: x, x, self.axes, self.contexts)
 
     def _each(self, function, x, came: tuple[str, ...], goes: tuple[str, ...]):
         """`function` on every place's own part of `x`, whose first axis came and goes over these axes of the mesh."""
@@ -114,7 +119,7 @@ class Pieces:
             return x
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=PartitionSpec(came or None), out_specs=PartitionSpec(goes or None),
-            axis_names={*self.contexts, *self.own}, check_vma=False,
+            axis_names={*self.axes}, check_vma=False,
         )(x)  # fmt: skip
 
 

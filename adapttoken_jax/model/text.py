@@ -78,7 +78,7 @@ class Rows(NamedTuple):
     def padded(self, count: int) -> "Rows":
         """With so many rows of padding after them."""
         ends = zip(self, (-2, -1, -1), strict=True)
-        return Rows(*(pad_end(x, axis % x.ndim, count) for x, axis in ends))
+        return Rows(*(pad_end(x, axis % x.ndim, count) for x, axis in ends)) if count else self
 
 
 class Probe(NamedTuple):
@@ -144,7 +144,8 @@ class TextLayer(Block):
         with jax.named_scope("question"):
             Q, t, T = tail[2].shape[1:]
             asked = _by_suffix(q, Q, t)
-            over_context = functools.partial(kernel.over_context, unused=0 if pieces.count > 1 else Q * T)
+            unused = 0 if pieces.count > 1 else Q * T
+            over_context = functools.partial(kernel.over_context, unused=unused, pieces=pieces)
             mixed, lse = two_part_attention(asked, past, tail, over_context)
             mixed = mixed.reshape(len(q), Q * t, *q.shape[2:])
         if first == 0:
@@ -274,8 +275,8 @@ class TextDecoder(Block):
         layers = range(self.config.layers) if layers is None else layers
         last = self.config.layers - 1
         ends = layers[-1] == last != keep_layer
-        pieces = kernel.pieces(len(context.x))
-        S, (Q, T) = context.valid.shape[1], suffixes.valid.shape[1:]
+        (B, S), (Q, T) = context.valid.shape, suffixes.valid.shape[1:]
+        pieces = kernel.pieces(B, S)
         context, suffixes = _in_runs(context, pieces, kernel.run), _in_runs(suffixes, pieces)
         s, t = (rows.valid.shape[-1] // pieces.count for rows in (context, suffixes))
         rows = jnp.concatenate([pieces.cut(context.x, 1), merge_axes(pieces.cut(suffixes.x, 2), 1)], 1)
@@ -286,7 +287,7 @@ class TextDecoder(Block):
         def run(carry, index, first=0):
             rows, kept, observed = carry
             rows = split_rows(rows, kernel.mesh)
-            layer = gathered(self.layer(index), kernel.mesh, len(context.x))
+            layer = gathered(self.layer(index), kernel.mesh, B)
             h = rms_norm(rows, layer.norm1, self.config.eps)
             k, v = (_of_context_and_suffixes(x, Q, t, pieces) for x in layer.keys_and_values(h, turn))
             past, tail = zip(k, v, (valid, mask), strict=True)
