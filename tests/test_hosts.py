@@ -84,9 +84,11 @@ def alone(files):
     return hosts_run.answers(files, None, hosts_run.CASES)
 
 
-@pytest.mark.parametrize(("count", "devices", "mesh"), [(2, 2, "data=2,model=2"), (4, 1, "fsdp=2,model=2")])
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"), [(2, 2, "data=2,model=2"), (4, 1, "fsdp=2,model=2"), (4, 1, "data=2,context=2")]
+)
 def test_processes_on_one_mesh_equal_one_process(files, alone, count, devices, mesh):
-    """Two processes that hold a group each, and four that split all weights and of which two share a group."""
+    """Two processes that hold a group each; four of which two share a group, by heads and F or by its rows."""
     cases = list(hosts_run.CASES) if count == 2 else ["full", "lite"]
     words = lambda process: ["tests.hosts_run", process, files, mesh, *cases]
     for ended in finish(start(count, words, files, devices), files):

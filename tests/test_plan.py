@@ -391,7 +391,14 @@ def without_libtpu(monkeypatch):
 
 
 def test_meshes_are_those_that_divide_the_decoders_heads():
-    shapes = lambda name, slice_: estimate._Planner(SIZES[name], Topology.parse(slice_), None, None).shapes()
+    def shapes(name, slice_, groups=32):
+        _, work = estimate.workload(
+            SIZES[name], AdaptTokenConfig.for_model(SIZES[name], max_frames=128 * groups), "adapttoken", (560, 308),
+            None, 1, 160,
+        )  # fmt: skip
+        assert work.groups == groups
+        return estimate._Planner(SIZES[name], Topology.parse(slice_), work, None).shapes()
+
     sizes = lambda name, slice_: [shape.model for shape in shapes(name, slice_) if not shape.fsdp]
     assert sizes("qwen2.5-vl-7b", "v5e:4x4") == [1, 2, 4]  # 28 heads
     assert sizes("qwen2.5-vl-32b", "v5e:4x4") == [1, 2, 4, 8]  # 40
@@ -399,6 +406,11 @@ def test_meshes_are_those_that_divide_the_decoders_heads():
     assert [str(shape) for shape in shapes("qwen2.5-vl-72b", "v5e:2x2")] == [
         "data=4,model=1", "fsdp=4,model=1", "data=2,model=2", "fsdp=2,model=2", "data=1,model=4"
     ]  # fmt: skip
+    # More places than groups: each group has several.
+    assert [str(shape) for shape in shapes("qwen2.5-vl-7b", "v5e:16x16") if not shape.fsdp] == [
+        "data=32,context=8,model=1", "data=32,context=4,model=2", "data=32,context=2,model=4"
+    ]  # fmt: skip
+    assert str(shapes("qwen2.5-vl-7b", "v5e:2x4", groups=3)[0]) == "data=2,context=4,model=1"
 
 
 # 2048 slots of 220 tokens: 32 groups, two at a time; 16 slots per chip at a time in the vision tower.

@@ -257,8 +257,14 @@ class _Planner:
         """Every mesh of the slice whose `model` axis divides the decoder's attention heads, from narrow to wide."""
         chips, heads = self.topology.chips, self.config.text.heads
         sizes = [model for model in range(1, chips + 1) if chips % model == 0 and heads % model == 0]
-        over = [MeshShape(chips // model, model, fsdp) for model in sizes for fsdp in (False, True)]
+        over = [self.shape(chips // model, model, fsdp) for model in sizes for fsdp in (False, True)]
         return [shape for shape in over if shape.data > 1 or not shape.fsdp]
+
+    def shape(self, places: int, model: int, fsdp: bool) -> MeshShape:
+        """The mesh with so many places for groups; where there are fewer groups, they are cut into pieces."""
+        most = self.work.groups or places
+        data = max(size for size in range(1, places + 1) if places % size == 0 and size <= most)
+        return MeshShape(data, model, fsdp, places // data)
 
     def advice(self, shape: MeshShape, estimates) -> str:
         """What is missing and which flag helps; "" if all fits."""

@@ -66,7 +66,7 @@ def agrees_with_one_device(directory, alone, mesh):
     np.testing.assert_allclose(ours.trace["group_relevance"], alone.trace["group_relevance"], atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "data=8,model=1", "fsdp=2,model=4"])
+@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "data=8,model=1", "fsdp=2,model=4", "data=2,context=4"])
 def test_lite_visits_the_same_groups_on_a_mesh(directory, single, mesh):
     """The compiled loop over waves, the last one padded, against one group at a time on the host."""
     model, full = single
@@ -121,7 +121,7 @@ def test_groups_side_by_side_equal_groups_one_by_one(passes):
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("shape", ["data=8", "data=4,model=2", "data=2,model=4", "model=8", "fsdp=8", "fsdp=4,model=2"])
+@pytest.mark.parametrize("shape", ["data=8", "data=4,model=2", "data=2,model=4", "model=8", "fsdp=8", "fsdp=4,model=2", "fsdp=2,context=2,model=2"])
 def test_real_sizes_have_shapes_and_shardings(name, shape):
     shape = sharding.MeshShape.parse(shape)
     config, mesh = SIZES[name], sharding.make_mesh(shape)
@@ -134,7 +134,7 @@ def test_real_sizes_have_shapes_and_shardings(name, shape):
     for parameter, place in parameters.leaves(config, placed):
         local = place.shard_shape(parameter.shape)  # raises where the mesh does not divide
         if parameter.path[0] == "text" and parameter.path[-1] in ("q_kernel", "down_kernel", "embedding"):
-            ways = shape.devices if shape.fsdp else shape.model
+            ways = shape.model * (shape.data if shape.fsdp else 1)
             assert np.prod(local) * ways == np.prod(parameter.shape)
 
 

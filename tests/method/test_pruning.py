@@ -130,7 +130,7 @@ def test_both_loops_agree(load, given):
         assert_same(device, host)
 
 
-@pytest.mark.parametrize("mesh", ["data=2,model=4", "fsdp=4,model=2"])
+@pytest.mark.parametrize("mesh", ["data=2,model=4", "fsdp=4,model=2", "data=2,context=2,model=2"])
 def test_meshes_agree(load, tmp_path_factory, mesh):
     directory = tiny.write_checkpoint(tmp_path_factory.mktemp("mesh"), tiny.SHAPES["needle"])
     for ours, alone in zip(ask(at.load(directory, mesh=mesh), SHARE), ask(at.load(directory), SHARE), strict=True):

@@ -70,6 +70,48 @@ def test_splash_on_a_mesh_hands_each_device_its_heads(mesh):
         np.testing.assert_allclose(lse, expected, atol=5e-6)
 
 
+@pytest.mark.parametrize("name", ["xla", "splash"])
+@pytest.mark.parametrize(("mesh", "contexts"), [("data=2,context=2,model=2", 2), ("data=4,model=2", 1)])
+def test_pieces_of_a_context_are_the_context(name, mesh, contexts, monkeypatch):
+    """Each place has its own rows, and of a kernel its own mask; a run of 280 rows is several blocks of splash."""
+    monkeypatch.setattr(kernels, "_LONGEST_BLOCK", 256)
+    kernel = Kernel(name, sharding.make_mesh(sharding.MeshShape.parse(mesh)))
+    pieces = kernel.pieces(contexts, 1120)
+    T = pieces.runs * kernel.run(1120 // pieces.runs)
+    assert pieces.count == 4 // contexts and T > 1120 or name == "xla"
+    q, k, v, valid = case(T=T, S=T)
+    q, k, v, valid = q[:contexts], k[:contexts], v[:contexts], np.arange(T) < 1120 - 9 * np.arange(contexts)[:, None]
+
+    def run(q, k, v, valid):
+        rest = jnp.ones((contexts * pieces.count, 3, *q.shape[2:]))
+        own = jnp.concatenate([pieces.cut(q, 1), rest], 1)
+        past = [pieces.spread(pieces.in_order(x, 1)) for x in (k, v, valid)]
+        mixed = kernel.causal(own, *past, rest=rest, pieces=pieces)
+        values, lse = kernel.over_context(own[:, :20], *past, pieces=pieces)
+        return pieces.join(mixed[:, :-3], 1), mixed[:, -3:], pieces.join(values, 1), pieces.join(lse, 2)
+
+    causal, rest, values, lse = jax.jit(run)(q, k, v, valid)
+    assert_valid_rows_agree(causal, XLA.causal(q, k, v, valid), valid)
+    np.testing.assert_array_equal(rest, 1)
+    first = pieces.order(T).reshape(pieces.count, -1)[:, :20]  # of each piece
+    expected, expected_lse = XLA.over_context(q[:, np.sort(first.ravel())], k, v, valid)
+    in_order = np.argsort(np.argsort(first.ravel()))
+    order = pieces.order(len(in_order))  # of `join`, which takes the pieces for whole runs
+    np.testing.assert_allclose(values[:, order], expected[:, in_order], atol=5e-6)
+    np.testing.assert_allclose(lse[..., order], expected_lse[..., in_order], atol=5e-6)
+
+
+def test_small_contexts_are_not_cut_and_cudnn_cuts_only_where_it_is_asked_to():
+    mesh = sharding.make_mesh(sharding.MeshShape.parse("data=8,model=1"))
+    asked = sharding.make_mesh(sharding.MeshShape.parse("data=2,context=4,model=1"))
+    count = lambda name, mesh, contexts, rows: Kernel(name, mesh).pieces(contexts, rows).count
+    assert count("splash", mesh, 1, 7040) == 8 and count("splash", mesh, 1, 1000) == 1 and count("xla", mesh, 1, 100) == 8
+    assert count("cudnn", mesh, 1, 7040) == 1 and count("cudnn", asked, 2, 7040) == 4 == count("cudnn", asked, 1, 7040)
+    fsdp = sharding.make_mesh(sharding.MeshShape.parse("fsdp=2,context=4,model=1"))
+    assert count("splash", fsdp, 2, 7040) == 4 and count("splash", fsdp, 1, 7040) == 1
+    assert Kernel("splash", mesh).run(441) == 512 and Kernel("splash", mesh).run(1762) == 1792
+
+
 def test_the_arguments_for_cudnn_mean_the_reference():
     """The same call through jax.nn's own XLA implementation: cuDNN itself needs a GPU."""
     q, k, v, valid = case()
