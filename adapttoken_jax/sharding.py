@@ -4,6 +4,9 @@ The mesh has two axes. `data` holds different groups of the video, `model` split
 by heads, the feed-forward blocks by F, embedding and head by V. Weights are replicated over `data`. The vision tower is
 small and its slots are independent: every device holds all of it and encodes slots of its own.
 
+Where there are more devices than groups, an axis `context` between the two holds pieces of each group's rows, and the
+final prompt's, which without it lie on `data` (`model/pieces.py`). Weights are replicated over it.
+
 Where the weights of a decoder leave too little room, the first axis may be `fsdp` in place of `data`: it holds groups
 as `data` does, and the decoder's kernels are split over it as well. Whichever is smaller then travels. A context with
 its questions is long: every layer's weights are gathered for it (`gathered`), and dropped again. The tokens of answers
@@ -55,7 +58,7 @@ class MeshShape:
             name, _, number = part.strip().partition("=")
             if name not in _AXES or name in sizes or not number.isdigit() or int(number) < 1:
                 raise UserError(
-                    f"--mesh={text}: write data=N,model=N or fsdp=N,model=N, or context=N as well, with positive numbers"
+                    f"--mesh={text}: write data=N,model=N or fsdp=N,model=N with positive numbers; context=N may be added"
                 )
             sizes[name] = int(number)
         if sizes.keys() >= {"data", "fsdp"}:
@@ -84,7 +87,7 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices=None) -> Mesh:
-    """A (data or fsdp, model) mesh, or (data or fsdp, context, model), over as many devices as it takes, by default the first of those of all processes.
+    """A mesh of these axes over as many devices as it takes, by default the first of those of all processes.
 
     Raises:
       UserError: more devices asked for than there are, or some left over where the processes of a run share them.

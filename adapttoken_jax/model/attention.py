@@ -51,7 +51,7 @@ def _causal_blocked(q, k, v, valid, places, key_places):
     k, v = jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2)  # [B, K, H, S] and [B, K, S, H]: plain products
     places = jnp.pad(places, ((0, 0), (0, whole - T)), mode="edge").reshape(len(places), -1, _BLOCK)
     places = jnp.swapaxes(places, 0, 1)
-    if T < len(key_places):
+    if len(key_places) > T:
         segments = [(slice(None), slice(None))]  # rows of a piece may look anywhere
     else:
         rows = round_up(-(-whole // _SEGMENTS), _BLOCK)

@@ -6,11 +6,11 @@ as there.
 
 - A float32 model takes XLA everywhere: the kernels round the factors of their products.
 - XLA cannot split a kernel over a mesh by itself, so each device is handed its own heads and batch entries.
+- Of a context in pieces (`pieces.py`) each device has its own rows, all keys, and its own part of the causal mask.
 - Splash is not for the vision tower: its windows are small, and dense products fill a TPU's matrix units best.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -218,7 +218,7 @@ def _splash_mask_of(order: np.ndarray):
 
 
 def _splash_kernels(mask, heads: int, blocks: tuple[int, int], with_lse: bool = False, shards: int = 1) -> dict:
-    """Splash with a mask of rows and keys, by platform: others than a TPU interpret it. Devices may have shards of it."""
+    """Splash with a mask, of which each device has one of `shards`, by platform: others than a TPU interpret it."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     make = lambda interpret: splash.make_splash_mha(

@@ -66,7 +66,9 @@ def agrees_with_one_device(directory, alone, mesh):
     np.testing.assert_allclose(ours.trace["group_relevance"], alone.trace["group_relevance"], atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "data=8,model=1", "fsdp=2,model=4", "data=2,context=4"])
+@pytest.mark.parametrize(
+    "mesh", ["data=2,model=4", "data=4,model=2", "data=8,model=1", "fsdp=2,model=4", "data=2,context=4"]
+)
 def test_lite_visits_the_same_groups_on_a_mesh(directory, single, mesh):
     """The compiled loop over waves, the last one padded, against one group at a time on the host."""
     model, full = single
@@ -121,7 +123,10 @@ def test_groups_side_by_side_equal_groups_one_by_one(passes):
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("shape", ["data=8", "data=4,model=2", "data=2,model=4", "model=8", "fsdp=8", "fsdp=4,model=2", "fsdp=2,context=2,model=2"])
+@pytest.mark.parametrize(
+    "shape",
+    ["data=8", "data=4,model=2", "data=2,model=4", "model=8", "fsdp=8", "fsdp=4,model=2", "fsdp=2,context=2,model=2"],
+)
 def test_real_sizes_have_shapes_and_shardings(name, shape):
     shape = sharding.MeshShape.parse(shape)
     config, mesh = SIZES[name], sharding.make_mesh(shape)

@@ -78,7 +78,7 @@ def test_pieces_of_a_context_are_the_context(name, mesh, contexts, monkeypatch):
     kernel = Kernel(name, sharding.make_mesh(sharding.MeshShape.parse(mesh)))
     pieces = kernel.pieces(contexts, 1120)
     T = pieces.runs * kernel.run(1120 // pieces.runs)
-    assert pieces.count == 4 // contexts and T > 1120 or name == "xla"
+    assert (pieces.count == 4 // contexts and T > 1120) or name == "xla"
     q, k, v, valid = case(T=T, S=T)
     q, k, v, valid = q[:contexts], k[:contexts], v[:contexts], np.arange(T) < 1120 - 9 * np.arange(contexts)[:, None]
 
@@ -105,7 +105,9 @@ def test_small_contexts_are_not_cut_and_cudnn_cuts_only_where_it_is_asked_to():
     mesh = sharding.make_mesh(sharding.MeshShape.parse("data=8,model=1"))
     asked = sharding.make_mesh(sharding.MeshShape.parse("data=2,context=4,model=1"))
     count = lambda name, mesh, contexts, rows: Kernel(name, mesh).pieces(contexts, rows).count
-    assert count("splash", mesh, 1, 7040) == 8 and count("splash", mesh, 1, 1000) == 1 and count("xla", mesh, 1, 100) == 8
+    assert (
+        count("splash", mesh, 1, 7040) == 8 and count("splash", mesh, 1, 1000) == 1 and count("xla", mesh, 1, 100) == 8
+    )
     assert count("cudnn", mesh, 1, 7040) == 1 and count("cudnn", asked, 2, 7040) == 4 == count("cudnn", asked, 1, 7040)
     fsdp = sharding.make_mesh(sharding.MeshShape.parse("fsdp=2,context=4,model=1"))
     assert count("splash", fsdp, 2, 7040) == 4 and count("splash", fsdp, 1, 7040) == 1
