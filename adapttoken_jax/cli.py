@@ -258,7 +258,7 @@ _ANSWER_FLAGS = (
         "mesh",
         str,
         "devices that hold groups and layers, as data=4,model=2; with fsdp=4 in place of data=4 the devices that hold "
-        "groups split the weights too",
+        "groups split the weights too; context=2 gives a group's rows to two devices",
         "Devices",
         "SIZES",
         shown_default="one device of one process; groups on all devices of several",

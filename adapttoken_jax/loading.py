@@ -61,7 +61,8 @@ def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None) 
 
     Args:
       path: the checkpoint's directory, or the name of a bundled model, "needle".
-      mesh: a (data, model) or (fsdp, model) mesh, its shape, or a text such as "data=4,model=2"; None for one device.
+      mesh: a mesh with axes data or fsdp, [context,] model, its shape, or a text such as "data=4,model=2"; None for one
+        device.
       dtype: float32, bfloat16 or float16; None is float32 on a CPU and the checkpoint's own type elsewhere.
 
     Raises:
