@@ -256,9 +256,11 @@ def _our_bits(p: Parameter, staged: jax.Array, dtype: np.dtype) -> jax.Array:
     return p.from_stored(_bits(staged.astype(dtype)))
 
 
-# Elements are moved as integers: XLA's CPU backend moves bfloat16 through float32, which alters NaNs and is slower.
+# Elements are moved as integers: XLA's CPU backend moves bfloat16 through float32, which alters NaNs and is slower. The
+# barrier keeps the compiler from taking a bitcast there and one back for nothing.
 def _bits(array: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+    integers = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+    return jax.lax.optimization_barrier(integers)
 
 
 def _from_bits(array: jax.Array, dtype: np.dtype) -> jax.Array:
