@@ -549,6 +549,24 @@ def test_a_tiny_model_is_compiled_for_a_tpu(monkeypatch):
 
 
 @NEEDS_LIBTPU
+def test_pieces_of_a_group_pass_on_keys_and_values_alone():
+    """Four layers of the 7B model, a group on four chips."""
+    full = SIZES["qwen2.5-vl-7b"]
+    config = dataclasses.replace(full, text=dataclasses.replace(full.text, layers=4))
+    settings = AdaptTokenConfig.for_model(config, max_frames=256, reference_layer=2)
+    _, work = estimate.workload(config, settings, "adapttoken", (560, 308), None, 1, 160)
+    shape = sharding.MeshShape.parse("context=4")
+    planner = estimate._Planner(config, Topology.parse("v6e:2x2"), work, lambda text: None)
+    mesh = planner.mesh(shape)
+    group = next(p for p in programs.programs(programs.abstract_model(config, mesh), work) if p.name == "group")
+    sent = planner.estimate(group, shape, mesh).collectives
+    # 14 336 rows with padding, and 160 of the question; keys and values of 4 heads of 128, in bfloat16.
+    least = 4 * 2 * (14336 + 160) * 4 * 128 * 2
+    assert least <= sent["all-gather"]["bytes"] < 1.2 * least
+    assert sum(each["bytes"] for kind, each in sent.items() if kind != "all-gather") < 0.01 * least
+
+
+@NEEDS_LIBTPU
 def test_a_lone_row_takes_a_tpu_no_longer_than_eight():
     """A token of an answer, through a product of the 7B model."""
     spec = "...D,DF->...F"
