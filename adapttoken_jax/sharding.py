@@ -5,7 +5,8 @@ by heads, the feed-forward blocks by F, embedding and head by V. Weights are rep
 small and its slots are independent: every device holds all of it and encodes slots of its own.
 
 Where there are more devices than groups, an axis `context` between the two holds pieces of each group's rows, and the
-final prompt's, which without it lie on `data` (`model/pieces.py`). Weights are replicated over it.
+final prompt's, which without it lie on `data` (`model/pieces.py`). Weights are replicated over it. The few rows of an
+answer are on all places of a context: each multiplies them with a part of the weights of its own (`parted`).
 
 Where the weights of a decoder leave too little room, the first axis may be `fsdp` in place of `data`: it holds groups
 as `data` does, and the decoder's kernels are split over it as well. Whichever is smaller then travels. A context with
@@ -120,24 +121,24 @@ def parameter_spec(parameter: parameters.Parameter, mesh: Mesh) -> PartitionSpec
     """How a parameter lies on the mesh: the vision tower's everywhere, the decoder's as the rules say."""
     if parameter.path[0] == "vision":
         return PartitionSpec(*[None] * len(parameter.shape))
-    return _split(parameter.axes, parameter.shape, mesh.shape)
+    return _split(parameter.axes, parameter.shape, mesh.shape, ("fsdp",) if "fsdp" in mesh.shape else ())
 
 
-def _split(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[str, int]) -> PartitionSpec:
-    """`model` splits the first axis that may be split and that it divides; `fsdp`, of a kernel, the same one or D."""
+def _split(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[str, int], further=()) -> PartitionSpec:
+    """`model` splits the first axis that may be split and that it divides; `further`, of a kernel, the same one or D."""
     spec = {axis: () for axis in axes}
 
-    def split(name, candidates):
+    def split(names, candidates):
         for axis, size in zip(axes, shape, strict=True):
-            parts = math.prod(mesh[each] for each in (*spec[axis], name))
+            parts = math.prod(mesh[each] for each in (*spec[axis], *names))
             if axis in candidates and size % parts == 0:
-                spec[axis] += (name,)
+                spec[axis] += names
                 return True
         return False
 
-    split("model", _SPLIT)
-    if "fsdp" in mesh and {"D"} < {*axes} - {"L"}:
-        split("fsdp", {axis for axis in axes if spec[axis]}) or split("fsdp", {"D"})
+    split(("model",), _SPLIT)
+    if further and {"D"} < {*axes} - {"L"}:
+        split(further, {axis for axis in axes if spec[axis]}) or split(further, {"D"})
     return PartitionSpec(*(names or None for names in spec.values()))
 
 
@@ -170,8 +171,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What travels inside a program whose mesh has an axis `fsdp`; on any other mesh these change nothing
+# What of the weights, and which rows, lie where inside a program
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def parted(layer, mesh: Mesh | None, places: tuple[str, ...]):
+    """A layer of the decoder of which each of these places takes a part; nothing travels for it.
+
+    For rows that all of them have, so that without this each would read all weights and do what the others do. With an
+    axis `fsdp` weights stay as they are, in parts.
+    """
+    return layer if not places or "fsdp" in mesh.shape else _laid_out(layer, mesh, places)
 
 
 def gathers(mesh: Mesh | None, contexts: int = 0) -> bool:
@@ -184,13 +194,19 @@ def gathered(layer, mesh: Mesh | None, contexts: int):
     if not gathers(mesh, contexts):
         return layer
 
-    def whole(path, array):
+    # Gathered once for all that use them: a TPU's compiler would gather some a second time.
+    return jax.lax.optimization_barrier(_laid_out(layer, mesh))
+
+
+def _laid_out(layer, mesh: Mesh, further: tuple[str, ...] = ()):
+    """A layer of the decoder with its weights split over `model` and these axes alone."""
+
+    def lay(path, array):
         axes = parameters.axes("text", "layers", path[0].name)[1:]  # without L
-        spec = _split(axes, array.shape, {"model": mesh.shape["model"]})
+        spec = _split(axes, array.shape, mesh.shape, further)
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
-    # Gathered once for all that use them: a TPU's compiler would gather some a second time.
-    return jax.lax.optimization_barrier(jax.tree_util.tree_map_with_path(whole, layer))
+    return jax.tree_util.tree_map_with_path(lay, layer)
 
 
 def split_rows(tree, mesh: Mesh | None):

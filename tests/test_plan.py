@@ -295,6 +295,20 @@ def test_trip_counts_give_the_closed_form_of_the_final_pass():
     assert compiled_flops(program) == program.flops + masked_flops(WORK.prefix + 128, 64, 5, 1)
 
 
+@pytest.mark.parametrize("mesh", ["data=4", "data=2,context=4"])
+def test_places_of_a_context_share_the_products_of_an_answers_token(mesh):
+    """All but attention over the context; XLA may split some over `data` as well."""
+
+    def token(mesh):
+        mesh = sharding.make_mesh(sharding.MeshShape.parse(mesh))
+        program = programs.final_pass(programs.abstract_model(TINY, mesh, jnp.float32), WORK)
+        text = program.lower().compile().as_text()
+        none, one = (hlo.program_cost(text, dict.fromkeys(program.trips, count), program.shares) for count in (0, 1))
+        return one.flops - none.flops
+
+    assert token(mesh) < token("data=1") / 3
+
+
 def test_both_kinds_of_layers_give_the_closed_form_of_the_vision_tower():
     program = programs.vision(on_cpu(), WORK)  # 8 x 16 patches: two whole windows, no padding
     assert compiled_flops(program) == program.flops

@@ -22,7 +22,7 @@ from adapttoken_jax.model.block import Block, merge_axes, pad_end, product, rms_
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.pieces import WHOLE, Pieces
 from adapttoken_jax.model.rotary import rotate, text_angles, turns
-from adapttoken_jax.sharding import gathered, shared_rows, split_rows
+from adapttoken_jax.sharding import gathered, parted, shared_rows, split_rows
 
 
 @jax.tree_util.register_dataclass
@@ -235,13 +235,15 @@ class TextDecoder(Block):
           the probe).
         """
         turn = self.turns(position_ids)
+        places = Pieces.of(kernel.mesh, len(embeddings)).own
         written = jax.lax.dynamic_update_slice_in_dim(tail.valid, valid, start, 2)
         mask = _looks_at(written, start, embeddings.shape[2])
 
         def step(carry, indexed):
             x, observed = carry
             index, (ck, cv, tk, tv) = indexed
-            x, (tk, tv), q, lse = self.layer(index).extend(
+            layer = parted(self.layer(index), kernel.mesh, places)
+            x, (tk, tv), q, lse = layer.extend(
                 x, turn, (ck, cv, context.valid), (tk, tv), mask, start, kernel
             )
             observed = _observe(probe, index, observed, lambda: (q, ck, context.valid, lse))

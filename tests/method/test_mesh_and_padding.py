@@ -161,6 +161,16 @@ def test_weights_are_gathered_and_rows_shared_within_a_program(directory):
     )
 
 
+@pytest.mark.parametrize(("mesh", "place"), [("data=4,model=2", "data"), ("data=2,context=2,model=2", "context")])
+def test_each_place_of_a_context_takes_a_part_of_the_weights(directory, mesh, place):
+    model = at.load(directory, mesh=mesh)
+    part = jax.jit(lambda text: sharding.parted(text.layer(0), model.mesh, (place,)))(model.module.text)
+    kernels = {path[0].name: x for path, x in jax.tree.leaves_with_path(part) if path[0].name.endswith("kernel")}
+    ways = {name: x.size // np.prod(x.sharding.shard_shape(x.shape)) for name, x in kernels.items()}
+    assert len(ways) == 7 and {*ways.values()} == {2 * model.mesh.shape[place]}
+    assert sharding.parted(part, model.mesh, ()) is part
+
+
 def test_a_mesh_of_other_axes_is_refused():
     mesh = jax.make_mesh((2, 4), ("model", "data"))
     with pytest.raises(UserError, match=r"--mesh: its axes are \('model', 'data'\)"):
