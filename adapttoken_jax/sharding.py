@@ -125,7 +125,7 @@ def parameter_spec(parameter: parameters.Parameter, mesh: Mesh) -> PartitionSpec
 
 
 def _split(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[str, int], further=()) -> PartitionSpec:
-    """`model` splits the first axis that may be split and that it divides; `further`, of a kernel, the same one or D."""
+    """`model` splits the first axis that may be split and that it divides; `further`, of a kernel, that one or D."""
     spec = {axis: () for axis in axes}
 
     def split(names, candidates):

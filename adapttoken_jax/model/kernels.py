@@ -47,11 +47,19 @@ class Kernel:
 
     def pieces(self, contexts: int, length: int) -> Pieces:
         """How so many contexts of so many rows lie on the mesh."""
-        found = Pieces.of(self.mesh, contexts)
-        if self.name == "cudnn" and "context" not in found.own:
-            return WHOLE  # cuDNN has no kernel for a piece, and what a lone context wins is not worth doing without
+        found = self._pieces(contexts)
         padded = found.runs * self.run(-(-length // found.runs))
         return found if padded <= _MOST_PADDING * length else WHOLE
+
+    def sharers(self, contexts: int) -> tuple[str, ...]:
+        """Axes of the mesh whose places share an answer's products (`sharding.parted`), of so many contexts."""
+        return self._pieces(contexts).own
+
+    def _pieces(self, contexts: int) -> Pieces:
+        found = Pieces.of(self.mesh, contexts)
+        # cuDNN has no kernel for a piece; whether a lone context gains without, or an answer's token, which then waits
+        # for four sums per layer, was not measured on GPUs.
+        return WHOLE if self.name == "cudnn" and "context" not in found.own else found
 
     def run(self, rows: int) -> int:
         """The length of the runs, of at least so many rows, that suits `causal` of pieces: whole blocks of splash."""

@@ -235,14 +235,14 @@ class TextDecoder(Block):
           the probe).
         """
         turn = self.turns(position_ids)
-        places = Pieces.of(kernel.mesh, len(embeddings)).own
+        sharers = kernel.sharers(len(embeddings))
         written = jax.lax.dynamic_update_slice_in_dim(tail.valid, valid, start, 2)
         mask = _looks_at(written, start, embeddings.shape[2])
 
         def step(carry, indexed):
             x, observed = carry
             index, (ck, cv, tk, tv) = indexed
-            layer = parted(self.layer(index), kernel.mesh, places)
+            layer = parted(self.layer(index), kernel.mesh, sharers)
             x, (tk, tv), q, lse = layer.extend(
                 x, turn, (ck, cv, context.valid), (tk, tv), mask, start, kernel
             )

@@ -111,6 +111,9 @@ def test_small_contexts_are_not_cut_and_cudnn_cuts_only_where_it_is_asked_to():
     assert count("cudnn", mesh, 1, 7040) == 1 and count("cudnn", asked, 2, 7040) == 4 == count("cudnn", asked, 1, 7040)
     fsdp = sharding.make_mesh(sharding.MeshShape.parse("fsdp=2,context=4,model=1"))
     assert count("splash", fsdp, 2, 7040) == 4 and count("splash", fsdp, 1, 7040) == 1
+    sharers = lambda name, mesh, contexts: Kernel(name, mesh).sharers(contexts)
+    assert sharers("splash", mesh, 1) == ("data",) and sharers("splash", mesh, 8) == sharers("cudnn", mesh, 1) == ()
+    assert sharers("xla", asked, 1) == sharers("cudnn", asked, 2) == ("context",) and sharers("xla", None, 1) == ()
     assert Kernel("splash", mesh).run(441) == 512 and Kernel("splash", mesh).run(1762) == 1792
 
 
