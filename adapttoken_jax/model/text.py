@@ -243,9 +243,7 @@ class TextDecoder(Block):
             x, observed = carry
             index, (ck, cv, tk, tv) = indexed
             layer = parted(self.layer(index), kernel.mesh, sharers)
-            x, (tk, tv), q, lse = layer.extend(
-                x, turn, (ck, cv, context.valid), (tk, tv), mask, start, kernel
-            )
+            x, (tk, tv), q, lse = layer.extend(x, turn, (ck, cv, context.valid), (tk, tv), mask, start, kernel)
             observed = _observe(probe, index, observed, lambda: (q, ck, context.valid, lse))
             return (x, observed), (tk, tv, x if return_layers else None)
 
