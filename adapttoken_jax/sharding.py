@@ -171,7 +171,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What of the weights, and which rows, lie where inside a program
+# Where weights and rows lie inside a program; those that speak of `fsdp` change nothing on any other mesh
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -52,7 +52,7 @@ class Kernel:
         return found if padded <= _MOST_PADDING * length else WHOLE
 
     def sharers(self, contexts: int) -> tuple[str, ...]:
-        """Axes of the mesh whose places share an answer's products (`sharding.parted`), of so many contexts."""
+        """Axes of the mesh whose places share the products of answers about so many contexts (`sharding.parted`)."""
         return self._pieces(contexts).own
 
     def _pieces(self, contexts: int) -> Pieces:
