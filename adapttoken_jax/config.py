@@ -114,9 +114,28 @@ def model_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
         raise UserError(f"{source}: the field {error} is missing") from None
 
 
+# Fields of `ModelConfig` and the keys of config.json that replace their defaults.
+_TOKEN_IDS = {
+    "vision_start": "vision_start_token_id",
+    "vision_end": "vision_end_token_id",
+    "image_pad": "image_token_id",
+    "video_pad": "video_token_id",
+}
+
+
 def _model_config(raw, text, vision, source) -> ModelConfig:
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    _check_supported(text, vision, source)
+    tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    token_ids = {field: raw[key] for field, key in _TOKEN_IDS.items() if key in raw}
+    return ModelConfig(_vision_config(vision), _text_config(text, tied, source), **token_ids)
+
+
+def _rope(text) -> dict:
+    return text.get("rope_parameters") or text.get("rope_scaling") or {}
+
+
+def _check_supported(text, vision, source) -> None:
+    kind = _rope(text).get("rope_type", _rope(text).get("type", "default"))
     if kind not in ("default", "mrope"):
         raise UserError(f"{source}: rope type {kind!r} is not supported; only 'mrope' (plain M-RoPE) is")
     if text.get("use_sliding_window"):
@@ -124,50 +143,44 @@ def _model_config(raw, text, vision, source) -> ModelConfig:
     for part, activation in (("text", text.get("hidden_act")), ("vision", vision.get("hidden_act"))):
         if activation not in (None, "silu"):
             raise UserError(f"{source}: {part} hidden_act {activation!r} is not supported; only 'silu' is")
-    heads = text["num_attention_heads"]
+
+
+def _vision_config(vision) -> VisionConfig:
+    return VisionConfig(
+        layers=vision["depth"],
+        width=vision["hidden_size"],
+        heads=vision["num_heads"],
+        ff=vision["intermediate_size"],
+        out_width=vision["out_hidden_size"],
+        full_attention_layers=tuple(vision["fullatt_block_indexes"]),
+        patch=vision.get("patch_size", 14),
+        temporal_patch=vision.get("temporal_patch_size", 2),
+        merge=vision.get("spatial_merge_size", 2),
+        window=vision.get("window_size", 112),
+        channels=vision.get("in_channels", vision.get("in_chans", 3)),
+        # Missing from a file means the class default of transformers, which is not the released models' 2.
+        tokens_per_second=vision.get("tokens_per_second", 4),
+    )
+
+
+def _text_config(text, tied: bool, source) -> TextConfig:
+    rope, heads = _rope(text), text["num_attention_heads"]
     head_dim = text.get("head_dim") or text["hidden_size"] // heads
     sections = tuple(rope.get("mrope_section", (16, 24, 24)))
     if sum(sections) * 2 != head_dim:
         raise UserError(f"{source}: mrope_section {list(sections)} does not add up to half of head_dim {head_dim}")
-    return ModelConfig(
-        vision=VisionConfig(
-            layers=vision["depth"],
-            width=vision["hidden_size"],
-            heads=vision["num_heads"],
-            ff=vision["intermediate_size"],
-            out_width=vision["out_hidden_size"],
-            full_attention_layers=tuple(vision["fullatt_block_indexes"]),
-            patch=vision.get("patch_size", 14),
-            temporal_patch=vision.get("temporal_patch_size", 2),
-            merge=vision.get("spatial_merge_size", 2),
-            window=vision.get("window_size", 112),
-            channels=vision.get("in_channels", vision.get("in_chans", 3)),
-            # Missing from a file means the class default of transformers, which is not the released models' 2.
-            tokens_per_second=vision.get("tokens_per_second", 4),
-        ),
-        text=TextConfig(
-            layers=text["num_hidden_layers"],
-            width=text["hidden_size"],
-            heads=heads,
-            kv_heads=text["num_key_value_heads"],
-            head_dim=head_dim,
-            ff=text["intermediate_size"],
-            vocab=text["vocab_size"],
-            mrope_sections=sections,
-            rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
-            eps=text["rms_norm_eps"],
-            tied=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        ),
-        **{
-            field: raw[key]
-            for field, key in (
-                ("vision_start", "vision_start_token_id"),
-                ("vision_end", "vision_end_token_id"),
-                ("image_pad", "image_token_id"),
-                ("video_pad", "video_token_id"),
-            )
-            if key in raw
-        },
+    return TextConfig(
+        layers=text["num_hidden_layers"],
+        width=text["hidden_size"],
+        heads=heads,
+        kv_heads=text["num_key_value_heads"],
+        head_dim=head_dim,
+        ff=text["intermediate_size"],
+        vocab=text["vocab_size"],
+        mrope_sections=sections,
+        rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
+        eps=text["rms_norm_eps"],
+        tied=tied,
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,47 +93,61 @@ def generate(
     Returns:
       The loop's last state.
     """
-    ends = jnp.asarray(end_ids, jnp.int32)
-
-    def record(state: Generation, logits) -> Generation:
-        key, now = jax.random.split(state.key)
-        token = sampling(logits, now)
-        is_end = jnp.isin(token, ends)
-        counts = ~state.ended & (~is_end | (state.step == 0))
-        put = lambda buffer, value: buffer.at[:, :, state.step].set(value)
-        return dataclasses.replace(
-            state,
-            tokens=put(state.tokens, token),
-            counted=put(state.counted, counts),
-            measured=put(state.measured, measure(logits)),
-            ended=state.ended | is_end | (state.step + 1 >= limit),
-            step=state.step + 1,
-            key=key,
-        )
+    record = _Record(sampling, end_ids, limit, measure)
+    tails = tuple(tail for _, tail in pasts) if tokens > 1 else ()
+    width = jax.eval_shape(measure, logits).shape[-1]
+    first = record(_blank(tails, (*logits.shape[:2], tokens, width), key), logits)
+    if tokens == 1:
+        return first
 
     def advance(state: Generation) -> Generation:
         last = state.step - 1
         token = jax.lax.dynamic_index_in_dim(state.tokens, last, 2)  # [B, Q, 1]
         position = jnp.broadcast_to((first_position + last)[..., None, None], (*token.shape[:2], 3, 1))
-        valid = jnp.ones_like(token, bool)
         hidden, tails = text.embed(token), []
         for (context, _), tail in zip(pasts, state.tails, strict=True):
+            valid = jnp.ones_like(token, bool)
             hidden, tail, _ = text.extend(hidden, position, valid, context, tail, start + last, kernel=kernel)
             tails.append(tail)
         return record(dataclasses.replace(state, tails=tuple(tails)), text.logits(hidden[:, :, -1]))
 
-    shape = (*logits.shape[:2], tokens)
-    blank = Generation(
-        tails=tuple(tail for _, tail in pasts) if tokens > 1 else (),
-        tokens=jnp.zeros(shape, jnp.int32),
-        counted=jnp.zeros(shape, bool),
-        measured=jnp.zeros((*shape, jax.eval_shape(measure, logits).shape[-1]), jnp.float32),
+    going = lambda state: (state.step < tokens) & ~jnp.all(state.ended)
+    return jax.lax.while_loop(going, advance, first)
+
+
+def _blank(tails: tuple[Tail, ...], shape: tuple[int, int, int, int], key: jax.Array | None) -> Generation:
+    """The state before any token; `shape` is (B, Q, A, m)."""
+    return Generation(
+        tails=tails,
+        tokens=jnp.zeros(shape[:3], jnp.int32),
+        counted=jnp.zeros(shape[:3], bool),
+        measured=jnp.zeros(shape, jnp.float32),
         ended=jnp.zeros(shape[:2], bool),
         step=jnp.int32(0),
         key=jax.random.key(0) if key is None else key,
     )
-    first = record(blank, logits)
-    if tokens == 1:
-        return first
-    going = lambda state: (state.step < tokens) & ~jnp.all(state.ended)
-    return jax.lax.while_loop(going, advance, first)
+
+
+class _Record(NamedTuple):
+    """Chooses a token and writes it down; the fields are the arguments of `generate`."""
+
+    sampling: Sampling
+    end_ids: tuple[int, ...]
+    limit: jax.Array
+    measure: Callable[[jax.Array], jax.Array]
+
+    def __call__(self, state: Generation, logits) -> Generation:
+        """The state with one more token, chosen from logits[B, Q, V]."""
+        key, now = jax.random.split(state.key)
+        token = self.sampling(logits, now)
+        is_end = jnp.isin(token, jnp.asarray(self.end_ids, jnp.int32))
+        put = lambda buffer, value: buffer.at[:, :, state.step].set(value)
+        return dataclasses.replace(
+            state,
+            tokens=put(state.tokens, token),
+            counted=put(state.counted, ~state.ended & (~is_end | (state.step == 0))),
+            measured=put(state.measured, self.measure(logits)),
+            ended=state.ended | is_end | (state.step + 1 >= self.limit),
+            step=state.step + 1,
+            key=key,
+        )

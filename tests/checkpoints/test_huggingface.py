@@ -53,11 +53,12 @@ def test_every_element_is_where_the_model_expects_it(values, loaded):
     """Element by element from the meaning of the axes, not through the table."""
     heads, size, width = 4, 16, 64
     q = values["model.layers.2.self_attn.q_proj.weight"].reshape(heads, size, width)
-    assert same_bits(loaded["text"]["layers"]["q_kernel"][2], np.einsum("nhd->dnh", q.view(np.uint16)).view(q.dtype))
+    layers = jax.tree.map(np.asarray, loaded["text"]["layers"])
+    assert same_bits(layers["q_kernel"][2], np.einsum("nhd->dnh", q.view(np.uint16)).view(q.dtype))
     k = values["model.layers.1.self_attn.k_proj.bias"]
-    assert same_bits(loaded["text"]["layers"]["k_bias"][1], np.stack(np.split(k, 4)))
+    assert same_bits(layers["k_bias"][1], np.stack(np.split(k, 4)))
     out = values["model.layers.0.self_attn.o_proj.weight"]
-    ours = np.asarray(loaded["text"]["layers"]["o_kernel"][0])
+    ours = layers["o_kernel"][0]
     for n, h, d in itertools.product(range(heads), (0, 7, 15), (0, 33)):
         assert same_bits(ours[n, h, d], out[d, n * size + h])
     qkv = values["visual.blocks.1.attn.qkv.weight"]

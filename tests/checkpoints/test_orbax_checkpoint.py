@@ -66,7 +66,14 @@ def test_sharded_reading_equals_unsharded(checkpoint, config, params, mesh):
 def test_sharded_writing(tmp_path, checkpoint, config, params):
     sharded = orbax_checkpoint.read(checkpoint, config, shardings=_shardings(config, "model=2"))
     orbax_checkpoint.write(tmp_path / "sharded", config, sharded)
-    assert _same_tree(orbax_checkpoint.read(tmp_path / "sharded", config), params)
+    written = orbax_checkpoint.read(tmp_path / "sharded", config)
+    assert jax.tree.all(jax.tree.map(_same_numbers, written, params))
+
+
+def _same_numbers(a, b) -> bool:
+    """`same_bits` but for the payload of NaNs: orbax has XLA cut arrays as floats, which need not keep it."""
+    wide = lambda x: np.asarray(x).astype(np.float32)
+    return a.dtype == b.dtype and np.array_equal(wide(a), wide(b), equal_nan=True)
 
 
 def test_cast_is_that_of_jax(tmp_path, config):
