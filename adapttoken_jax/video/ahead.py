@@ -41,6 +41,8 @@ class ReadAhead:
         self._info, self._order, self._prepare = info, np.asarray(order, np.int64), prepare
         self._ahead, self._taken, self._closed = max(1, ahead), 0, False
         self._ready: dict[int, np.ndarray | Exception] = {}
+        self._awaited: set[int] = set()
+        self._end = len(self._order)  # places from here on need not be handed in
         self._lock = threading.Lock()
         self._arrived, self._room = threading.Condition(self._lock), threading.Condition(self._lock)
         runs = cut_runs(info, self._order)
@@ -69,17 +71,24 @@ class ReadAhead:
         Raises:
           UserError: the file ends early or is damaged at one of them.
         """
-        return [self._take_next() for _ in range(min(count, len(self._order) - self._taken))]
+        images, until = [], min(self._taken + count, len(self._order))
+        while self._taken < until:
+            images += self._take_together(min(until - self._taken, self._ahead))  # there is room for no more at once
+        return images
 
-    def _take_next(self) -> np.ndarray:
+    def _take_together(self, count: int) -> list[np.ndarray]:
+        """Wakes up once, when all have arrived: the threads then need not hand over to this one at every image."""
         with self._lock:
-            self._arrived.wait_for(lambda: self._taken in self._ready)
-            image = self._ready.pop(self._taken)
-            self._taken += 1
+            places = range(self._taken, self._taken + count)
+            self._awaited = {place for place in places if place < self._end and place not in self._ready}
+            self._arrived.wait_for(lambda: not self._awaited)
+            images = [self._ready.pop(place) for place in places if place in self._ready]
+            self._taken += count
             self._room.notify_all()
-        if isinstance(image, Exception):
-            raise image
-        return image
+        for image in images:
+            if isinstance(image, Exception):
+                raise image
+        return images
 
     def _read_runs(self, decoder_threads: int) -> None:
         reader = FrameReader(self._info, self._order, decoder_threads, lambda: self._closed)
@@ -120,7 +129,11 @@ class ReadAhead:
         with self._lock:
             self._room.wait_for(lambda: self._closed or place < self._taken + self._ahead)
             self._ready[place] = image
-            if place == self._taken:
+            if isinstance(image, Exception):
+                self._end = min(self._end, place + 1)
+                self._awaited = {other for other in self._awaited if other < self._end}
+            self._awaited.discard(place)
+            if not self._awaited:
                 self._arrived.notify()
             return not self._closed
 

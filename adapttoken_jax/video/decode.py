@@ -10,6 +10,7 @@ PyAV is imported where a file is read: frames in memory need no decoder.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -47,11 +48,7 @@ class FrameReader:
         self, info: VideoInfo, wanted: Iterable[int], threads: int = 0, cancelled: Callable[[], bool] = lambda: False
     ):
         self._info, self._threads, self._cancelled = info, threads, cancelled
-        if info.frames is None:
-            from av.video.reformatter import VideoReformatter
-
-            # Without one, each frame would set up its own, which for small pictures costs more than decoding.
-            self._to_rgb = VideoReformatter()
+        self._to_rgb = None if info.frames is not None else rgb_converter()
         self._keys = np.arange(info.total) if info.pts is None else info.pts
         self._wanted = {int(self._keys[index]) for index in wanted}
         self._file = contextlib.ExitStack()
@@ -77,7 +74,7 @@ class FrameReader:
             if self._info.frames is not None:
                 yield index, self._info.frames.images[index]
             else:
-                image = self._to_rgb.reformat(self._frame(index), format="rgb24").to_ndarray()
+                image = self._to_rgb(self._frame(index)).to_ndarray()
                 yield index, orient(image, self._info.orientation)
 
     def _frame(self, index: int) -> av.VideoFrame:
@@ -90,7 +87,7 @@ class FrameReader:
             self._current = next(self._frames, None)
             if self._current is None:
                 raise UserError(f"{self._info.name}: {self._lost(index)}; copy or download the file again")
-            self._position = int(np.searchsorted(self._keys, self._current[0]))
+            self._position = int(self._keys.searchsorted(self._current[0]))
         if self._time(self._position) - self._info.times[index] > _LARGEST_GAP_S:
             raise UserError(f"{self._info.name}: {self._lost(index)}; copy or download the file again")
         return self._current[1]
@@ -104,7 +101,7 @@ class FrameReader:
     def _approach(self, index: int) -> None:
         """Moves to the start of the file or to a key frame if running on would not reach `index` or cost more."""
         keyframes = self._info.keyframes
-        before = int(np.searchsorted(keyframes, index, side="right")) - 1
+        before = int(keyframes.searchsorted(index, side="right")) - 1
         start = int(keyframes[before]) if before >= 0 else 0
         back = self._container is None or index < self._asked
         if not back and start - self._position <= SEEK_FRAMES:
@@ -146,15 +143,16 @@ class FrameReader:
         context = self._stream.codec_context
         # H.264 marks the pictures that no other one refers to; unwanted ones of these need not be decoded. The
         # packet's pts says which are wanted. HEVC's mark means less than that, so other codecs decode everything.
-        skips = context.name == "h264" and not counted
+        skips, skipping = context.name == "h264" and not counted, None
         started = not len(self._info.keyframes)
         try:
             for packet in packets:
                 started = started or packet.is_keyframe
                 if not started:
                     continue
-                if skips:
-                    context.skip_frame = "DEFAULT" if packet.pts in self._wanted else "NONREF"
+                before, skipping = skipping, packet.pts not in self._wanted
+                if skips and skipping != before:
+                    context.skip_frame = "NONREF" if skipping else "DEFAULT"
                 for frame in packet.decode():
                     yield (count if counted else frame.pts), frame
                     count += 1
@@ -163,6 +161,19 @@ class FrameReader:
             where = f"after {self._time(max(self._position, 0)):.2f} s"
             message = f"{self._info.name}: cannot be decoded {where} ({reason}); copy or download the file again"
             raise UserError(message) from None
+
+
+def rgb_converter() -> Callable[[av.VideoFrame], av.VideoFrame]:
+    """Converts frames of one video to RGB, in the thread that asks.
+
+    Small pictures take longer to set up than to convert: a converter without a reformatter would set up each anew, and
+    from 17 on PyAV hands every one to threads of its own unless told not to.
+    """
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    alone = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+    return functools.partial(VideoReformatter().reformat, format="rgb24", **alone)
 
 
 def decoding_cost(info: VideoInfo, order: np.ndarray) -> np.ndarray:

@@ -116,7 +116,8 @@ def test_a_reader_that_is_told_to_stop_gives_up_between_frames(tmp_path):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_damage_is_reported_in_its_place(tmp_path, threads, monkeypatch):
+@pytest.mark.parametrize("pause_s", [0, 0.5], ids=["while it is awaited", "before anybody asks"])
+def test_damage_is_reported_in_its_place(tmp_path, threads, pause_s, monkeypatch):
     monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
     path = media.write(tmp_path / "a.mkv", FRAMES, codec="ffv1", pix_fmt="bgr0", gop=1)
     info = probe(path)
@@ -125,8 +126,9 @@ def test_damage_is_reported_in_its_place(tmp_path, threads, monkeypatch):
     before = threading.active_count()
     with ReadAhead(info, np.arange(FRAMES), media.read_stamp, 10, threads) as reader:
         assert reader.take(40) == list(range(40))
+        time.sleep(pause_s)
         with pytest.raises(UserError, match=r"a\.mkv: the frame at 1\.60 s cannot be decoded"):
-            reader.take(1)
+            reader.take(50)
     assert threading.active_count() == before
 
 
