@@ -1,5 +1,6 @@
 """Every test sees eight CPU devices and a compilation cache that outlives the run."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -8,9 +9,9 @@ import jaxlib
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Compiling is most of the run's time. Without LLVM's optimisations it takes half as long, without MLIR a quarter, and
-# the tests are small. Later versions know no way around MLIR, and XLA ends a process that gives it an unknown flag.
+# the tests are small. Later versions, of which libtpu is one, know no way around MLIR, and end a process that asks.
 _CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
+if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11) and importlib.util.find_spec("libtpu") is None:
     _CHEAP += " --xla_cpu_use_fusion_emitters=false"
 
 os.environ["XLA_FLAGS"] = f"{_CHEAP} --xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}".strip()
