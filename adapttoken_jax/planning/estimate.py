@@ -13,10 +13,10 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
-from jax.sharding import Mesh
 
 from adapttoken_jax.config import SIZES, AdaptTokenConfig, ModelConfig, read_model_config
 from adapttoken_jax.errors import UserError
+from adapttoken_jax.loading import Model
 from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.planning.chips import Chip, Topology
 from adapttoken_jax.planning.compiler import Compiled, compile_program, make_tpu_mesh, versions
@@ -203,24 +203,24 @@ class _Planner:
         self.config, self.topology, self.work, self.on_progress = config, topology, work, on_progress
         self._known: dict[tuple[MeshShape, str], ProgramEstimate] = {}
 
-    def mesh(self, shape: MeshShape) -> Mesh:
+    def model(self, shape: MeshShape) -> Model:
+        """The model on a mesh, without weights."""
         check_mesh(self.config, shape.abstract)
-        return make_tpu_mesh(self.topology, shape)
+        return abstract_model(self.config, make_tpu_mesh(self.topology, shape))
 
     def estimates(self, shape: MeshShape) -> tuple[ProgramEstimate, ...]:
-        mesh = self.mesh(shape)
-        every = programs(abstract_model(self.config, mesh), self.work)
-        return tuple(self.estimate(each, shape, mesh) for each in every)
+        model = self.model(shape)
+        return tuple(self.estimate(each, shape, model) for each in programs(model, self.work))
 
-    def estimate(self, program: Program, shape: MeshShape, mesh: Mesh) -> ProgramEstimate:
+    def estimate(self, program: Program, shape: MeshShape, model: Model) -> ProgramEstimate:
         if (shape, program.name) not in self._known:
             self.on_progress(f"compiling {program.name} for {self.topology}, {shape}")
-            self._known[shape, program.name] = self._estimate(program, mesh)
+            self._known[shape, program.name] = self._estimate(program, model)
         return self._known[shape, program.name]
 
-    def _estimate(self, program: Program, mesh: Mesh) -> ProgramEstimate:
-        beside = parameter_bytes(self.config, mesh, program.absent)
-        own = parameter_bytes(self.config, mesh, {"text": "vision", "vision": "text"}[program.absent])
+    def _estimate(self, program: Program, model: Model) -> ProgramEstimate:
+        beside = parameter_bytes(model, program.absent)
+        own = parameter_bytes(model, {"text": "vision", "vision": "text"}[program.absent])
         # Weights that leave no room need no compiler to say so.
         too_large = own + beside > self.topology.chip.hbm
         compiled = Compiled(peak=own) if too_large else compile_program(program)
@@ -249,9 +249,9 @@ class _Planner:
 
     def longest(self, shape: MeshShape) -> ProgramEstimate:
         """The estimate of the program with most operations."""
-        mesh = self.mesh(shape)
-        every = programs(abstract_model(self.config, mesh), self.work)
-        return self.estimate(max(every, key=lambda each: each.runs * each.flops), shape, mesh)
+        model = self.model(shape)
+        every = programs(model, self.work)
+        return self.estimate(max(every, key=lambda each: each.runs * each.flops), shape, model)
 
     def shapes(self) -> list[MeshShape]:
         """Every mesh of the slice whose `model` axis divides the decoder's attention heads, from narrow to wide."""

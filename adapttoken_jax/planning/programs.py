@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from adapttoken_jax import costs, parameters, sharding
 from adapttoken_jax.config import AdaptTokenConfig, ModelConfig
@@ -86,14 +86,10 @@ def abstract_model(config: ModelConfig, mesh: Mesh, dtype=jnp.bfloat16) -> Model
     return Model(Qwen25VL(config, values), config, tokenizer=None, path="", mesh=mesh)
 
 
-def parameter_bytes(config: ModelConfig, mesh: Mesh, tower: str, dtype=jnp.bfloat16) -> int:
-    """Bytes of one tower's parameters ("vision" or "text") on each chip."""
-    total = 0
-    for parameter in parameters.parameters(config):
-        if parameter.path[0] == tower:
-            place = NamedSharding(mesh, sharding.parameter_spec(parameter, mesh))
-            total += math.prod(place.shard_shape(parameter.shape))
-    return total * jnp.dtype(dtype).itemsize
+def parameter_bytes(model: Model, tower: str) -> int:
+    """Bytes of one tower's parameters ("vision" or "text") on each chip, as the model holds them."""
+    leaves = jax.tree.leaves(getattr(model.module, tower))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def programs(model: Model, work: Work) -> list[Program]:
