@@ -48,7 +48,7 @@ class FrameReader:
         self, info: VideoInfo, wanted: Iterable[int], threads: int = 0, cancelled: Callable[[], bool] = lambda: False
     ):
         self._info, self._threads, self._cancelled = info, threads, cancelled
-        self._to_rgb = None if info.frames is not None else rgb_converter()
+        self._to_rgb = None if info.frames is not None else _rgb_converter()
         self._keys = np.arange(info.total) if info.pts is None else info.pts
         self._wanted = {int(self._keys[index]) for index in wanted}
         self._file = contextlib.ExitStack()
@@ -163,11 +163,11 @@ class FrameReader:
             raise UserError(message) from None
 
 
-def rgb_converter() -> Callable[[av.VideoFrame], av.VideoFrame]:
+def _rgb_converter() -> Callable[[av.VideoFrame], av.VideoFrame]:
     """Converts frames of one video to RGB, in the thread that asks.
 
-    Small pictures take longer to set up than to convert: a converter without a reformatter would set up each anew, and
-    from 17 on PyAV hands every one to threads of its own unless told not to.
+    Setting up takes longer than converting a small picture: `VideoFrame.to_ndarray` would set up for each, and from 17
+    on PyAV hands each to threads of its own unless told not to.
     """
     import av
     from av.video.reformatter import VideoReformatter
