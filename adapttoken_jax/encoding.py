@@ -27,8 +27,10 @@ from adapttoken_jax.passes import encode_slots
 from adapttoken_jax.streaming import Part, one_pass
 from adapttoken_jax.video import Clip, SlotImages, patch_rows
 
-# What one call of the vision tower takes at most on each device: bounds its memory.
+# What one call of the vision tower takes at most on each device: bounds its memory. A GPU is so fast that the host can
+# only just hand patches and features over in chunks as small as a TPU's: its products then wait now and again.
 _PATCHES_PER_CHUNK = 16384
+_PATCHES_PER_GPU_CHUNK = 32768
 _SLOTS_PER_CHUNK = 64
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -203,7 +205,9 @@ class SlotEncoder:
         self._started[slots] = True
         model = self._model
         encoded = encode_slots(model.module, _place(model, patches), height, width, model.vision_kernel)
-        return slots, sharding.everywhere(encoded, model.mesh)
+        encoded = sharding.everywhere(encoded, model.mesh)
+        encoded.copy_to_host_async()  # as soon as it is there, while the next chunk is encoded
+        return slots, encoded
 
     def _collect(self, slots: np.ndarray, encoded: jax.Array) -> None:
         self.features[slots] = np.asarray(encoded)[: len(slots)]
@@ -246,7 +250,8 @@ def _visual_tokens(model, clip, encoder, patches, source=None) -> VisualTokens:
 def chunk_slots(model: Model, clip: Clip) -> int:
     """Slots of a clip per call of the vision tower, the same number on every device."""
     slots, height, width = clip.grid
-    most = max(1, min(_SLOTS_PER_CHUNK, _PATCHES_PER_CHUNK // (height * width)))
+    patches = _PATCHES_PER_GPU_CHUNK if jax.default_backend() == "gpu" else _PATCHES_PER_CHUNK
+    most = max(1, min(_SLOTS_PER_CHUNK, patches // (height * width)))
     even = 1 << (most.bit_length() - 1)  # a power of two divides the usual groups
     devices = 1 if model.mesh is None else model.mesh.size
     return min(even * devices, round_up(slots, devices))
