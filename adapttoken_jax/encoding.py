@@ -205,9 +205,7 @@ class SlotEncoder:
         self._started[slots] = True
         model = self._model
         encoded = encode_slots(model.module, _place(model, patches), height, width, model.vision_kernel)
-        encoded = sharding.everywhere(encoded, model.mesh)
-        encoded.copy_to_host_async()  # as soon as it is there, while the next chunk is encoded
-        return slots, encoded
+        return slots, sharding.everywhere(encoded, model.mesh)
 
     def _collect(self, slots: np.ndarray, encoded: jax.Array) -> None:
         self.features[slots] = np.asarray(encoded)[: len(slots)]

@@ -125,7 +125,7 @@ def exact(function):
 def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int, kernel: Kernel = XLA) -> jax.Array:
     """Patches [T, height x width, 1176] of T slots -> visual tokens [T, M, D]; `kernel` computes attention."""
     with jax.named_scope("vision"):
-        layout = window_layout(model.config.vision, height, width, kernel.dense_windows)
+        layout = window_layout(model.config.vision, height, width, kernel.pads_windows)
         return model.vision(patches, layout, kernel=kernel)["features"]
 
 

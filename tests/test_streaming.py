@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -144,6 +145,13 @@ def test_no_more_is_encoded_than_calls_that_hold_what_was_asked_for(model, clip)
         tokens.ensure(groups[1])
         assert tokens.encoded == 32
     assert seen == [("encode", done, 66) for done in range(4, 33, 4)]
+
+
+@pytest.mark.parametrize(("platform", "slots"), [("tpu", 16), ("gpu", 32)])
+def test_a_gpu_takes_twice_as_many_patches_per_call(model, monkeypatch, platform, slots):
+    monkeypatch.setattr(encoding.jax, "default_backend", lambda: platform)
+    large = types.SimpleNamespace(grid=(2048, 22, 40))
+    assert encoding.chunk_slots(model, large) == slots
 
 
 def test_no_more_is_decoded_than_one_group_ahead(model, clip, monkeypatch):

@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapttoken_jax.geometry import round_up
 from adapttoken_jax.model import attention
-from adapttoken_jax.model.block import merge_axes
 from adapttoken_jax.model.pieces import WHOLE, Pieces
 from adapttoken_jax.sharding import batch_axes
 
@@ -122,16 +121,16 @@ class Kernel:
         return self._per_device(kernel, 2, pieces)(q, k, v, valid)
 
     @property
-    def dense_windows(self) -> bool:
-        """Whether `within` is dense products, of windows of one size, as on a mesh, where devices have own slots."""
+    def pads_windows(self) -> bool:
+        """Whether `within` wants windows of one size; on a mesh, whose devices have slots of their own, XLA does it."""
         return self.name != "cudnn" or self.mesh is not None
 
     def within(self, q, k, v, valid=None) -> jax.Array:
-        """Attention of the vision tower within windows; letters and `valid` as of `attention.window_attention`.
+        """Attention of the vision tower within windows: q, k, v[T, N, W, U, H] -> the same shape.
 
-        With `dense_windows` q, k, v[T, N, W, U, H] -> the same shape; else [T, W, U, N, H], and `valid` is None.
+        Letters as of `attention.window_attention`; `valid` is None unless `pads_windows`.
         """
-        return attention.window_attention(q, k, v, valid) if self.dense_windows else _cudnn_within(q, k, v)
+        return attention.window_attention(q, k, v, valid) if self.pads_windows else _cudnn_within(q, k, v)
 
     def _per_device(self, function, outputs: int, pieces: Pieces = WHOLE, shared=()):
         """`function` on every device's own batch entries (`pieces`, or whole if axes divide them) and heads.
@@ -178,14 +177,15 @@ def resolve(dtype, head_dim: int, mesh: Mesh | None = None, platform: str | None
 
 
 def _cudnn_causal(q, k, v, valid, implementation="cudnn"):
-    # Padding stands at the end, where no valid row looks: cuDNN need not know of it, and is faster so.
-    del valid
+    del valid  # padding stands at the end, where no row before it looks; told of it, cuDNN is slower
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
 
 def _cudnn_within(q, k, v, implementation="cudnn"):
-    rows = (merge_axes(x, 0) for x in (q, k, v))
-    return jax.nn.dot_product_attention(*rows, implementation=implementation).reshape(q.shape)
+    T, N, W, U, H = q.shape
+    rows = (jnp.transpose(x, (0, 2, 3, 1, 4)).reshape(T * W, U, N, H) for x in (q, k, v))
+    mixed = jax.nn.dot_product_attention(*rows, implementation=implementation)
+    return jnp.transpose(mixed.reshape(T, W, U, N, H), (0, 3, 1, 2, 4))
 
 
 def _splash_causal(q, k, v, valid):

@@ -1,10 +1,10 @@
 """The vision tower. A slot (two frames) is a batch entry: no layer looks across slots, so chunks of any size agree.
 
 Patches are laid out window by window once and stay so through all layers: window layers attend within each run of equal
-windows, full layers within the slot, a run of one. The kind of a layer is static: a choice made while running makes a
-TPU's compiler rearrange whole arrays, at several times the cost of the products. So do heads beside their channels;
-where windows are dense products, windows are padded to one run and heads come before patches, [T, N, P, H]. cuDNN takes
-both as they come, [T, P, N, H].
+windows, full layers within the slot, a run of one. Where products are dense, windows are padded to one run: cutting
+arrays into runs costs a TPU more than the padding. The kind of a layer is static, and heads come before patches: a
+choice made while running, or heads beside their channels, make a TPU's compiler rearrange whole arrays, at several
+times the cost of the products.
 
 Letters: T slots, N heads, P patch places of a slot, W windows of a run, U places of a window, H head dim.
 """
@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from adapttoken_jax.geometry import WindowLayout
-from adapttoken_jax.model.block import Block, merge_axes, pad_end, product, rms_norm
+from adapttoken_jax.model.block import Block, pad_end, product, rms_norm
 from adapttoken_jax.model.kernels import XLA, Kernel
-from adapttoken_jax.model.rotary import rotate, rotate_heads_first, turns, vision_angles
+from adapttoken_jax.model.rotary import rotate_heads_first, turns, vision_angles
 
 _LANES = 128
 _CHANNELS = {"gate_kernel": -1, "gate_bias": -1, "up_kernel": -1, "up_bias": -1, "down_kernel": -2}  # the axis of each
@@ -52,38 +52,27 @@ class VisionLayer(Block):
     def __call__(self, x, turn, places, kernel):
         """x[T, P, D] -> the same."""
         c = self.config
-        qkv = self.heads_first if kernel.dense_windows else self.patches_first
-        mixed = self.attend(*qkv(rms_norm(x, self.norm1, c.eps), turn), places, kernel)
-        spec = "TNPH,NHD->TPD" if kernel.dense_windows else "TPNH,NHD->TPD"
-        x = x + product(spec, mixed, self.o_kernel[...]) + self.o_bias[...]
+        mixed = self.attend(*self.qkv(rms_norm(x, self.norm1, c.eps), turn), places, kernel)
+        x = x + product("TNPH,NHD->TPD", mixed, self.o_kernel[...]) + self.o_bias[...]
         return x + self.feed_forward(rms_norm(x, self.norm2, c.eps))
 
-    def heads_first(self, x, turn):
+    def qkv(self, x, turn):
         """Rotated queries and keys, and values, [T, N, P, H] each, of the normalised x[T, P, D]."""
         qkv = product("TPD,DcNH->TPcNH", x, self.qkv_kernel[...]) + self.qkv_bias[...]
         q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
         return rotate_heads_first(q, turn), rotate_heads_first(k, turn), v
 
-    def patches_first(self, x, turn):
-        """`heads_first`, [T, P, N, H] each. A GPU adds the bias within the product if it has a single axis."""
-        D, *shape = self.qkv_kernel.shape
-        qkv = product("TPD,DF->TPF", x, self.qkv_kernel[...].reshape(D, -1)) + self.qkv_bias[...].reshape(-1)
-        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], *shape), 2, 0)
-        return rotate(q, turn), rotate(k, turn), v
-
     @staticmethod
     def attend(q, k, v, places, kernel):
-        """Attention within windows of queries, keys and values as `kernel` wants them."""
-        axis = 2 if kernel.dense_windows else 1  # of patches
+        """Attention of [T, N, P, H] within windows."""
         mixed, start = [], 0
         for W, U in places.windows:
-            stop = start + W * U
-            run = (jax.lax.slice_in_dim(x, start, stop, axis=axis) for x in (q, k, v))
-            rows = (x.reshape(*x.shape[:axis], W, U, *x.shape[axis + 1 :]) for x in run)
-            valid = None if places.valid is None else places.valid[start:stop].reshape(W, U)
-            mixed.append(merge_axes(kernel.within(*rows, valid), axis))
-            start = stop
-        return jnp.concatenate(mixed, axis)
+            run = slice(start, start + W * U)
+            rows = (x[:, :, run].reshape(*x.shape[:2], W, U, x.shape[3]) for x in (q, k, v))
+            valid = None if places.valid is None else places.valid[run].reshape(W, U)
+            mixed.append(kernel.within(*rows, valid).reshape(*q.shape[:2], W * U, q.shape[3]))
+            start = run.stop
+        return jnp.concatenate(mixed, 2)
 
     def feed_forward(self, x):
         """Gated linear unit with SiLU: x[T, P, D] -> the same shape."""

@@ -4,8 +4,6 @@ JAX_PLATFORMS=cuda,cpu python -m pytest -n0 tests/model/test_kernels.py -k cudnn
 """
 
 import dataclasses
-import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,6 @@ import pytest
 import adapttoken_jax as at
 from adapttoken_jax import device_scan, scan, sharding
 from adapttoken_jax.encoding import encode_video
-from adapttoken_jax.geometry import window_layout
 from adapttoken_jax.model import attention, kernels
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.passes import run_prompts
@@ -127,37 +124,17 @@ def test_the_arguments_for_cudnn_mean_the_reference():
     assert_valid_rows_agree(ours, XLA.causal(q, k, v, valid), valid)
 
 
-def heads_first(x):
-    """Windows with heads beside their channels, as cuDNN takes them, as XLA does."""
-    return jnp.transpose(x, (0, 3, 1, 2, 4))
-
-
 def test_the_arguments_for_cudnn_mean_the_windows():
-    q, k, v = (random(2, 4, 10, 3, 16, seed=seed) for seed in range(3))  # 2 slots, 4 windows of 10 rows, 3 heads
-    ours = heads_first(kernels._cudnn_within(q, k, v, implementation="xla"))
-    q, k, v = map(heads_first, (q, k, v))
+    q, k, v = (random(2, 3, 4, 10, 16, seed=seed) for seed in range(3))  # 2 slots, 3 heads, 4 windows of 10 rows
+    ours = kernels._cudnn_within(q, k, v, implementation="xla")
     np.testing.assert_allclose(ours, XLA.within(q, k, v), atol=2e-6)
     assert not np.allclose(ours, XLA.within(q, k, v, np.arange(40).reshape(4, 10) % 10 < 9), atol=1e-3)
 
 
 def test_only_cudnn_on_one_device_takes_windows_of_several_sizes():
     mesh = sharding.make_mesh(sharding.MeshShape.parse("data=2,model=1"))
-    assert XLA.dense_windows and Kernel("splash").dense_windows and Kernel("cudnn", mesh).dense_windows
-    assert not Kernel("cudnn").dense_windows
-
-
-@pytest.mark.parametrize("grid", [(8, 16), (6, 10)])  # whole windows; borders cut some
-def test_patches_first_is_heads_first(grid, tmp_path, monkeypatch):
-    """The vision tower as cuDNN runs it, through jax.nn's own XLA implementation, and as XLA runs it."""
-    model = at.load(tiny.write_checkpoint(tmp_path, tiny.SHAPES["base"]))
-    monkeypatch.setattr(kernels, "_cudnn_within", functools.partial(kernels._cudnn_within, implementation="xla"))
-    config = model.config.vision
-    patches = random(3, math.prod(grid), config.patch_features)
-    features = [
-        model.module.vision(patches, window_layout(config, *grid, kernel.dense_windows), kernel=kernel)["features"]
-        for kernel in (Kernel("cudnn"), XLA)
-    ]
-    np.testing.assert_allclose(*features, atol=1e-5)
+    assert XLA.pads_windows and Kernel("splash").pads_windows and Kernel("cudnn", mesh).pads_windows
+    assert not Kernel("cudnn").pads_windows
 
 
 on_a_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
@@ -179,10 +156,9 @@ HALF = {"atol": 3e-2, "rtol": 0}
 @on_a_gpu
 @pytest.mark.parametrize("U", [4, 48, 64, 880])
 def test_cudnn_is_the_reference_within_windows(U):
-    q, k, v = (random(2, 4, U, 3, 80, seed=seed).astype(jnp.bfloat16) for seed in range(3))
-    ours = heads_first(jax.jit(Kernel("cudnn").within)(q, k, v))
-    expected = reference(XLA.within, *map(heads_first, (q, k, v)))
-    np.testing.assert_allclose(np.asarray(ours, np.float32), expected, **HALF)
+    q, k, v = (random(2, 3, 4, U, 80, seed=seed).astype(jnp.bfloat16) for seed in range(3))
+    ours = jax.jit(Kernel("cudnn").within)(q, k, v)
+    np.testing.assert_allclose(np.asarray(ours, np.float32), reference(XLA.within, q, k, v), **HALF)
 
 
 @on_a_gpu
