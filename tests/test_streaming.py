@@ -150,6 +150,7 @@ def test_no_more_is_encoded_than_calls_that_hold_what_was_asked_for(model, clip)
 @pytest.mark.parametrize(("platform", "slots"), [("tpu", 16), ("gpu", 32)])
 def test_a_gpu_takes_twice_as_many_patches_per_call(model, monkeypatch, platform, slots):
     monkeypatch.setattr(encoding.jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(encoding, "_SLOTS_PER_CHUNK", 64)
     large = types.SimpleNamespace(grid=(2048, 22, 40))
     assert encoding.chunk_slots(model, large) == slots
 
