@@ -28,7 +28,16 @@ from adapttoken_jax.encoding import Progress, VisualTokens
 from adapttoken_jax.loading import Model
 from adapttoken_jax.passes import DECODER_OPTIONS, GPU_OPTIONS, PassSpec, PromptBatch, exact, prompts_pass
 from adapttoken_jax.prompt import Prompt
-from adapttoken_jax.scan import Scan, ScanLog, Stopping, group_context, group_spec, prompt_batch, read_visits
+from adapttoken_jax.scan import (
+    ContextTokens,
+    Scan,
+    ScanLog,
+    Stopping,
+    group_position_ids,
+    group_spec,
+    prompt_batch,
+    read_visits,
+)
 from adapttoken_jax.selection import group_certainty, visiting_order
 from adapttoken_jax.selection.compiled_stopping import (
     DeviceRule,
@@ -215,12 +224,20 @@ def waves_per_chunk(model: Model, size: int) -> int:
 
 
 def _chunk(model, video, groups, indices: list[int], shape: tuple[int, int], prompts, config) -> Chunk:
-    contexts = [group_context(video, groups[g], prompts, config) for g in indices]
-    lengths = [len(c.features) for c in contexts]
     waves, width = shape
-    contexts += [contexts[-1]] * (waves * width - len(contexts))
+    own = np.tile(sharding.own_rows(model.mesh, width, sharding.batch_sharding), waves)
     size = config.slots_per_group * video.per_slot
-    batch = prompt_batch(model, video, contexts, prompts, config, size, waves=waves)
+    # Features are copied once, to where the device takes them from; of other processes' groups there are zeros.
+    visual = np.zeros((waves * width, size, video.features.shape[-1]), video.features.dtype)
+    contexts = []
+    for mine, g, room in zip(own, indices, visual, strict=False):
+        video.ensure(groups[g])
+        if mine:
+            video.read_slots(groups[g], room)
+        contexts.append(ContextTokens(room, group_position_ids(video, groups[g], prompts[0], config)))
+    lengths = [context.position_ids.shape[1] for context in contexts]
+    contexts += [contexts[-1]] * (waves * width - len(contexts))
+    batch = prompt_batch(model, video, contexts, prompts, config, size, waves=waves, visual=visual)
     if model.mesh is None:
         batch = jax.device_put(batch)  # now, while the device runs the chunk before
     real = (np.arange(waves * width) < len(indices)).reshape(shape)

@@ -96,6 +96,12 @@ class VisualTokens:
         self.ensure(np.unique(slot))
         return self.features[slot, row * (self.clip.grid[2] // self.merge) + col]
 
+    def read_slots(self, slots: Sequence[int], out: np.ndarray) -> None:
+        """Copies the features of whole slots, which are encoded already, to the beginning of out[n, D]."""
+        count = len(slots) * self.per_slot
+        # "clip" writes straight into `out`; to be ready to raise, NumPy would copy once more.
+        np.take(self.features, slots, 0, out=out[:count].reshape(len(slots), self.per_slot, -1), mode="clip")
+
     def position_ids(self, coordinates: np.ndarray, start: int, renumber: bool) -> np.ndarray:
         """M-RoPE ids int32[3, n] of tokens after a prefix of `start` tokens.
 
@@ -147,7 +153,8 @@ class SlotEncoder:
         self.features = np.empty((slots, height * width // vision.merge**2, vision.out_width), model.dtype)
         # What is kept or was read already is whole on every process.
         whole = keep_patches or chunks is not None
-        self._own = np.ones(self._size, bool) if whole else sharding.own_rows(model.mesh, self._size)
+        mesh = None if whole else model.mesh
+        self._own = sharding.own_rows(mesh, self._size, sharding.slot_sharding)
         self._entry = entry
         self._there = entry.read(self.features) if entry else np.zeros(slots, bool)
         self._started = self._there.copy()

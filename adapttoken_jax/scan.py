@@ -270,12 +270,14 @@ def full_position_ids(visual_ids, prompt, config, video) -> np.ndarray:
     return np.concatenate([text(prefix), visual_ids, text(suffix)], 1)
 
 
-def prompt_batch(model, video, contexts, prompts, config, size=None, limit=None, waves=None) -> PromptBatch:
+def prompt_batch(
+    model, video, contexts, prompts, config, size=None, limit=None, waves=None, visual=None
+) -> PromptBatch:
     """Pads contexts and questions to static shapes and places them on the mesh.
 
     `size` is the padded number of visual tokens (None: the next bucket that holds them), `limit` the number of answer
     tokens (None: as in group passes). With `waves` the contexts are those of so many waves, and the fields
-    `per_context` get a leading axis for them.
+    `per_context` get a leading axis for them. `visual`: the contexts' features [B, size, D], padded already.
     """
     prefix = np.asarray(prompts[0].prefix_ids, np.int32)
     lengths = [c.position_ids.shape[1] for c in contexts]
@@ -284,7 +286,7 @@ def prompt_batch(model, video, contexts, prompts, config, size=None, limit=None,
     starts = [suffix_start(c.position_ids, prompts[0], config, video) for c in contexts]
     answers = [[start + len(p.suffix_ids) for p in prompts] for start in starts]
     split = {
-        "visual": _visual(contexts, size),
+        "visual": _visual(contexts, size) if visual is None else visual,
         "visual_valid": np.arange(size) < np.asarray(lengths)[:, None],
         "context_positions": np.stack([_context_positions(len(prefix), c, size) for c in contexts]),
         "suffix_start": np.asarray(starts, np.int32),

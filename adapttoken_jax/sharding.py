@@ -18,7 +18,7 @@ attention goes back to where the context lies (`split_rows`).
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -245,12 +245,12 @@ def _place(array, where: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, where, array.__getitem__)
 
 
-def own_rows(mesh: Mesh | None, rows: int) -> np.ndarray:
-    """Which of `rows` entries split by `slot_sharding` lie on devices of this process: bool[rows]."""
+def own_rows(mesh: Mesh | None, rows: int, split: Callable[[Mesh], NamedSharding]) -> np.ndarray:
+    """Which of `rows` entries lie on devices of this process, by `slot_sharding` or `batch_sharding`: bool[rows]."""
     own = np.zeros(rows, bool)
     if mesh is None or not mesh.is_multi_process:
         return ~own
-    for index in slot_sharding(mesh).addressable_devices_indices_map((rows,)).values():
+    for index in split(mesh).addressable_devices_indices_map((rows,)).values():
         own[index] = True
     return own
 
