@@ -232,10 +232,11 @@ def _chunk(model, video, groups, indices: list[int], shape: tuple[int, int], pro
     contexts = []
     for mine, g, room in zip(own, indices, visual, strict=False):
         video.ensure(groups[g])
+        features = room[: len(groups[g]) * video.per_slot]
         if mine:
-            video.read_slots(groups[g], room)
-        contexts.append(ContextTokens(room, group_position_ids(video, groups[g], prompts[0], config)))
-    lengths = [context.position_ids.shape[1] for context in contexts]
+            video.read_slots(groups[g], features)
+        contexts.append(ContextTokens(features, group_position_ids(video, groups[g], prompts[0], config)))
+    lengths = [len(c.features) for c in contexts]
     contexts += [contexts[-1]] * (waves * width - len(contexts))
     batch = prompt_batch(model, video, contexts, prompts, config, size, waves=waves, visual=visual)
     if model.mesh is None:

@@ -97,10 +97,9 @@ class VisualTokens:
         return self.features[slot, row * (self.clip.grid[2] // self.merge) + col]
 
     def read_slots(self, slots: Sequence[int], out: np.ndarray) -> None:
-        """Copies the features of whole slots, which are encoded already, to the beginning of out[n, D]."""
-        count = len(slots) * self.per_slot
+        """Copies the features of whole slots, which are encoded already, to out[len(slots) M, D]."""
         # "clip" writes straight into `out`; to be ready to raise, NumPy would copy once more.
-        np.take(self.features, slots, 0, out=out[:count].reshape(len(slots), self.per_slot, -1), mode="clip")
+        np.take(self.features, slots, 0, out=out.reshape(len(slots), self.per_slot, -1), mode="clip")
 
     def position_ids(self, coordinates: np.ndarray, start: int, renumber: bool) -> np.ndarray:
         """M-RoPE ids int32[3, n] of tokens after a prefix of `start` tokens.

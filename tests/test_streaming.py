@@ -130,7 +130,11 @@ def partly_by_group(clip):
 def test_the_order_does_not_change_a_bit(model, clip, everything, order):
     with stream_video(model, clip, order(clip)) as tokens:
         for slots in (np.array([3]), np.array([60, 2]), np.arange(66)):
-            np.testing.assert_array_equal(tokens.gather(tokens.coordinates(slots)), everything[slots].reshape(-1, 32))
+            expected = everything[slots].reshape(-1, 32)
+            np.testing.assert_array_equal(tokens.gather(tokens.coordinates(slots)), expected)
+            copied = np.zeros_like(expected)
+            tokens.read_slots(slots, copied)
+            np.testing.assert_array_equal(copied, expected)
     np.testing.assert_array_equal(tokens.features, everything)
 
 
