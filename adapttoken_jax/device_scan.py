@@ -26,7 +26,7 @@ from adapttoken_jax.compilation import compiled
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import Progress, VisualTokens
 from adapttoken_jax.loading import Model
-from adapttoken_jax.passes import DECODER_OPTIONS, GPU_OPTIONS, PassSpec, PromptBatch, exact, prompts_pass
+from adapttoken_jax.passes import GPU_OPTIONS, TPU_OPTIONS, PassSpec, PromptBatch, exact, prompts_pass
 from adapttoken_jax.prompt import Prompt
 from adapttoken_jax.scan import (
     ContextTokens,
@@ -142,7 +142,7 @@ def _collect(running: LoopState, chunk: Chunk, first: int, log: ScanLog, config)
     return int(wave), stopping._replace(stop=ended)
 
 
-@compiled(static=("spec", "bottom_fraction"), tpu_options=DECODER_OPTIONS, gpu_options=GPU_OPTIONS)
+@compiled(static=("spec", "bottom_fraction"), tpu_options=TPU_OPTIONS, gpu_options=GPU_OPTIONS)
 @exact
 def run_waves(
     model, batch: PromptBatch, real, span, rule: DeviceRule, state: StopState, spec: PassSpec, bottom_fraction: float

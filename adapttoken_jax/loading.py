@@ -10,7 +10,7 @@ from adapttoken_jax import memory, sharding
 from adapttoken_jax.config import ModelConfig, checkpoint_directory, read_model_config
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.model import Qwen25VL
-from adapttoken_jax.model.kernels import Kernel, resolve
+from adapttoken_jax.model.kernels import Kernel, resolve, resolve_vision
 from adapttoken_jax.prompt import ChatTokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,7 +47,7 @@ class Model:
     @property
     def vision_kernel(self) -> Kernel:
         """The same of the vision tower."""
-        return resolve(self.dtype, self.config.vision.head_dim, self.mesh)
+        return resolve_vision(self.dtype, self.config.vision.head_dim, self.mesh)
 
     @property
     def wave(self) -> int:

@@ -21,17 +21,16 @@ from adapttoken_jax.selection import most_relevant, reduce_relevance, token_cert
 
 # Of a TPU core's vector memory, at most this much per operation: left to itself the compiler gives so little that the
 # tiles of large products are small, and a decoder layer runs at two thirds of the speed that its own estimate has with
-# more. By that estimate for v5e, v5p and v6e the decoder is fastest with 64 MiB (32 to 96 were tried), the vision
-# tower, whose arrays are smaller, with 32 (24 to 64). The compiler may also compute one product inside another, tile by
-# tile, to keep what lies between them out of memory: in the decoder, limited by arithmetic, that is slower. Where chips
-# share a product it may pass the parts on in rounds, which for an answer's token costs more than it hides: not below
-# 1 MiB (7B on v5e:2x4, fsdp=8: the final pass takes 0.48 s in place of 0.53).
-DECODER_OPTIONS = {
+# more. By that estimate for v5e, v5p and v6e the decoder is fastest with 64 MiB (32 to 96 were tried), and the vision
+# tower within 2 % of what it has with any. The compiler may also compute one product inside another, tile by tile, to
+# keep what lies between them out of memory: where arithmetic limits, that is slower. Where chips share a product it may
+# pass the parts on in rounds, which for an answer's token costs more than it hides: not below 1 MiB (7B on v5e:2x4,
+# fsdp=8: the final pass takes 0.48 s in place of 0.53).
+TPU_OPTIONS = {
     "xla_tpu_scoped_vmem_limit_kib": str(2**16),
     "xla_tpu_dot_dot_fusion": "false",
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1",
 }
-_VISION_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": str(2**15)}
 
 # Products are cuBLAS'. XLA's autotuner would take kernels of its own for some: a chunk of a 7B model's frames then took
 # 60 ms on an H200 in place of 46; and it copies the weights out of their stack for them, which cuBLAS reads in place.
@@ -120,7 +119,7 @@ def exact(function):
     return traced
 
 
-@compiled(static=("height", "width", "kernel"), tpu_options=_VISION_OPTIONS, gpu_options=GPU_OPTIONS)
+@compiled(static=("height", "width", "kernel"), tpu_options=TPU_OPTIONS, gpu_options=GPU_OPTIONS)
 @exact
 def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int, kernel: Kernel = XLA) -> jax.Array:
     """Patches [T, height x width, 1176] of T slots -> visual tokens [T, M, D]; `kernel` computes attention."""
@@ -161,7 +160,7 @@ def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[st
     return out
 
 
-run_prompts = compiled(static=("spec",), tpu_options=DECODER_OPTIONS, gpu_options=GPU_OPTIONS)(prompts_pass)
+run_prompts = compiled(static=("spec",), tpu_options=TPU_OPTIONS, gpu_options=GPU_OPTIONS)(prompts_pass)
 
 
 def _run_layers(text, batch, spec):

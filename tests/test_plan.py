@@ -235,6 +235,23 @@ ENTRY %main (a: bf16[7,4096,128]) -> bf16[7,4096,128] {
     assert hlo.program_cost(text).kernel_flops == 2 * cost.kernel_flops
 
 
+def test_a_kernel_may_say_what_it_computes():
+    """The vision tower's, as libtpu writes the call; the array it reads three parts of is read once."""
+    text = """
+ENTRY %main (x: bf16[16,960,3840]) -> bf16[16,960,1280] {
+  %x = bf16[16,960,3840]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %c = f32[960,640]{1,0:T(8,128)S(1)} parameter(1)
+  %h = f32[5,1,192]{2,1,0:T(1,128)S(1)} parameter(2)
+  ROOT %windows = bf16[16,960,1280]{2,1,0:T(8,128)(2,1)} custom-call(%x, %x, %x, %c, %c, %h),
+    custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUzv",
+    "cost_estimate":{"flops":"5033164800","transcendentals":"15728640","bytes_accessed":"157286400"}}}
+}
+"""
+    cost = hlo.program_cost(text)
+    assert cost.flops == cost.kernel_flops == 4 * 16 * 960 * 64 * 1280
+    assert cost.bytes == cost.kernel_bytes == 16 * 960 * (3840 + 1280) * 2
+
+
 def test_memory_traffic_counts_what_is_touched():
     """One layer cut out of stacked weights, one row written into a buffer: not the whole of either."""
     text = """
@@ -566,6 +583,20 @@ def test_a_tiny_model_is_compiled_for_a_tpu(monkeypatch):
     # The group pass compiles more than the model needs (masked attention), and not twice as much.
     assert 1 < group.flops * found.chips / group.model_flops < 2
     assert set(found.versions) == {"jax", "libtpu"}
+
+
+@NEEDS_LIBTPU
+@pytest.mark.parametrize(("name", "kernels"), [("v4:2x2x1", 1), ("v5e:1x1", 2), ("v5p:2x2x1", 2), ("v6e:1x1", 2)])
+def test_the_vision_towers_kernel_compiles_for_every_chip(name, kernels):
+    """Of the released width, a layer of each kind, the largest slot that the kernel takes; v4 has no room for it."""
+    full, topology = SIZES["qwen2.5-vl-7b"], Topology.parse(name)
+    vision = dataclasses.replace(full.vision, layers=2, full_attention_layers=(1,))
+    work = dataclasses.replace(WORK, grid=(4, 32, 32))
+    planner = estimate._Planner(dataclasses.replace(full, vision=vision), topology, work, lambda text: None)
+    model = planner.model(sharding.MeshShape(topology.chips))
+    program = programs.vision(model, work)
+    text = program.lower().compile(compiler_options=dict(program.options)).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == kernels
 
 
 @NEEDS_LIBTPU

@@ -1,5 +1,7 @@
 """Which kernel computes attention: splash attention on a TPU, cuDNN's flash attention on a GPU, XLA elsewhere.
 
+The vision tower's, whose windows are small, has a kernel of its own on a TPU (`windows.py`).
+
 `resolve` chooses for a model; `Kernel` leaves to XLA the calls that a kernel is bad at. Every kernel has the signature
 of the reference, takes grouped queries as they are and agrees with `attention.py`, which is its reference twin. Letters
 as there.
@@ -7,7 +9,6 @@ as there.
 - A float32 model takes XLA everywhere: the kernels round the factors of their products.
 - XLA cannot split a kernel over a mesh by itself, so each device is handed its own heads and batch entries.
 - Of a context in pieces (`pieces.py`) each device has its own rows, all keys, and its own part of the causal mask.
-- Splash is not for the vision tower: its windows are small, and dense products fill a TPU's matrix units best.
 """
 
 import dataclasses
@@ -19,17 +20,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapttoken_jax.geometry import round_up
-from adapttoken_jax.model import attention
+from adapttoken_jax.model import attention, windows
 from adapttoken_jax.model.pieces import WHOLE, Pieces
 from adapttoken_jax.sharding import batch_axes
 
-NAMES = ("xla", "splash", "cudnn")
+NAMES = ("xla", "splash", "cudnn", "windows")  # the last for the vision tower alone
 
 _LANES = 128  # splash works on blocks of multiples of this, and on heads of them
 _BLOCK = 512
 _LONGEST_BLOCK = 1024
 _MOST_PADDING = 2  # times the rows of a context; what needs more is too short for so many pieces
 _FEW_ROWS = 8
+_SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB of vector memory
 _HALF = (jnp.bfloat16, jnp.float16)
 
 
@@ -40,10 +42,12 @@ class Kernel:
     Attributes:
       name: one of `NAMES`.
       mesh: the mesh that the program runs on; None for one device.
+      largest: rows of the largest window that `windows` has memory for.
     """
 
     name: str = "xla"
     mesh: Mesh | None = None
+    largest: int = 1024
 
     def pieces(self, contexts: int, length: int) -> Pieces:
         """How so many contexts of so many rows lie on the mesh."""
@@ -132,6 +136,23 @@ class Kernel:
         """
         return attention.window_attention(q, k, v, valid) if self.pads_windows else _cudnn_within(q, k, v)
 
+    def takes_rows(self, sizes: tuple[tuple[int, int], ...], heads: int, head_dim: int) -> bool:
+        """Whether `within_rows` is there for windows of these sizes (W, U)."""
+        return self.name == "windows" and windows.suits(sizes, heads, head_dim, self.largest)
+
+    def within_rows(self, qkv, turn, valid, W: int, heads: int) -> jax.Array:
+        """`windows.attend` with `rotary.turns`, on each device's own slots; `valid` is None where nothing is padded."""
+        cos, sin = (x[:, 0] for x in turn)
+        valid = np.ones(len(cos), bool) if valid is None else valid
+        attend = lambda qkv, cos, sin: windows.attend(qkv, cos, sin, valid, W=W, heads=heads)
+        if self.mesh is None:
+            return attend(qkv, cos, sin)
+        slots, everywhere = PartitionSpec(self.mesh.axis_names), PartitionSpec()
+        split = jax.shard_map(
+            attend, mesh=self.mesh, in_specs=(slots, everywhere, everywhere), out_specs=slots, check_vma=False
+        )
+        return split(qkv, cos, sin)
+
     def _per_device(self, function, outputs: int, pieces: Pieces = WHOLE, shared=()):
         """`function` on every device's own batch entries (`pieces`, or whole if axes divide them) and heads.
 
@@ -174,6 +195,14 @@ def resolve(dtype, head_dim: int, mesh: Mesh | None = None, platform: str | None
     if platform == "gpu" and dtype in _HALF and head_dim <= 128 and head_dim % 8 == 0:
         return Kernel("cudnn", mesh)
     return Kernel("xla", mesh)
+
+
+def resolve_vision(dtype, head_dim: int, mesh: Mesh | None = None, platform: str | None = None) -> Kernel:
+    """The best kernel for the vision tower of such a model; arguments as of `resolve`."""
+    if (platform or jax.default_backend()) == "tpu" and dtype == jnp.bfloat16:
+        kind = (jax.devices() if mesh is None else mesh.devices.flat)[0].device_kind
+        return Kernel("windows", mesh, largest=256 if kind in _SMALL_CHIPS else 1024)
+    return resolve(dtype, head_dim, mesh, platform)
 
 
 def _cudnn_causal(q, k, v, valid, implementation="cudnn"):

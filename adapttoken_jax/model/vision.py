@@ -2,9 +2,9 @@
 
 Patches are laid out window by window once and stay so through all layers: window layers attend within each run of equal
 windows, full layers within the slot, a run of one. Where products are dense, windows are padded to one run: cutting
-arrays into runs costs a TPU more than the padding. The kind of a layer is static, and heads come before patches: a
-choice made while running, or heads beside their channels, make a TPU's compiler rearrange whole arrays, at several
-times the cost of the products.
+arrays into runs costs a TPU more than the padding. The kind of a layer is static, and to XLA heads are given before
+patches: a choice made while running, or heads beside their channels, make a TPU's compiler rearrange whole arrays, at
+several times the cost of the products. The kernel of `windows.py` leaves them where they are.
 
 Letters: T slots, N heads, P patch places of a slot, W windows of a run, U places of a window, H head dim.
 """
@@ -23,6 +23,7 @@ from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.rotary import rotate_heads_first, turns, vision_angles
 
 _LANES = 128
+_HEADS = ("qkv_kernel", "qkv_bias")  # their last axes are 3 N H
 _CHANNELS = {"gate_kernel": -1, "gate_bias": -1, "up_kernel": -1, "up_bias": -1, "down_kernel": -2}  # the axis of each
 
 
@@ -41,24 +42,34 @@ class Places(NamedTuple):
 class VisionLayer(Block):
     """One pre-norm layer: attention within windows or within the slot, then a gated feed-forward block with biases.
 
-    Channels of zeros, which add nothing, widen the block until `_LANES` divides it. The published width of 3420 it does
-    not divide: a TPU would rearrange the weights in every call, and multiply at half the speed.
+    Queries, keys and values of all heads are one axis. Channels of zeros, which add nothing, widen the feed-forward
+    block until `_LANES` divides it. The published width of 3420 it does not divide, and a head has 80: a TPU would
+    rearrange the weights in every call, and multiply at half the speed.
     """
 
     def __init__(self, config, values: dict):
         wide = {name: _whole_lanes(values[name], axis) for name, axis in _CHANNELS.items()}
-        super().__init__(config, values | wide)
+        flat = {name: _changed(values[name], lambda x: x.reshape(*x.shape[:-3], -1)) for name in _HEADS}
+        super().__init__(config, values | wide | flat)
 
     def __call__(self, x, turn, places, kernel):
         """x[T, P, D] -> the same."""
         c = self.config
-        mixed = self.attend(*self.qkv(rms_norm(x, self.norm1, c.eps), turn), places, kernel)
-        x = x + product("TNPH,NHD->TPD", mixed, self.o_kernel[...]) + self.o_bias[...]
+        x = x + self.mix(rms_norm(x, self.norm1, c.eps), turn, places, kernel) + self.o_bias[...]
         return x + self.feed_forward(rms_norm(x, self.norm2, c.eps))
 
-    def qkv(self, x, turn):
-        """Rotated queries and keys, and values, [T, N, P, H] each, of the normalised x[T, P, D]."""
-        qkv = product("TPD,DcNH->TPcNH", x, self.qkv_kernel[...]) + self.qkv_bias[...]
+    def mix(self, x, turn, places, kernel):
+        """Attention's part of the normalised x[T, P, D], without its last bias."""
+        qkv, o_kernel = product("TPD,DF->TPF", x, self.qkv_kernel[...]) + self.qkv_bias[...], self.o_kernel[...]
+        if kernel.takes_rows(places.windows, *o_kernel.shape[:2]):
+            mixed = kernel.within_rows(qkv, turn, places.valid, places.windows[0][0], o_kernel.shape[0])
+            return product("TPF,FD->TPD", mixed, o_kernel.reshape(mixed.shape[-1], -1))
+        mixed = self.attend(*self.heads(qkv, turn), places, kernel)
+        return product("TNPH,NHD->TPD", mixed, o_kernel)
+
+    def heads(self, qkv, turn):
+        """Rotated queries and keys, and values, [T, N, P, H] each, of qkv[T, P, 3 N H]."""
+        qkv = qkv.reshape(*qkv.shape[:2], 3, *self.o_kernel.shape[:2])
         q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
         return rotate_heads_first(q, turn), rotate_heads_first(k, turn), v
 
@@ -83,10 +94,14 @@ class VisionLayer(Block):
 
 def _whole_lanes(weights, axis: int):
     """An array, or its shape, with zeros at the end of an axis so that `_LANES` divides it."""
-    widen = lambda weights: pad_end(weights, axis, -weights.shape[axis] % _LANES)
+    return _changed(weights, lambda x: pad_end(x, axis, -x.shape[axis] % _LANES))
+
+
+def _changed(weights, change):
+    """`change` of an array that every device holds, or of its shape."""
     if isinstance(weights, jax.ShapeDtypeStruct):
-        return jax.eval_shape(widen, weights).update(sharding=weights.sharding)
-    return widen(weights)
+        return jax.eval_shape(change, weights).update(sharding=weights.sharding)
+    return change(weights)
 
 
 def _runs(kinds: list[bool]) -> Iterator[tuple[np.ndarray, bool]]:

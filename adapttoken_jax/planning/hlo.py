@@ -235,9 +235,14 @@ class _Walk:
         )
 
     def kernel_flops(self, it: Instruction, within: Computation) -> float:
-        """Operations of an attention kernel: its last three operands of the highest rank are q, k and v[..., S, H]."""
+        """Operations of an attention kernel: what it declares itself, or those of q, k and v[..., S, H].
+
+        These are its last three operands of the highest rank.
+        """
         if 'custom_call_target="tpu_custom_call"' not in it.attributes:
             return 0.0
+        if declared := re.search(r'"cost_estimate":\{"flops":"(\d+)"', it.attributes):
+            return float(declared[1])
         arrays = [within[name].shapes[0].dims for name in it.operands]
         highest = [dims for dims in arrays if len(dims) == max(map(len, arrays))]
         if len(highest) < 3:

@@ -20,7 +20,7 @@ from adapttoken_jax.geometry import round_up
 from adapttoken_jax.loading import Model
 from adapttoken_jax.model import Qwen25VL
 from adapttoken_jax.model.generation import Sampling
-from adapttoken_jax.model.kernels import Kernel, resolve
+from adapttoken_jax.model.kernels import Kernel, resolve, resolve_vision
 from adapttoken_jax.passes import PassSpec, PromptBatch, encode_slots, run_prompts
 from adapttoken_jax.scan import _SUFFIX_STEP, context_size
 
@@ -105,9 +105,10 @@ def vision(model: Model, work: Work) -> Program:
     size = chunk_slots(model, work)  # of a clip it asks for the grid alone
     shape = (size, height * width, c.patch_features)
     patches = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.slot_sharding(model.mesh))
+    kernel = lambda: resolve_vision(model.dtype, c.head_dim, model.mesh, platform="tpu")  # of the chips, once lowered
     return Program(
         name="vision",
-        lower=lambda: encode_slots.lower(model.module, patches, height, width),
+        lower=lambda: encode_slots.lower(model.module, patches, height, width, kernel()),
         options=encode_slots.tpu_options,
         runs=-(-slots // size),
         groups=0,
