@@ -272,6 +272,15 @@ _ANSWER_FLAGS = (
         choices=("float32", "bfloat16", "float16"),
         shown_default="float32 on a CPU, elsewhere the checkpoint's own",
     ),
+    Flag(
+        "attention",
+        str,
+        "xla: without the accelerator's attention kernels, to compare, or should one fail",
+        "Devices",
+        "NAME",
+        default="auto",
+        choices=("auto", "xla"),
+    ),
     *_process_flags("--mesh lies over the devices of all processes"),
     *setting_flags(),
     _DEBUG,
@@ -341,7 +350,8 @@ def _run(values: flags.FlagValues, method: str, settings: Mapping[str, Any], cer
 
     if sys.stderr.isatty() and hosts.leads():
         print(f"loading {values.model}", file=sys.stderr, flush=True)
-    model = at.load(values.model, mesh=values.mesh or hosts.default_mesh(), dtype=values.dtype)
+    mesh = values.mesh or hosts.default_mesh()
+    model = at.load(values.model, mesh=mesh, dtype=values.dtype, attention=values.attention)
     config = at.AdaptTokenConfig.for_model(model.config, **settings)
     if certificate is not None:
         from adapttoken_jax.calibration import model_fingerprint
@@ -538,7 +548,9 @@ def _demo(values: flags.FlagValues) -> int:
 # evaluate
 # ---------------------------------------------------------------------------------------------------------------------
 
-_METHOD, _MESH, _DTYPE = (next(flag for flag in _ANSWER_FLAGS if flag.name == n) for n in ("method", "mesh", "dtype"))
+_METHOD, _MESH, _DTYPE, _ATTENTION = (
+    next(flag for flag in _ANSWER_FLAGS if flag.name == name) for name in ("method", "mesh", "dtype", "attention")
+)
 _BENCHMARKS = ("videomme", "longvideobench", "lvbench", "mlvu")
 
 _EVALUATE_FLAGS = (
@@ -557,6 +569,7 @@ _EVALUATE_FLAGS = (
     Flag("shard", str, "answer part INDEX of COUNT, as 0/4; parts share the work directory", "Run", "INDEX/COUNT"),
     dataclasses.replace(_MESH, shown_default="one device"),
     _DTYPE,
+    _ATTENTION,
     *_process_flags("each process answers its part on its own devices"),
     *setting_flags(),
     _DEBUG,

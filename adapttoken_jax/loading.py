@@ -14,6 +14,7 @@ from adapttoken_jax.model.kernels import Kernel, resolve, resolve_vision
 from adapttoken_jax.prompt import ChatTokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION = ("auto", "xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Model:
       tokenizer: its chat tokenizer.
       path: the directory it came from.
       mesh: the device mesh; None for one device.
+      attention: "auto", the kernels of the devices at hand; "xla", none.
     """
 
     module: Qwen25VL
@@ -33,6 +35,7 @@ class Model:
     tokenizer: ChatTokenizer
     path: str
     mesh: Mesh | None = None
+    attention: str = "auto"
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -42,12 +45,15 @@ class Model:
     @property
     def kernel(self) -> Kernel:
         """What computes the decoder's attention on the devices at hand."""
-        return resolve(self.dtype, self.config.text.head_dim, self.mesh)
+        return self._kernel(resolve, self.config.text.head_dim)
 
     @property
     def vision_kernel(self) -> Kernel:
         """The same of the vision tower."""
-        return resolve_vision(self.dtype, self.config.vision.head_dim, self.mesh)
+        return self._kernel(resolve_vision, self.config.vision.head_dim)
+
+    def _kernel(self, resolver, head_dim: int) -> Kernel:
+        return Kernel("xla", self.mesh) if self.attention == "xla" else resolver(self.dtype, head_dim, self.mesh)
 
     @property
     def wave(self) -> int:
@@ -56,7 +62,7 @@ class Model:
 
 
 @memory.explained(*memory.LOADING)
-def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None) -> Model:
+def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None, attention: str = "auto") -> Model:
     """Loads a Hugging Face directory or a converted checkpoint, each parameter straight to its place on the mesh.
 
     Args:
@@ -64,12 +70,15 @@ def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None) 
       mesh: a mesh with axes data or fsdp, [context,] model, its shape, or a text such as "data=4,model=2"; None for one
         device.
       dtype: float32, bfloat16 or float16; None is float32 on a CPU and the checkpoint's own type elsewhere.
+      attention: "auto" uses an accelerator's attention kernels, "xla" none of them.
 
     Raises:
       UserError: a directory, file, key, type or mesh that cannot be used; the message names it.
     """
     from checkpoints_convert.load import load_parameters  # its readers are needed only here
 
+    if attention not in ATTENTION:
+        raise UserError(f"--attention={attention}: choose one of {', '.join(ATTENTION)}")
     path = checkpoint_directory(path)
     config = read_model_config(path)
     tokenizer = ChatTokenizer.from_directory(path)
@@ -80,7 +89,7 @@ def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None) 
     if mesh is not None:
         sharding.check_mesh(config, mesh)
     values = load_parameters(path, config, dtype=_dtype(dtype), mesh=mesh)
-    return Model(Qwen25VL(config, values), config, tokenizer, str(path), mesh)
+    return Model(Qwen25VL(config, values), config, tokenizer, str(path), mesh, attention)
 
 
 def _dtype(dtype):

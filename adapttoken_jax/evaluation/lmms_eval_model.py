@@ -30,12 +30,12 @@ class AdaptToken(lmms):
 
     is_simple = False
 
-    def __init__(self, pretrained: str, method: str = "adapttoken", mesh=None, dtype=None, batch_size=1, device=None,
-                 **settings):  # fmt: skip
+    def __init__(self, pretrained: str, method: str = "adapttoken", mesh=None, dtype=None, attention="auto",
+                 batch_size=1, device=None, **settings):  # fmt: skip
         super().__init__()
         if method not in METHODS:
             raise UserError(f"method={method}: choose one of {', '.join(METHODS)}")
-        self._model, self._method = load(pretrained, mesh=mesh, dtype=dtype), method
+        self._model, self._method = load(pretrained, mesh, dtype, attention), method
         self._config = AdaptTokenConfig.for_model(self._model.config, **settings)
 
     def generate_until(self, requests) -> list[GenerationResult]:

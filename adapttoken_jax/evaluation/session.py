@@ -54,6 +54,7 @@ class Evaluation:
     replay: str | None = None
     mesh: str | None = None
     dtype: str | None = None
+    attention: str = "auto"
 
     @property
     def prompt_name(self) -> str:
@@ -71,7 +72,7 @@ class Evaluation:
 
     def flags(self) -> dict[str, Any]:
         """What `run.json` keeps and a run that goes on is held against."""
-        names = ("benchmark", "data", "model", "method", "subtitles", "limit", "replay", "mesh", "dtype")
+        names = ("benchmark", "data", "model", "method", "subtitles", "limit", "replay", "mesh", "dtype", "attention")
         return {"prompt": self.prompt_name, **{name: getattr(self, name) for name in names}}
 
 
@@ -135,7 +136,7 @@ def this_part(asked: Evaluation) -> Shard:
 def load_here(asked: Evaluation) -> Model:
     """The model, on devices of this host alone: shards share nothing but the work directory."""
     mesh = make_mesh(MeshShape.parse(asked.mesh), jax.local_devices()) if asked.mesh else None
-    return load(asked.model, mesh=mesh, dtype=asked.dtype)
+    return load(asked.model, mesh=mesh, dtype=asked.dtype, attention=asked.attention)
 
 
 def _answer(asked: Evaluation, model: Model, config, files: RunFiles, videos: Sequence[Video]) -> None:

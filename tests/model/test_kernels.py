@@ -192,6 +192,17 @@ def test_the_resolver_takes_kernels_only_where_they_run_exactly_enough():
     assert chosen(jnp.float32, 128) == "xla"  # any machine
 
 
+def test_attention_xla_leaves_the_kernels_out(tmp_path, monkeypatch):
+    shape = tiny.TinyShape(width=256, heads=2, kv_heads=1, sections=(16, 24, 24), layers=2)
+    path = tiny.write_checkpoint(tmp_path, shape, dtype="bfloat16")
+    auto, without = (at.load(path, dtype="bfloat16", attention=name) for name in ("auto", "xla"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert (auto.kernel.name, auto.vision_kernel.name) == ("splash", "windows")
+    assert without.kernel == without.vision_kernel == XLA
+    with pytest.raises(at.UserError, match="--attention=flash: choose one of auto, xla"):
+        at.load(path, attention="flash")
+
+
 def test_a_group_pass_with_splash_is_the_pass_with_xla(tmp_path):
     shape = tiny.TinyShape(width=256, heads=2, kv_heads=1, sections=(16, 24, 24), layers=2, seed=12)
     model = at.load(tiny.write_checkpoint(tmp_path, shape))
