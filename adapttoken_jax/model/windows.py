@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adapttoken_jax.geometry import round_up
 from adapttoken_jax.model.attention import MASKED
+from adapttoken_jax.model.block import pad_end
 
 _LANES = 128
 _ROWS = 16  # of a tile of half precision
@@ -60,25 +62,26 @@ def _call(shape, dtype, W, heads, interpret):
     """The kernel as a function of qkv, cosines and signed sines[P, C], and what is added to scores[P].
 
     A step of its grid has B rows of C channels. They look at S rows: at the windows that they fill, several where those
-    are small, or at the one window that they are a part of. All parts of a window come one after the other, and slots
-    before windows, so that tables and keys are fetched once.
+    are small, or at the one window that they are a part of, whose last part may have less rows. All parts of a window
+    come one after the other, and slots before windows, so that tables and keys are fetched once.
     """
     from jax.experimental import pallas as pl  # loads slowly, and few need it
     from jax.experimental.pallas import tpu as pltpu
 
     T, P, D = shape[0], shape[1], shape[2] // 3
     H, U = D // heads, P // W
-    C, R = math.lcm(H, _LANES), _ROWS * _largest_divisor(U // _ROWS, _MOST_ROWS // _ROWS)
+    parts = -(-U // _MOST_ROWS)
+    C, R = math.lcm(H, _LANES), round_up(-(-U // parts), _ROWS)
     S = U * _largest_divisor(W, _MOST_ROWS // U)
-    B, columns = S if R == U else R, D // C
+    B, columns = S if parts == 1 else R, D // C
     block = lambda size, index: pl.BlockSpec((1, size, C), index)
-    rows = block(B, lambda c, s, t, b: (t, s * (S // B) + b, c))
+    rows = block(B, lambda c, s, t, b: (t, s * parts + b, c))
     keys, values = (block(S, lambda c, s, t, b, part=part: (t, s, part * columns + c)) for part in (1, 2))
-    table = pl.BlockSpec((S, C), lambda c, s, t, b: (s, 0))
+    table = pl.BlockSpec((parts * B, C), lambda c, s, t, b: (s, 0))
     kernel = pl.pallas_call(
         functools.partial(_attend_block, H=H, U=U, R=R),
         out_shape=jax.ShapeDtypeStruct((T, P, D), dtype),
-        grid=(columns, P // S, T, S // B),
+        grid=(columns, P // S, T, parts),
         in_specs=[rows, keys, values, table, table, pl.BlockSpec((1, 1, S), lambda c, s, t, b: (s, 0, 0))],
         out_specs=rows,
         scratch_shapes=[pltpu.VMEM((S, C), dtype)],
@@ -94,7 +97,8 @@ def _call(shape, dtype, W, heads, interpret):
         interpret=interpret,
         name="windows",
     )
-    return lambda qkv, cos, sin, hidden: kernel(qkv, qkv, qkv, cos, sin, hidden.reshape(P // S, 1, S))
+    whole = lambda table: pad_end(table, 0, parts * B - S)  # where B does not divide S, these are the only ones
+    return lambda qkv, cos, sin, hidden: kernel(qkv, qkv, qkv, whole(cos), whole(sin), hidden.reshape(P // S, 1, S))
 
 
 def _largest_divisor(number: int, most: int) -> int:
@@ -105,11 +109,11 @@ def _attend_block(q_ref, k_ref, v_ref, cos_ref, sin_ref, hidden_ref, out_ref, ro
     """q_ref[1, B, C] over k_ref and v_ref[1, S, C], R rows at a time; rotated_ref keeps the rotated keys."""
     from jax.experimental import pallas as pl
 
-    block, (_, B, C) = pl.program_id(3), q_ref.shape
+    block, (_, B, C), S = pl.program_id(3), q_ref.shape, k_ref.shape[1]
 
     @pl.when(block == 0)
     def _():
-        rotated_ref[...] = _rotated(k_ref[0], cos_ref[...], sin_ref[...], H).astype(rotated_ref.dtype)
+        rotated_ref[...] = _rotated(k_ref[0], cos_ref[:S], sin_ref[:S], H).astype(rotated_ref.dtype)
 
     own = pl.ds(pl.multiple_of(block * B, _ROWS), B)
     q = (_rotated(q_ref[0], cos_ref[own], sin_ref[own], H) * H**-0.5).astype(q_ref.dtype)
