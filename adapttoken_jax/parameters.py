@@ -24,8 +24,8 @@ from adapttoken_jax.config import ModelConfig
 _TABLE = """
 vision.patch_kernel            D c t p q -> (c t p q) D   visual.patch_embed.proj.weight
 vision.layers.norm1            D -> D                     visual.blocks.{}.norm1.weight
-vision.layers.qkv_kernel       (3 N H) D -> D 3 N H       visual.blocks.{}.attn.qkv.weight
-vision.layers.qkv_bias         (3 N H) -> 3 N H           visual.blocks.{}.attn.qkv.bias
+vision.layers.qkv_kernel       (3 N H) D -> D (3 N H)     visual.blocks.{}.attn.qkv.weight
+vision.layers.qkv_bias         (3 N H) -> (3 N H)         visual.blocks.{}.attn.qkv.bias
 vision.layers.o_kernel         D (N H) -> N H D           visual.blocks.{}.attn.proj.weight
 vision.layers.o_bias           D -> D                     visual.blocks.{}.attn.proj.bias
 vision.layers.norm2            D -> D                     visual.blocks.{}.norm2.weight

@@ -120,7 +120,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
 def parameter_spec(parameter: parameters.Parameter, mesh: Mesh) -> PartitionSpec:
     """How a parameter lies on the mesh: the vision tower's everywhere, the decoder's as the rules say."""
     if parameter.path[0] == "vision":
-        return PartitionSpec()
+        return PartitionSpec(*[None] * len(parameter.shape))
     return _split(parameter.axes, parameter.shape, mesh.shape, ("fsdp",) if "fsdp" in mesh.shape else ())
 
 

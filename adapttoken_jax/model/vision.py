@@ -23,7 +23,6 @@ from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.rotary import rotate_heads_first, turns, vision_angles
 
 _LANES = 128
-_HEADS = ("qkv_kernel", "qkv_bias")  # their last axes are 3 N H
 _CHANNELS = {"gate_kernel": -1, "gate_bias": -1, "up_kernel": -1, "up_bias": -1, "down_kernel": -2}  # the axis of each
 
 
@@ -49,8 +48,7 @@ class VisionLayer(Block):
 
     def __init__(self, config, values: dict):
         wide = {name: _whole_lanes(values[name], axis) for name, axis in _CHANNELS.items()}
-        flat = {name: _changed(values[name], lambda x: x.reshape(*x.shape[:-3], -1)) for name in _HEADS}
-        super().__init__(config, values | wide | flat)
+        super().__init__(config, values | wide)
 
     def __call__(self, x, turn, places, kernel):
         """x[T, P, D] -> the same."""
@@ -94,14 +92,10 @@ class VisionLayer(Block):
 
 def _whole_lanes(weights, axis: int):
     """An array, or its shape, with zeros at the end of an axis so that `_LANES` divides it."""
-    return _changed(weights, lambda x: pad_end(x, axis, -x.shape[axis] % _LANES))
-
-
-def _changed(weights, change):
-    """`change` of an array that every device holds, or of its shape."""
+    widen = lambda weights: pad_end(weights, axis, -weights.shape[axis] % _LANES)
     if isinstance(weights, jax.ShapeDtypeStruct):
-        return jax.eval_shape(change, weights).update(sharding=weights.sharding)
-    return change(weights)
+        return jax.eval_shape(widen, weights).update(sharding=weights.sharding)
+    return widen(weights)
 
 
 def _runs(kinds: list[bool]) -> Iterator[tuple[np.ndarray, bool]]:
