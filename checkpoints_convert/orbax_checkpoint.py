@@ -117,5 +117,5 @@ def _stored_dtypes(path: pathlib.Path, config: ModelConfig) -> dict[parameters.P
     for name, p in expected.items():
         if tuple(stored[name].shape) != p.shape:
             got, want = list(stored[name].shape), list(p.shape)
-            raise UserError(f"{path}: '{name}' has shape {got}, config.json makes it {want}")
+            raise UserError(f"{path}: '{name}' has shape {got}, now wanted is {want}; convert the source again")
     return {p: np.dtype(stored[name].dtype) for name, p in expected.items()}

@@ -124,7 +124,7 @@ def test_another_model_is_refused(tmp_path, config, params):
     norm = params["text"]["norm"]
     with pytest.raises(UserError, match=r"orbax: unknown parameter 'text\.bonus'"):
         orbax_checkpoint.read(written("unknown", bonus=norm), config)
-    with pytest.raises(UserError, match=r"'text\.norm' has shape \[63\], config\.json makes it \[64\]"):
+    with pytest.raises(UserError, match=r"'text\.norm' has shape \[63\], now wanted is \[64\]; convert"):
         orbax_checkpoint.read(written("misshapen", norm=norm[:63]), config)
     without = {key: value for key, value in params["text"].items() if key != "norm"}
     with ocp.StandardCheckpointer() as checkpointer:
