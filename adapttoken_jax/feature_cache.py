@@ -99,8 +99,8 @@ def _content_hash(clip: Clip) -> str:
 
 def _model_hash(model: Model) -> str:
     """SHA-256 of everything about the model and this program that features depend on."""
-    sizes = f"{model.config.vision} {model.dtype.name} {jax.default_backend()} {sorted(library_versions().items())}"
-    digest = hashlib.sha256(sizes.encode())
+    sizes = f"{model.config.vision} {model.dtype.name} {jax.default_backend()} {model.vision_kernel.name}"
+    digest = hashlib.sha256(f"{sizes} {sorted(library_versions().items())}".encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.module.vision):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
         digest.update(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data)

@@ -1,5 +1,6 @@
 """Features on disk: found again bit for bit, told apart by content, computed again where damaged."""
 
+import dataclasses
 import os
 import shutil
 import threading
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapttoken_jax import encoding, pipeline
+from adapttoken_jax import encoding, loading, pipeline
 from adapttoken_jax.encoding import stream_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.feature_cache import Entry, FeatureCache
+from adapttoken_jax.model.kernels import Kernel
 from adapttoken_jax.streaming import one_pass
 from adapttoken_jax.video import Frames, plan_clip, probe
 from tests import media
@@ -142,6 +144,13 @@ def test_whatever_features_depend_on_is_in_the_name(model, path, cache, tmp_path
     ]
     assert len({entry.path for entry in names}) == len(names)
     assert FeatureCache(tmp_path / "cache", small_model()).entry(clip_of(path, model)).path == names[0].path
+
+
+def test_features_of_a_kernel_are_not_taken_for_those_without(model, path, cache, tmp_path, monkeypatch):
+    entry = lambda model: FeatureCache(tmp_path / "cache", model).entry(clip_of(path, model)).path
+    monkeypatch.setattr(loading, "resolve_vision", lambda *_: Kernel("windows"))
+    assert entry(model) != cache.entry(clip_of(path, model)).path
+    assert entry(dataclasses.replace(model, attention="xla")) == cache.entry(clip_of(path, model)).path
 
 
 def test_writers_and_readers_at_once(tmp_path, capsys):

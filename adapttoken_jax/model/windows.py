@@ -26,15 +26,18 @@ from adapttoken_jax.model.block import pad_end
 
 _LANES = 128
 _ROWS = 16  # of a tile of half precision
-_MOST_ROWS = 256  # that are computed together; by the compiler's schedules more do not help
+_MOST_ROWS = 256  # that are computed together; by the compiler's schedules more gain little (320: 6 %)
 _LARGE_MEMORY = 2**25  # bytes of vector memory that a window of more than `_MOST_ROWS` may take
 
 
 def suits(windows: tuple[tuple[int, int], ...], heads: int, head_dim: int, most: int) -> bool:
-    """Whether the kernel takes these runs (W, U): windows of one size, whole tiles and at most `most` rows each."""
-    ((_, U), *others) = windows
+    """Whether the kernel takes these runs (W, U): windows of one size, whole tiles and at most `most` rows each.
+
+    Of windows that are computed in parts it takes one alone, the whole slot.
+    """
+    ((W, U), *others) = windows
     in_tiles = U % _ROWS == 0 and heads * head_dim % math.lcm(head_dim, _LANES) == 0
-    return in_tiles and most >= U and not others
+    return in_tiles and most >= U and not others and (W == 1 or U <= _MOST_ROWS)
 
 
 def attend(qkv: jax.Array, cos: jax.Array, sin: jax.Array, valid: np.ndarray, *, W: int, heads: int) -> jax.Array:
@@ -62,7 +65,7 @@ def _call(shape, dtype, W, heads, interpret):
     """The kernel as a function of qkv, cosines and signed sines[P, C], and what is added to scores[P].
 
     A step of its grid has B rows of C channels. They look at S rows: at the windows that they fill, several where those
-    are small, or at the one window that they are a part of, whose last part may have less rows. All parts of a window
+    are small, or at the whole slot, of which they are a part; its last part may have less rows. All parts of a slot
     come one after the other, and slots before windows, so that tables and keys are fetched once.
     """
     from jax.experimental import pallas as pl  # loads slowly, and few need it
@@ -97,7 +100,7 @@ def _call(shape, dtype, W, heads, interpret):
         interpret=interpret,
         name="windows",
     )
-    whole = lambda table: pad_end(table, 0, parts * B - S)  # where B does not divide S, these are the only ones
+    whole = lambda table: pad_end(table, 0, parts * B - S)  # as the last part of a slot reads them
     return lambda qkv, cos, sin, hidden: kernel(qkv, qkv, qkv, whole(cos), whole(sin), hidden.reshape(P // S, 1, S))
 
 
