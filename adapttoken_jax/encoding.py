@@ -25,7 +25,7 @@ from adapttoken_jax.geometry import round_up, time_ids, token_position_ids
 from adapttoken_jax.loading import Model
 from adapttoken_jax.passes import encode_slots
 from adapttoken_jax.streaming import Part, one_pass
-from adapttoken_jax.video import Clip, SlotImages, patch_rows
+from adapttoken_jax.video import Clip, SlotPatches, normalised
 
 # What one call of the vision tower takes at most on each device: bounds its memory. A GPU is so fast that the host can
 # only just hand patches and features over in chunks as small as a TPU's: its products then wait now and again.
@@ -127,7 +127,7 @@ class SlotEncoder:
 
     Attributes:
       features: [T, M, D], filled slot by slot.
-      patches: float32 [n, h w, 1176] of each chunk read so far, if they are kept.
+      patches: [n, h w, 1176] of each chunk read so far, if they are kept.
       seconds: "decode", seconds that the reading threads were busy, summed over them (waiting, for `chunks`); "vision",
         seconds that the asking thread spent on the vision tower; "waiting", seconds that it spent in `encode`
         altogether, which includes waiting for decoded frames.
@@ -185,17 +185,17 @@ class SlotEncoder:
         self.seconds["waiting"] += time.perf_counter() - begin
 
     def _read(self, order: Sequence[Part]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (slots, float32 [n, h w, 1176] patches), no more than a call of the vision tower takes.
+        """Yields (slots, uint8 [n, h w, 1176] patches), no more than a call of the vision tower takes.
 
         The patches are those of the slots that this process's devices encode.
         """
         for part in order:
             slots, busy = part.slots[~self._there[part.slots]], self.seconds["decode"]
             own = self._own[np.arange(len(slots)) % self._size]
-            with SlotImages(self._clip, slots[own], part.ahead) as reader:
+            with SlotPatches(self._clip, slots[own], part.ahead) as reader:
                 for start in range(0, len(slots), self._size):
                     chunk = slice(start, start + self._size)
-                    patches = patch_rows(reader.take_slots(int(own[chunk].sum())), self._clip.vision)
+                    patches = reader.take_slots(int(own[chunk].sum()))
                     self.seconds["decode"] = busy + reader.busy_s
                     yield slots[chunk], patches
 
@@ -205,7 +205,7 @@ class SlotEncoder:
         if self._keep:
             self.patches.append(patches)
         if len(patches) < self._size:
-            padded = np.zeros((self._size, *patches.shape[1:]), np.float32)
+            padded = np.zeros((self._size, *patches.shape[1:]), patches.dtype)
             padded[np.flatnonzero(self._own[: len(slots)])] = patches
             patches = padded
         self._started[slots] = True
@@ -240,8 +240,8 @@ def encode_video(
     """Encodes every slot of a clip in one pass over the file; the arguments are those of `SlotEncoder`."""
     with SlotEncoder(model, clip, one_pass(clip), keep_patches, on_progress, chunks) as done:
         done.encode(np.arange(clip.grid[0]))
-    patches = np.concatenate(done.patches).reshape(-1, model.config.vision.patch_features) if keep_patches else None
-    return _visual_tokens(model, clip, done, patches)
+    patches = [normalised(each).reshape(-1, each.shape[-1]) for each in done.patches]
+    return _visual_tokens(model, clip, done, np.concatenate(patches) if keep_patches else None)
 
 
 def _visual_tokens(model, clip, encoder, patches, source=None) -> VisualTokens:

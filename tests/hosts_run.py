@@ -47,18 +47,18 @@ def record() -> tuple[list[int], list[int]]:
     slots, sizes = [], []
     read = safetensors_file.StoredTensor.read
 
-    class Decoded(encoding.SlotImages):
+    class Decoded(encoding.SlotPatches):
         def take_slots(self, count):
-            images = super().take_slots(count)
-            slots.append(len(images))
-            return images
+            taken = super().take_slots(count)
+            slots.append(len(taken))
+            return taken
 
     def read_and_count(tensor, shape, index=()):
         part = read(tensor, shape, index)
         sizes.append(part.nbytes)
         return part
 
-    encoding.SlotImages, safetensors_file.StoredTensor.read = Decoded, read_and_count
+    encoding.SlotPatches, safetensors_file.StoredTensor.read = Decoded, read_and_count
     return slots, sizes
 
 

@@ -16,7 +16,7 @@ from adapttoken_jax.encoding import encode_video, stream_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.selection import group_slots
 from adapttoken_jax.streaming import Part, decoding_frames, one_pass, reading_order
-from adapttoken_jax.video import Frames, SlotImages, VideoInfo, plan_clip, probe
+from adapttoken_jax.video import Frames, SlotPatches, VideoInfo, normalised, plan_clip, probe, read_patches
 from tests import media
 from tests.needle.study_model import settings, small_model
 
@@ -126,6 +126,17 @@ def partly_by_group(clip):
     return [Part(np.concatenate(groups[5:]), 8), Part(np.sort(np.concatenate(groups[:5])))]
 
 
+def test_pixels_are_normalised_on_the_device(model, clip, everything):
+    read = list(read_patches(clip, chunk_slots=4))
+    assert {patches.dtype for _, patches in read} == {np.dtype(np.uint8)}
+    before = encode_video(model, clip, chunks=[(slots, normalised(patches)) for slots, patches in read])
+    # The last bit of a pixel's value (6e-8 of it) weighs no more than the rounding of a product that follows it.
+    np.testing.assert_allclose(before.features, everything, atol=1e-5 * np.abs(everything).max())
+    traced = encode_video(model, clip, keep_patches=True)
+    expected = normalised(np.concatenate([patches for _, patches in read]))
+    np.testing.assert_array_equal(traced.patches, expected.reshape(traced.patches.shape))
+
+
 @pytest.mark.parametrize("order", [one_pass, by_group, partly_by_group])
 def test_the_order_does_not_change_a_bit(model, clip, everything, order):
     with stream_video(model, clip, order(clip)) as tokens:
@@ -162,12 +173,12 @@ def test_a_gpu_takes_twice_as_many_patches_per_call(model, monkeypatch, platform
 def test_no_more_is_decoded_than_one_group_ahead(model, clip, monkeypatch):
     groups, opened = group_slots(clip.grid[0], 8), []
 
-    class Watched(SlotImages):
+    class Watched(SlotPatches):
         def __init__(self, *args):
             super().__init__(*args)
             opened.append(self)
 
-    monkeypatch.setattr("adapttoken_jax.encoding.SlotImages", Watched)
+    monkeypatch.setattr("adapttoken_jax.encoding.SlotPatches", Watched)
     with stream_video(model, clip, partly_by_group(clip)) as tokens:
         tokens.ensure(groups[5])
     assert len(opened) == 1  # the part that follows was not opened
@@ -207,8 +218,8 @@ def run(values):
     info, vision = video.probe({str(path)!r}), SIZES["qwen2.5-vl-7b"].vision
     clip = video.plan_clip(info, vision, fps=5.0, max_frames=3000, max_pixels=28 * 28)
     while True:
-        with video.SlotImages(clip, range(clip.grid[0])) as images:
-            while len(images.take_slots(10)):
+        with video.SlotPatches(clip, range(clip.grid[0])) as reader:
+            while len(reader.take_slots(10)):
                 print("ready", flush=True)
 sys.exit(cli.main(["try"], [cli.Command("try", "", (cli.Flag("debug", bool, "", "General"),), run)]))
 """

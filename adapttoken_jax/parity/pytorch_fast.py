@@ -28,6 +28,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from adapttoken_jax.config import AdaptTokenConfig, ModelConfig
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.parity import pytorch_method as plain
+from adapttoken_jax.video import PIXEL_MEAN, PIXEL_STD
 
 Model = transformers.Qwen2_5_VLForConditionalGeneration
 
@@ -124,14 +125,21 @@ def _attend(q, k, v):
 
 @torch.inference_mode()
 def encode(model: Model, patches: np.ndarray, grid, chunk: int) -> torch.Tensor:
-    """Vision features [T, M, D] of patches float32 [T h w, 1176], `chunk` slots per call of the tower."""
+    """Vision features [T, M, D] of patches [T h w, 1176], `chunk` slots per call of the tower.
+
+    Pixels, uint8, are normalised on the device; float32 patches are already.
+    """
     slots, rows, columns = grid
     per_slot, parts = rows * columns, []
+    spread = [torch.from_numpy(np.repeat(each, patches.shape[-1] // 3)) for each in (PIXEL_MEAN, PIXEL_STD)]
+    mean, deviation = (each.to(model.device) for each in spread)
     for start in range(0, slots, chunk):
         count = min(chunk, slots - start)
         part = torch.from_numpy(patches[start * per_slot : (start + count) * per_slot])
         thw = torch.tensor([[count, rows, columns]], device=model.device)
-        features = model.model.visual(part.to(model.device, model.dtype), grid_thw=thw).pooler_output
+        part = part.to(model.device)
+        part = (part.float() - mean) / deviation if part.dtype == torch.uint8 else part
+        features = model.model.visual(part.to(model.dtype), grid_thw=thw).pooler_output
         parts.append(features.reshape(count, -1, features.shape[-1]))
     return torch.cat(parts)
 

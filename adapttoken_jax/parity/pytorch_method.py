@@ -38,7 +38,8 @@ class MethodInputs:
     """A sampled video and a tokenised prompt. For method `uniform` the frames are already the uniformly sampled ones.
 
     Attributes:
-      patches: float32 [T*h*w, 1176], normalised, in the order in which transformers' processors give them.
+      patches: float32 [T*h*w, 1176], normalised, in the order in which transformers' processors give them;
+        `pytorch_fast` also takes them as pixels, uint8.
       grid: (T, h, w): slots, then rows and columns of 14-pixel patches.
       frame_times: float64 [N] seconds.
       seconds_per_slot: time between slots as M-RoPE counts it.

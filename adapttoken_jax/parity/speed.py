@@ -51,7 +51,7 @@ class Pair:
       model: ours.
       torch_model: the PyTorch one, same weights.
       plan: the video's clip and groups.
-      patches: float32 [T, h w, features], generated.
+      patches: uint8 [T, h w, features], generated pixels.
       prompts: the question first, then the further ones.
       inputs: video and question as the PyTorch side takes them.
       config: settings of the method.
@@ -82,7 +82,7 @@ def make_pair(shape: Shape, dtype: str, *, questions: int = 1, answer_tokens: in
     things = [_THINGS[i % len(_THINGS)] for i in range(questions)]
     prompts = [build_prompt(model.tokenizer, f"What colour is the {thing}?", _OPTIONS) for thing in things]
     count = (plan.clip.grid[0], shape.grid[0] * shape.grid[1], shape.model.vision.patch_features)
-    patches = np.random.default_rng(seed).standard_normal(count, np.float32)
+    patches = np.random.default_rng(seed).integers(0, 256, count, np.uint8)
     inputs = plain.MethodInputs(
         patches=patches.reshape(-1, count[-1]), grid=plan.clip.grid, frame_times=plan.clip.frame_times,
         seconds_per_slot=plan.clip.seconds_per_slot, prefix_ids=prompts[0].prefix_ids,

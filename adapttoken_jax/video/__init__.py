@@ -8,22 +8,35 @@ Three presets (`PRESETS`) gather the conventions in which the published preproce
 """
 
 from adapttoken_jax.video.decode import FrameReader, decoding_cost
-from adapttoken_jax.video.patches import SlotImages, patch_rows, read_images, read_patches
+from adapttoken_jax.video.patches import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    SlotPatches,
+    cut_patches,
+    join_frames,
+    normalised,
+    read_images,
+    read_patches,
+)
 from adapttoken_jax.video.probe import Frames, VideoInfo, probe
 from adapttoken_jax.video.resize import resize_bicubic, resize_pillow
 from adapttoken_jax.video.sampling import PRESETS, Clip, Preset, frame_count, plan_clip, smart_resize
 
 __all__ = [
+    "PIXEL_MEAN",
+    "PIXEL_STD",
     "PRESETS",
     "Clip",
     "FrameReader",
     "Frames",
     "Preset",
-    "SlotImages",
+    "SlotPatches",
     "VideoInfo",
+    "cut_patches",
     "decoding_cost",
     "frame_count",
-    "patch_rows",
+    "join_frames",
+    "normalised",
     "plan_clip",
     "probe",
     "read_images",

@@ -1,7 +1,8 @@
 """Frames to the rows of numbers that the vision tower reads, chunk by chunk.
 
-Each frame is resized as soon as it is decoded and the decoded one dropped. `SlotImages` decodes ahead of its consumer,
-but holds no more than a bounded number of resized frames.
+Each frame is resized as soon as it is decoded and the decoded one dropped. `SlotPatches` decodes ahead of its consumer,
+but holds no more than a bounded number of resized frames. Rows stay pixels of one byte, a quarter of what they are once
+normalised: `passes.encode_slots` does that on the device, and `normalised` is its twin.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,16 +14,16 @@ from adapttoken_jax.video.ahead import ReadAhead
 from adapttoken_jax.video.resize import RESIZERS
 from adapttoken_jax.video.sampling import PRESETS, Clip
 
-# Mean and standard deviation of each RGB channel, of pixels in [0, 1], that the vision tower was trained with.
-_MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32) * np.float32(255)
-_STD = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32) * np.float32(255)
+# Mean and standard deviation of each RGB channel that the vision tower was trained with, of pixels from 0 to 255.
+PIXEL_MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32) * np.float32(255)
+PIXEL_STD = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32) * np.float32(255)
 
 # Resized frames that are held at most, in bytes: some 500 of the largest that are usual, enough for 16 cores to decode.
 _BYTES_AHEAD = 2**28
 
 
-class SlotImages(ReadAhead):
-    """Reads slots as the model sees them before normalisation; a context manager.
+class SlotPatches(ReadAhead):
+    """Reads slots, each frame resized and cut into patches by the thread that decodes it; a context manager.
 
     Args:
       clip: from `plan_clip`.
@@ -41,15 +42,15 @@ class SlotImages(ReadAhead):
         super().__init__(
             clip.info,
             frames.reshape(-1),
-            lambda image: resize(image, clip.height, clip.width),
+            lambda image: cut_patches(resize(image, clip.height, clip.width), clip.vision),
             bound if ahead is None else min(bound, ahead * self._per_slot),
         )
-        self._shape = (-1, self._per_slot, clip.height, clip.width, 3)
+        self._shape = (clip.grid[1] * clip.grid[2], clip.vision.patch_features)
 
     def take_slots(self, count: int) -> np.ndarray:
-        """The next `count` slots, uint8 [n, t, height, width, 3]; fewer at the end."""
-        images = self.take(count * self._per_slot)
-        return np.stack(images).reshape(self._shape) if images else np.zeros((0, *self._shape[1:]), np.uint8)
+        """The next `count` slots, uint8 [n, h*w, features] in the order of `join_frames`; fewer at the end."""
+        frames = self.take(count * self._per_slot)
+        return join_frames(frames, self._per_slot) if frames else np.zeros((0, *self._shape), np.uint8)
 
 
 def read_patches(
@@ -63,7 +64,7 @@ def read_patches(
       chunk_slots: slots held and yielded at once.
 
     Yields:
-      (int64 [n] slot indices, float32 [n, h*w, features] normalised patches in the order of `patch_rows`).
+      (int64 [n] slot indices, uint8 [n, h*w, features] patches in the order of `join_frames`).
 
     Raises:
       UserError: while iterating, for a file that ends early or is damaged.
@@ -76,9 +77,9 @@ def read_patches(
 
 
 def _chunks_of_patches(clip: Clip, slots: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    with SlotImages(clip, slots) as images:
+    with SlotPatches(clip, slots) as reader:
         for start in range(0, len(slots), size):
-            yield slots[start : start + size], patch_rows(images.take_slots(size), clip.vision)
+            yield slots[start : start + size], reader.take_slots(size)
 
 
 def read_images(clip: Clip, slots: Sequence[int]) -> np.ndarray:
@@ -95,20 +96,35 @@ def read_images(clip: Clip, slots: Sequence[int]) -> np.ndarray:
     return np.stack([np.zeros((clip.height, clip.width, 3), np.uint8), *taken])[1:]
 
 
-def patch_rows(images: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    """Cuts uint8 [n, t, H, W, 3] images of slots into normalised float32 [n, h*w, 3*t*patch*patch] rows.
+def cut_patches(image: np.ndarray, vision: VisionConfig) -> np.ndarray:
+    """Cuts a frame uint8 [H, W, 3] into patches [h*w, 3, patch*patch].
 
-    Rows run over merged tokens (row by row), and within each over its merge x merge patches, so that the rows of one
-    merged token are neighbours. Features run over channel, frame, pixel row, pixel column. This is the layout of the
-    Qwen2-VL processors.
+    They run over merged tokens (row by row), and within each over its merge x merge patches, so that those of one
+    merged token are neighbours. This is the layout of the Qwen2-VL processors.
     """
-    n, frames, height, width, channels = images.shape
+    height, width, channels = image.shape
     side, merge, token = vision.patch, vision.merge, vision.pixels_per_token
-    pixels = images.reshape(n, frames, height // token, merge, side, width // token, merge, side, channels)
-    pixels = pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    rows = np.subtract(pixels, _MEAN[:, None, None, None], order="C", dtype=np.float32)
-    np.divide(rows, _STD[:, None, None, None], out=rows)
-    return rows.reshape(n, height * width // side**2, channels * frames * side**2)
+    planes = np.ascontiguousarray(np.moveaxis(image, 2, 0))  # first, so that whole rows of pixels are moved below
+    pixels = planes.reshape(channels, height // token, merge, side, width // token, merge, side)
+    return pixels.transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, channels, side**2)
+
+
+def join_frames(frames: Sequence[np.ndarray], per_slot: int) -> np.ndarray:
+    """Slots of `per_slot` frames each, as the vision tower's rows: n t of `cut_patches` -> uint8 [n, h*w, features].
+
+    Features run over channel, frame, pixel row, pixel column.
+    """
+    patches, channels, pixels = frames[0].shape
+    slots = np.empty((len(frames) // per_slot, patches, channels, per_slot, pixels), np.uint8)
+    for place in range(per_slot):
+        np.stack(frames[place::per_slot], out=slots[:, :, :, place])
+    return slots.reshape(len(slots), patches, -1)
+
+
+def normalised(rows: np.ndarray) -> np.ndarray:
+    """Rows of `join_frames` as the vision tower was trained with them: (pixel - mean) / deviation, in float32."""
+    mean, deviation = (np.repeat(each, rows.shape[-1] // 3) for each in (PIXEL_MEAN, PIXEL_STD))
+    return (rows.astype(np.float32) - mean) / deviation
 
 
 def _checked(clip: Clip, slots: Sequence[int] | None) -> np.ndarray:
