@@ -214,7 +214,9 @@ class SlotEncoder:
         return slots, sharding.everywhere(encoded, model.mesh)
 
     def _collect(self, slots: np.ndarray, encoded: jax.Array) -> None:
-        self.features[slots] = np.asarray(encoded)[: len(slots)]
+        for (places, *others), part in sharding.parts(encoded):
+            known = slots[places]
+            self.features[(known, *others)] = part[: len(known)]
         self._there[slots] = True
         self.encoded += len(slots)
         if self._on_progress:

@@ -18,7 +18,7 @@ attention goes back to where the context lies (`split_rows`).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -258,6 +258,16 @@ def own_rows(mesh: Mesh | None, rows: int, split: Callable[[Mesh], NamedSharding
 def everywhere(tree, mesh: Mesh | None):
     """Device arrays as every process can read them: whole, on each of its devices."""
     return tree if mesh is None or not mesh.is_multi_process else _gather(mesh)(tree)
+
+
+def parts(array: jax.Array) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """A device array piece by piece, as the devices hold it: index and NumPy array of each.
+
+    `np.asarray` would put the pieces together, a copy more. An array that processes share must be `everywhere`.
+    """
+    shards = {str(shard.index): shard for shard in array.addressable_shards}  # of equal ones, one
+    for shard in shards.values():
+        yield shard.index, np.asarray(shard.data)
 
 
 @functools.lru_cache

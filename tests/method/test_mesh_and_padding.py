@@ -171,6 +171,22 @@ def test_each_place_of_a_context_takes_a_part_of_the_weights(directory, mesh, pl
     assert sharding.parted(part, model.mesh, ()) is part
 
 
+@pytest.mark.parametrize(
+    ("split", "count"), [((), 1), (("data",), 4), (("data", "model"), 8), ((None, "model"), 2), (("model", "data"), 8)]
+)
+def test_parts_make_up_the_array_once(split, count):
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    array = np.arange(8 * 4 * 3).reshape(8, 4, 3)
+    placed = jax.device_put(array, jax.NamedSharding(mesh, jax.P(*split)))
+    found, times = np.zeros_like(array), np.zeros(array.shape, int)
+    pieces = list(sharding.parts(placed))
+    for index, part in pieces:
+        found[index] = part
+        times[index] += 1
+    np.testing.assert_array_equal(found, array)
+    assert len(pieces) == count and (times == 1).all()
+
+
 def test_a_mesh_of_other_axes_is_refused():
     mesh = jax.make_mesh((2, 4), ("model", "data"))
     with pytest.raises(UserError, match=r"--mesh: its axes are \('model', 'data'\)"):
