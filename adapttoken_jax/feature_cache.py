@@ -21,7 +21,7 @@ from adapttoken_jax.loading import Model
 from adapttoken_jax.result import atomic_file, library_versions
 from adapttoken_jax.video import PRESETS, Clip
 
-_VERSION = 1
+_VERSION = 2  # 1: pixels were normalised on the host, which rounds otherwise
 # What NumPy and zip raise for a file that was cut off, changed or is something else; zip checks a sum over each array.
 _DAMAGED = (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile)
 
