@@ -23,13 +23,11 @@ def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return np.ascontiguousarray(image)
     source = image.astype(np.float32, order="C").reshape(rows, cols * channels)
     middle = np.empty((height, cols * channels), np.float32)
-    for out, taken, weights in _bands(rows, height, 1):
-        for part in _parts(cols * channels, weights.size):
-            np.matmul(weights.T, source[taken, part], out=middle[out, part])
+    for weights, taken, made in _row_products(rows, height, cols * channels):
+        np.matmul(weights, source[taken], out=middle[made])
     result = np.empty((height, width * channels), np.float32)
-    for out, taken, weights in _bands(cols, width, channels):
-        for part in _parts(height, weights.size):
-            np.matmul(middle[part, taken], weights, out=result[part, out])
+    for weights, taken, made in _column_products(cols, width, channels, height):
+        np.matmul(middle[taken], weights, out=result[made])
     np.clip(np.rint(result, out=result), 0, 255, out=result)
     return result.astype(np.uint8).reshape(height, width, channels)
 
@@ -69,9 +67,30 @@ def _kernel(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1, near, np.where(x < 2, far, 0)).astype(x.dtype)
 
 
+# Both passes as small products: weights, and the indices of what they take and of what they make. All threads that read
+# a video go through them for every frame, and Python runs one thread at a time: the loops over them hold no more.
+
+
 @functools.lru_cache(maxsize=64)
-def _bands(size: int, new_size: int, channels: int) -> list[tuple[slice, slice, np.ndarray]]:
-    """The weight matrix as blocks (output slice, input slice, weights [input, output]) for interleaved channels."""
+def _row_products(rows: int, height: int, length: int) -> list[tuple]:
+    return [
+        (np.ascontiguousarray(weights.T), (taken, part), (made, part))
+        for weights, taken, made in _bands(rows, height, 1)
+        for part in _parts(length, weights.size)
+    ]
+
+
+@functools.lru_cache(maxsize=64)
+def _column_products(cols: int, width: int, channels: int, length: int) -> list[tuple]:
+    return [
+        (weights, (part, taken), (part, made))
+        for weights, taken, made in _bands(cols, width, channels)
+        for part in _parts(length, weights.size)
+    ]
+
+
+def _bands(size: int, new_size: int, channels: int) -> list[tuple[np.ndarray, slice, slice]]:
+    """The weight matrix as blocks (weights [input, output], input slice, output slice) for interleaved channels."""
     dense = bicubic_weights(size, new_size)
     bands = []
     for start in range(0, new_size, _BLOCK):
@@ -79,8 +98,8 @@ def _bands(size: int, new_size: int, channels: int) -> list[tuple[slice, slice, 
         used = np.flatnonzero(block.any(axis=0))
         low, high = used[0], used[-1] + 1
         weights = np.kron(block[:, low:high].T, np.eye(channels, dtype=np.float32))
-        out = slice(start * channels, (start + len(block)) * channels)
-        bands.append((out, slice(low * channels, high * channels), weights))
+        made = slice(start * channels, (start + len(block)) * channels)
+        bands.append((weights, slice(low * channels, high * channels), made))
     return bands
 
 
