@@ -187,11 +187,14 @@ def _scan(container, stream) -> _Packets:
     found = _Packets(timed=not _formats(container) & _FORMATS_WITHOUT_PTS)
     # Matroska says how long the longest track is, so the others are needed to see whether the file is complete.
     tracks = container.demux() if "matroska" in _formats(container) else container.demux(stream)
+    ends = {}  # of each track, in its own unit: fractions of a second would take longer than reading the packets
     for packet in tracks:
-        if packet.stream_index == stream.index:
+        track, pts = packet.stream_index, packet.pts
+        if track == stream.index:
             _collect(packet, found)
-        if packet.pts is not None:
-            found.end_s = max(found.end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if pts is not None:
+            ends[track] = max(ends.get(track, 0), pts + (packet.duration or 0))
+    found.end_s = max((float(end * container.streams[track].time_base) for track, end in ends.items()), default=0.0)
     return found
 
 
