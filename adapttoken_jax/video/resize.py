@@ -67,8 +67,8 @@ def _kernel(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1, near, np.where(x < 2, far, 0)).astype(x.dtype)
 
 
-# Both passes as small products: weights, and the indices of what they take and of what they make. All threads that read
-# a video go through them for every frame, and Python runs one thread at a time: the loops over them hold no more.
+# Both passes as small products: weights, and the indices of what they take and of what they make. Lists, made once:
+# every frame of a video goes through them, in many threads of which Python runs one at a time.
 
 
 @functools.lru_cache(maxsize=64)
