@@ -10,7 +10,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adapttoken_jax.compilation import compiled
 from adapttoken_jax.geometry import window_layout
@@ -19,7 +18,7 @@ from adapttoken_jax.model.generation import Sampling, generate
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.text import Rows
 from adapttoken_jax.selection import most_relevant, reduce_relevance, token_certainty, token_entropy
-from adapttoken_jax.video import PIXEL_MEAN, PIXEL_STD
+from adapttoken_jax.video import normalised
 
 # Of a TPU core's vector memory, at most this much per operation: left to itself the compiler gives so little that the
 # tiles of large products are small, and a decoder layer runs at two thirds of the speed that its own estimate has with
@@ -128,20 +127,13 @@ def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int, k
 
     Args:
       model: whose vision tower encodes.
-      patches: [T, height x width, 1176], pixels (uint8) or normalised already (float32).
+      patches: uint8 [T, height x width, 1176], pixels.
       height, width: in patches.
       kernel: what computes attention.
     """
     with jax.named_scope("vision"):
-        patches = normalised(patches) if patches.dtype == jnp.uint8 else patches
         layout = window_layout(model.config.vision, height, width, kernel.pads_windows)
-        return model.vision(patches, layout, kernel=kernel)["features"]
-
-
-def normalised(pixels: jax.Array) -> jax.Array:
-    """`video.normalised` but for the last bit, as XLA multiplies by an inverse: uint8 [..., features] -> float32."""
-    mean, deviation = (np.repeat(each, pixels.shape[-1] // 3) for each in (PIXEL_MEAN, PIXEL_STD))
-    return (pixels.astype(jnp.float32) - mean) / deviation
+        return model.vision(normalised(patches), layout, kernel=kernel)["features"]
 
 
 @exact

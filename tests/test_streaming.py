@@ -7,6 +7,7 @@ import sys
 import threading
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from adapttoken_jax import costs, encoding, pipeline
 from adapttoken_jax.config import SIZES
 from adapttoken_jax.encoding import encode_video, stream_video
 from adapttoken_jax.errors import UserError
+from adapttoken_jax.geometry import window_layout
 from adapttoken_jax.selection import group_slots
 from adapttoken_jax.streaming import Part, decoding_frames, one_pass, reading_order
 from adapttoken_jax.video import Frames, SlotPatches, VideoInfo, normalised, plan_clip, probe, read_patches
@@ -129,12 +131,13 @@ def partly_by_group(clip):
 def test_pixels_are_normalised_on_the_device(model, clip, everything):
     read = list(read_patches(clip, chunk_slots=4))
     assert {patches.dtype for _, patches in read} == {np.dtype(np.uint8)}
-    before = encode_video(model, clip, chunks=[(slots, normalised(patches)) for slots, patches in read])
+    pixels = np.concatenate([patches for _, patches in read])
+    layout = window_layout(model.config.vision, *clip.grid[1:])
+    features = model.module.vision(jnp.asarray(normalised(pixels)), layout)["features"]
     # The last bit of a pixel's value (6e-8 of it) weighs no more than the rounding of a product that follows it.
-    np.testing.assert_allclose(before.features, everything, atol=1e-5 * np.abs(everything).max())
+    np.testing.assert_allclose(features, everything, atol=1e-5 * np.abs(everything).max())
     traced = encode_video(model, clip, keep_patches=True)
-    expected = normalised(np.concatenate([patches for _, patches in read]))
-    np.testing.assert_array_equal(traced.patches, expected.reshape(traced.patches.shape))
+    np.testing.assert_array_equal(traced.patches, normalised(pixels).reshape(traced.patches.shape))
 
 
 @pytest.mark.parametrize("order", [one_pass, by_group, partly_by_group])

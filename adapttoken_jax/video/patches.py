@@ -2,7 +2,7 @@
 
 Each frame is resized as soon as it is decoded and the decoded one dropped. `SlotPatches` decodes ahead of its consumer,
 but holds no more than a bounded number of resized frames. Rows stay pixels of one byte, a quarter of what they are once
-normalised: `passes.encode_slots` does that on the device, and `normalised` is its twin.
+normalised, which `passes.encode_slots` does on the device.
 """
 
 from collections.abc import Iterator, Sequence
@@ -121,8 +121,11 @@ def join_frames(frames: Sequence[np.ndarray], per_slot: int) -> np.ndarray:
     return slots.reshape(len(slots), patches, -1)
 
 
-def normalised(rows: np.ndarray) -> np.ndarray:
-    """Rows of `join_frames` as the vision tower was trained with them: (pixel - mean) / deviation, in float32."""
+def normalised(rows):
+    """Rows of `join_frames` as the vision tower was trained with them: (pixel - mean) / deviation, in float32.
+
+    They may be NumPy's or, where it is compiled, JAX's: XLA multiplies by an inverse, and the last bits may differ.
+    """
     mean, deviation = (np.repeat(each, rows.shape[-1] // 3) for each in (PIXEL_MEAN, PIXEL_STD))
     return (rows.astype(np.float32) - mean) / deviation
 

@@ -23,11 +23,11 @@ def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return np.ascontiguousarray(image)
     source = image.astype(np.float32, order="C").reshape(rows, cols * channels)
     middle = np.empty((height, cols * channels), np.float32)
-    for weights, taken, made in _row_products(rows, height, cols * channels):
-        np.matmul(weights, source[taken], out=middle[made])
+    for weights, taken, made, part in _products(rows, height, 1, cols * channels):
+        np.matmul(weights.T, source[taken, part], out=middle[made, part])
     result = np.empty((height, width * channels), np.float32)
-    for weights, taken, made in _column_products(cols, width, channels, height):
-        np.matmul(middle[taken], weights, out=result[made])
+    for weights, taken, made, part in _products(cols, width, channels, height):
+        np.matmul(middle[part, taken], weights, out=result[part, made])
     np.clip(np.rint(result, out=result), 0, 255, out=result)
     return result.astype(np.uint8).reshape(height, width, channels)
 
@@ -67,26 +67,14 @@ def _kernel(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1, near, np.where(x < 2, far, 0)).astype(x.dtype)
 
 
-# Both passes as small products: weights, and the indices of what they take and of what they make. Lists, made once:
-# every frame of a video goes through them, in many threads of which Python runs one at a time.
-
-
 @functools.lru_cache(maxsize=64)
-def _row_products(rows: int, height: int, length: int) -> list[tuple]:
-    return [
-        (np.ascontiguousarray(weights.T), (taken, part), (made, part))
-        for weights, taken, made in _bands(rows, height, 1)
-        for part in _parts(length, weights.size)
-    ]
+def _products(size: int, new_size: int, channels: int, length: int) -> list[tuple[np.ndarray, slice, slice, slice]]:
+    """A pass over `length` lines as small products: weights, inputs taken, outputs made, and lines.
 
-
-@functools.lru_cache(maxsize=64)
-def _column_products(cols: int, width: int, channels: int, length: int) -> list[tuple]:
-    return [
-        (weights, (part, taken), (part, made))
-        for weights, taken, made in _bands(cols, width, channels)
-        for part in _parts(length, weights.size)
-    ]
+    A list, made once: every frame of a video goes through it, in many threads of which Python runs one at a time.
+    """
+    bands = _bands(size, new_size, channels)
+    return [(weights, *ends, part) for weights, *ends in bands for part in _parts(length, weights.size)]
 
 
 def _bands(size: int, new_size: int, channels: int) -> list[tuple[np.ndarray, slice, slice]]:

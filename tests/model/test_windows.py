@@ -86,6 +86,10 @@ def model(tmp_path_factory):
     return at.load(tiny.write_checkpoint(tmp_path_factory.mktemp("windows"), SHAPE))
 
 
+def pixels(slots, patches):
+    return np.random.default_rng(0).integers(0, 256, (slots, patches, 1176), np.uint8)
+
+
 def assert_same_features(ours, theirs):
     """Four layers of sums in another order, against the largest feature: some 3e-6 of it."""
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.abs(theirs).max()), rtol=0)
@@ -96,7 +100,7 @@ def test_the_tower_with_the_kernel_is_the_tower_without(model, grid, monkeypatch
     taken = []
     attend = windows.attend
     monkeypatch.setattr(windows, "attend", lambda *args, W, heads: taken.append(W) or attend(*args, W=W, heads=heads))
-    patches = np.asarray(random(3, grid[0] * grid[1], 1176))
+    patches = pixels(3, grid[0] * grid[1])
     ours = encode_slots(model.module, patches, *grid, Kernel("windows"))
     ((W, _),) = window_layout(model.config.vision, *grid).windows
     assert set(taken) == {W, 1}  # layers within windows, and within the slot
@@ -105,7 +109,7 @@ def test_the_tower_with_the_kernel_is_the_tower_without(model, grid, monkeypatch
 
 def test_what_does_not_suit_takes_the_path_of_xla(model, monkeypatch):
     monkeypatch.setattr(windows, "attend", None)
-    patches = np.asarray(random(2, 6 * 6, 1176))
+    patches = pixels(2, 6 * 6)
     small = dataclasses.replace(Kernel("windows"), largest=8)  # memory for half a window
     ours = encode_slots(model.module, patches, 6, 6, small)
     np.testing.assert_array_equal(ours, encode_slots(model.module, patches, 6, 6, XLA))
@@ -114,7 +118,7 @@ def test_what_does_not_suit_takes_the_path_of_xla(model, monkeypatch):
 @pytest.mark.parametrize("mesh", ["data=4,model=2", "fsdp=2,model=1", "data=2,context=2,model=1"])
 def test_on_a_mesh_every_device_has_slots_of_its_own(model, mesh):
     mesh = sharding.make_mesh(sharding.MeshShape.parse(mesh))
-    patches = np.asarray(random(8, 48, 1176))
+    patches = pixels(8, 48)
     place = lambda array, where: jax.device_put(array, where(mesh))
     module = jax.tree.map(lambda x: place(x, sharding.replicated), model.module)
     ours = encode_slots(module, place(patches, sharding.slot_sharding), 6, 8, Kernel("windows", mesh))

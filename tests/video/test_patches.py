@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from adapttoken_jax import passes
 from adapttoken_jax.config import SIZES, VisionConfig
 from adapttoken_jax.video import (
     Frames,
@@ -88,7 +87,7 @@ def test_normalisation_is_the_float32_formula():
         expected = [(np.float32(level) - mean) / std for level in range(256)]
         np.testing.assert_array_equal(rows[channel], expected)
     # An inverse and a product round once each where a division rounds once: two units in the last place.
-    on_device = jax.jit(passes.normalised)(pixels).reshape(3, 256)
+    on_device = jax.jit(normalised)(pixels).reshape(3, 256)
     np.testing.assert_allclose(on_device, rows, rtol=2 * np.finfo(np.float32).eps)
 
 
