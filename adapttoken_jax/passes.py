@@ -37,10 +37,6 @@ TPU_OPTIONS = {
 # 60 ms on an H200 in place of 46; and it copies the weights out of their stack for them, which cuBLAS reads in place.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
-# Contexts are padded so that these divide the rows that go through a product together: a GPU's library of products
-# asks for that, and XLA would otherwise copy every operand and every result to pad it.
-_ROWS_STEP = 8
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -181,14 +177,14 @@ def _run_layers(text, batch, spec):
     layers = range(text.config.layers)
     reference = layers[-1] if spec.keep_share == 1 else spec.relevance[0]
     lower, upper = layers[: reference + 1], layers[reference + 1 :]
-    context, suffixes = _context_rows(text, batch), _suffix_rows(text, batch)
+    context, suffixes = _context_rows(text, batch, spec.kernel), _suffix_rows(text, batch)
     read = functools.partial(text.read, room=spec.answer_tokens - 1, kernel=spec.kernel)
     keep_layer = reference if upper else spec.keep_layer
     hidden, *pasts, found = read(
         context, suffixes, layers=lower, keep_layer=keep_layer, probe=_relevance_probe(batch, spec)
     )
     if upper:
-        context = _most_relevant(context._replace(x=found["kept"]), found["observed"], batch, spec.keep_share)
+        context = _most_relevant(context._replace(x=found["kept"]), found["observed"], batch, spec)
         hidden, past, _ = read(context, suffixes._replace(x=hidden), layers=upper)
         pasts.append(past)
     return hidden, pasts, found
@@ -200,26 +196,27 @@ def _visual_rows(batch) -> slice:
     return slice(prefix, prefix + batch.visual.shape[1])
 
 
-def _context_rows(text, batch) -> Rows:
+def _context_rows(text, batch, kernel) -> Rows:
     with jax.named_scope("context"):
         prefix = text.embed(batch.prefix_ids)
         prefix = jnp.broadcast_to(prefix, (batch.visual.shape[0], *prefix.shape))
         valid = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), batch.visual_valid], 1)
         x = jnp.concatenate([prefix, batch.visual.astype(prefix.dtype)], 1)
-        return _padded(Rows(x, batch.context_positions, valid), batch.suffix_ids.size)
+        return _padded(Rows(x, batch.context_positions, valid), batch.suffix_ids.size, kernel)
 
 
-def _padded(rows: Rows, others: int) -> Rows:
-    """Padding after the rows, so that `_ROWS_STEP` divides them and `others` together."""
-    return rows.padded(-(rows.x.shape[1] + others) % _ROWS_STEP)
+def _padded(rows: Rows, others: int, kernel) -> Rows:
+    """Padding after the rows, so that they and `others`, which go through a product together, suit the kernel."""
+    together = rows.x.shape[1] + others
+    return rows.padded(kernel.rows(len(rows.x), together) - together)
 
 
-def _most_relevant(rows: Rows, relevance, batch, share: float) -> Rows:
+def _most_relevant(rows: Rows, relevance, batch, spec) -> Rows:
     """The prefix, and the share of the visual tokens that is most relevant to any question: relevance[B, Q, S]."""
     with jax.named_scope("context"):
         prefix, tokens = batch.prefix_ids.shape[0], batch.visual.shape[1]
         scores = jnp.where(batch.visual_valid, relevance[..., _visual_rows(batch)].max(1), -1.0)
-        visual = prefix + most_relevant(scores, math.ceil(share * tokens))
+        visual = prefix + most_relevant(scores, math.ceil(spec.keep_share * tokens))
         text = jnp.broadcast_to(jnp.arange(prefix), (len(visual), prefix))
         index = jnp.concatenate([text, visual], 1)
         chosen = Rows(
@@ -227,7 +224,7 @@ def _most_relevant(rows: Rows, relevance, batch, share: float) -> Rows:
             jnp.take_along_axis(rows.position_ids, index[:, None], 2),
             jnp.take_along_axis(rows.valid, index, 1),
         )
-        return _padded(chosen, batch.suffix_ids.size)
+        return _padded(chosen, batch.suffix_ids.size, spec.kernel)
 
 
 def _suffix_rows(text, batch) -> Rows:

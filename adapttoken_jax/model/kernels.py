@@ -27,10 +27,11 @@ from adapttoken_jax.sharding import batch_axes
 NAMES = ("xla", "splash", "cudnn", "windows")  # the last for the vision tower alone
 
 _LANES = 128  # splash works on blocks of multiples of this, and on heads of them
-_BLOCK = 512
+_BLOCKS = (384, 512)  # of whole contexts; of pieces, whose runs are the blocks, up to _LONGEST_BLOCK
 _LONGEST_BLOCK = 1024
 _MOST_PADDING = 2  # times the rows of a context; what needs more is too short for so many pieces
 _FEW_ROWS = 8
+_STEP = 8  # what a GPU's library of products wants to divide the rows
 _SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB of vector memory
 _HALF = (jnp.bfloat16, jnp.float16)
 
@@ -71,6 +72,14 @@ class Kernel:
             return rows
         blocks = -(-rows // _LONGEST_BLOCK)
         return blocks * round_up(-(-rows // blocks), _LANES)
+
+    def rows(self, contexts: int, length: int) -> int:
+        """The rows, at least so many of each context, that suit products and `causal`: for splash whole blocks.
+
+        XLA would otherwise copy operands and results to pad them, in every layer. (Of pieces `run` tells that.)
+        """
+        splash = self.name == "splash" and self.pieces(contexts, length).count == 1
+        return round_up(length, _block(length) if splash else _STEP)
 
     def causal(self, q, k, v, valid, rest=None, pieces: Pieces = WHOLE) -> jax.Array:
         """Causal attention of a sequence over itself: q[B, T, N, H], k and v[B, T, K, H] -> [B, T, N, H].
@@ -234,8 +243,14 @@ def _splash_over_context(q, k, v, valid):
 def _whole_blocks(q, k) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and keys padded to whole blocks, and these blocks."""
     lengths = q.shape[1], k.shape[1]
-    blocks = tuple(min(_BLOCK, round_up(length, _LANES)) for length in lengths)
-    return tuple(round_up(length, block) for length, block in zip(lengths, blocks, strict=True)), blocks
+    blocks = tuple(map(_block, lengths))
+    return tuple(map(round_up, lengths, blocks)), blocks
+
+
+def _block(length: int) -> int:
+    """The block of rows or keys that pads so many least; of two that pad alike the longer."""
+    least = round_up(length, _LANES)
+    return min((block for block in _BLOCKS if block <= least), key=lambda b: (round_up(length, b), -b), default=least)
 
 
 def _splash_mask_of(order: np.ndarray):

@@ -32,22 +32,16 @@ def turns(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates x[..., T, heads, H] in float32 by the angles that have these `turns`; pairs element i with i + H / 2."""
-    cos, sin = turn
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+    """Rotates x[..., H] in float32 by the angles that have these `turns`; pairs element i with i + H / 2.
 
+    `turn` has the axes of x, or broadcasts to them: those of `turns` fit [..., T, heads, H].
 
-def rotate_heads_first(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """`rotate` of x[..., heads, T, H].
-
-    A TPU swaps the halves by a product with a signed permutation, which is exact in any type: to shift 40 of 80
-    channels among the lanes costs it several times as much.
+    A TPU swaps the halves by a product with a signed permutation, which is exact in any type at the highest precision:
+    to shift channels among the lanes costs it several times as much.
     """
-    cos, sin = (jnp.tile(each[:, 0], 2) for each in turn)  # [T, H]
-    wide = x.astype(jnp.float32)
+    cos, sin = (jnp.concatenate([each, each], -1) for each in turn)
     swapped = jax.lax.platform_dependent(x, tpu=_swap_by_product, default=_swap)
-    return (wide * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
+    return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
 
 
 def _swap(x):
@@ -59,4 +53,4 @@ def _swap(x):
 def _swap_by_product(x):
     half = np.eye(x.shape[-1] // 2, dtype=np.float32)
     swap = np.block([[np.zeros_like(half), half], [-half, np.zeros_like(half)]])
-    return x @ jnp.asarray(swap, x.dtype)
+    return jnp.matmul(x, jnp.asarray(swap, x.dtype), precision="highest")

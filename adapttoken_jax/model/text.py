@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from adapttoken_jax.model.attention import probabilities_from_lse, two_part_attention
-from adapttoken_jax.model.block import Block, merge_axes, pad_end, product, rms_norm, wide_product
+from adapttoken_jax.model.block import Block, merge_axes, pad_end, product, rms_norm, row_by_row, wide_product
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.pieces import WHOLE, Pieces
 from adapttoken_jax.model.rotary import rotate, text_angles, turns
@@ -96,9 +96,9 @@ class Probe(NamedTuple):
 class TextLayer(Block):
     """One pre-norm decoder layer with grouped-query attention (biases on q, k, v) and a gated feed-forward block."""
 
-    def queries(self, x, turn):
-        """Rotated queries [..., T, N, H] of the normalised x[..., T, D]."""
-        return rotate(product("...TD,DNH->...TNH", x, self.q_kernel[...]) + self.q_bias[...], turn)
+    def queries(self, x):
+        """Queries [..., T, N, H] of the normalised x[..., T, D], still to be rotated."""
+        return product("...TD,DNH->...TNH", x, self.q_kernel[...]) + self.q_bias[...]
 
     def keys_and_values(self, x, turn):
         """Rotated keys and values, [..., T, K, H] each, of the normalised x[..., T, D]."""
@@ -117,13 +117,13 @@ class TextLayer(Block):
         """One layer of `TextDecoder.prefill`: its output where it is `needed`, else x; and its keys and values."""
         h = rms_norm(x, self.norm1, self.config.eps)
         k, v = self.keys_and_values(h, turn)
-        output = lambda: self.finish(x, kernel.causal(self.queries(h, turn), k, v, valid))
+        output = lambda: self.finish(x, kernel.causal(rotate(self.queries(h), turn), k, v, valid))
         return jax.lax.cond(needed, output, lambda: x), k, v
 
     def extend(self, x, turn, context, tail, mask, start, kernel):
         """One layer of `TextDecoder.extend`; also returns its queries and their log-sum-exp."""
         h = rms_norm(x, self.norm1, self.config.eps)
-        q, new = split_rows((self.queries(h, turn), self.keys_and_values(h, turn)), kernel.mesh)
+        q, new = split_rows((rotate(self.queries(h), turn), self.keys_and_values(h, turn)), kernel.mesh)
         k, v = (jax.lax.dynamic_update_slice_in_dim(old, own, start, 2) for old, own in zip(tail, new, strict=True))
         mixed, lse = two_part_attention(q, context, (k, v, mask), kernel.over_context)
         return self.finish(x, shared_rows(mixed, kernel.mesh)), (k, v), q, lse
@@ -140,17 +140,19 @@ class TextLayer(Block):
           The rows; the suffixes' queries [P, Q, t, N, H] and the log-sum-exp of their scores [P, Q, N, t].
         """
         own = lambda x: x[:, first:]
-        q = self.queries(own(h), jax.tree.map(own, turn))
+        q, turn = self.queries(own(h)), jax.tree.map(own, turn)
         with jax.named_scope("question"):
             Q, t, T = tail[2].shape[1:]
-            asked = _by_suffix(q, Q, t)
+            # The few suffixes' are rotated by themselves: of all rows nothing then needs the queries but `causal`, and
+            # a TPU's compiler scales them for it as it rotates them.
+            asked = _by_suffix(rotate(*jax.tree.map(lambda x: x[:, -Q * t :], (q, turn))), Q, t)
             unused = 0 if pieces.count > 1 else Q * T
             over_context = functools.partial(kernel.over_context, unused=unused, pieces=pieces)
             mixed, lse = two_part_attention(asked, past, tail, over_context)
             mixed = mixed.reshape(len(q), Q * t, *q.shape[2:])
         if first == 0:
             with jax.named_scope("context"):
-                mixed = kernel.causal(q, *past, rest=mixed, pieces=pieces)
+                mixed = kernel.causal(rotate(q, turn), *past, rest=mixed, pieces=pieces)
         return rows.at[:, first:].set(self.finish(own(rows), mixed)), asked, lse
 
 
@@ -286,7 +288,7 @@ class TextDecoder(Block):
 
         def run(carry, index, first=0):
             rows, kept, observed = carry
-            rows = split_rows(rows, kernel.mesh)
+            rows = row_by_row(split_rows(rows, kernel.mesh))
             layer = gathered(self.layer(index), kernel.mesh, B)
             h = rms_norm(rows, layer.norm1, self.config.eps)
             k, v = (_of_context_and_suffixes(x, Q, t, pieces) for x in layer.keys_and_values(h, turn))

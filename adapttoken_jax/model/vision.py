@@ -20,7 +20,7 @@ import numpy as np
 from adapttoken_jax.geometry import WindowLayout
 from adapttoken_jax.model.block import Block, pad_end, product, rms_norm
 from adapttoken_jax.model.kernels import XLA, Kernel
-from adapttoken_jax.model.rotary import rotate_heads_first, turns, vision_angles
+from adapttoken_jax.model.rotary import rotate, turns, vision_angles
 
 _LANES = 128
 _CHANNELS = {"gate_kernel": -1, "gate_bias": -1, "up_kernel": -1, "up_bias": -1, "down_kernel": -2}  # the axis of each
@@ -69,7 +69,8 @@ class VisionLayer(Block):
         """Rotated queries and keys, and values, [T, N, P, H] each, of qkv[T, P, 3 N H]."""
         qkv = qkv.reshape(*qkv.shape[:2], 3, *self.o_kernel.shape[:2])
         q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
-        return rotate_heads_first(q, turn), rotate_heads_first(k, turn), v
+        turn = [x[:, 0] for x in turn]  # one for all heads, which come first here
+        return rotate(q, turn), rotate(k, turn), v
 
     @staticmethod
     def attend(q, k, v, places, kernel):

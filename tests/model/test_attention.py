@@ -82,11 +82,22 @@ def test_rotation_keeps_what_depends_on_distance_alone():
     np.testing.assert_allclose(half.astype(jnp.float32), rotary.rotate(q, turn(257)), atol=0.02)  # bfloat16's rounding
 
 
+@pytest.mark.parametrize("width", [16, 80, 128])
+def test_rotation_turns_complex_numbers(width):
+    """Rows before heads, as in the decoder, and heads before rows, as in the vision tower."""
+    x = random(3, 7, 2, width)  # [T, P, N, H]
+    angles = rotary.vision_angles(np.arange(7), np.arange(7)[::-1], width, 1e4)
+    first, second = np.split(np.asarray(x, np.float64), 2, -1)
+    turned = (first + 1j * second) * np.exp(1j * angles.astype(np.float64))[:, None]
+    expected = np.concatenate([turned.real, turned.imag], -1)
+    turn = rotary.turns(jnp.asarray(angles))
+    np.testing.assert_allclose(rotary.rotate(x, turn), expected, atol=2e-6)
+    heads_first = rotary.rotate(jnp.swapaxes(x, 1, 2), [each[:, 0] for each in turn])
+    np.testing.assert_allclose(jnp.swapaxes(heads_first, 1, 2), expected, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_heads_first_rotation_is_the_rotation(dtype):
-    """40 of 80 channels, as in the released vision towers; a TPU swaps them by a product, bit for bit the same."""
-    x = random(3, 7, 2, 80).astype(dtype)  # [T, P, N, H]
-    turn = rotary.turns(jnp.asarray(rotary.vision_angles(np.arange(7), np.arange(7)[::-1], 80, 1e4)))
-    ours = jnp.swapaxes(rotary.rotate_heads_first(jnp.swapaxes(x, 1, 2), turn), 1, 2)
-    np.testing.assert_array_equal(ours.astype(jnp.float32), rotary.rotate(x, turn).astype(jnp.float32))
+@pytest.mark.parametrize("width", [80, 128])  # channels of a head in the vision towers and in the decoders
+def test_a_product_swaps_bit_for_bit(width, dtype):
+    x = random(3, 7, 2, width).astype(dtype)
     np.testing.assert_array_equal(rotary._swap_by_product(x).astype(jnp.float32), rotary._swap(x).astype(jnp.float32))

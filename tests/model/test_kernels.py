@@ -117,6 +117,16 @@ def test_small_contexts_are_not_cut_and_cudnn_cuts_only_where_it_is_asked_to():
     assert Kernel("splash", mesh).run(441) == 512 and Kernel("splash", mesh).run(1762) == 1792
 
 
+def test_rows_are_padded_to_what_their_kernel_works_on():
+    """Whole blocks of splash, of which the one that pads least; eight rows for others, and for pieces, cut later."""
+    splash, mesh = Kernel("splash"), sharding.make_mesh(sharding.MeshShape.parse("data=8,model=1"))
+    lengths = {20: 128, 200: 256, 384: 384, 400: 512, 513: 768, 1000: 1024, 7216: 7296, 14248: 14336}
+    assert {length: splash.rows(2, length) for length in lengths} == lengths
+    for length, rows in lengths.items():
+        assert rows % kernels._block(length) == 0 and kernels._block(rows) == kernels._block(length)
+    assert Kernel("cudnn").rows(2, 7217) == XLA.rows(2, 7217) == Kernel("splash", mesh).rows(1, 7217) == 7224
+
+
 def test_the_arguments_for_cudnn_mean_the_reference():
     """The same call through jax.nn's own XLA implementation: cuDNN itself needs a GPU."""
     q, k, v, valid = case()

@@ -34,7 +34,8 @@ def kernel(qkv, angles, valid, W, N):
 def reference(qkv, angles, valid, W, N):
     T, P, D = qkv.shape
     q, k, v = jnp.transpose(qkv.reshape(T, P, 3, N, -1), (2, 0, 3, 1, 4))
-    q, k = (rotary.rotate_heads_first(x, rotary.turns(angles)) for x in (q, k))
+    turn = [x[:, 0] for x in rotary.turns(angles)]
+    q, k = (rotary.rotate(x, turn) for x in (q, k))
     rows = (x.reshape(T, N, W, P // W, -1) for x in (q, k, v))
     mixed = attention.window_attention(*rows, valid.reshape(W, -1)).reshape(T, N, P, -1)
     return jnp.moveaxis(mixed, 1, 2).reshape(T, P, D // 3)
