@@ -151,7 +151,7 @@ class Kernel:
 
     def within_rows(self, qkv, turn, valid, W: int, heads: int) -> jax.Array:
         """`windows.attend` with `rotary.turns`, on each device's own slots; `valid` is None where nothing is padded."""
-        cos, sin = (x[:, 0] for x in turn)
+        cos, sin = turn
         valid = np.ones(len(cos), bool) if valid is None else valid
         attend = lambda qkv, cos, sin: windows.attend(qkv, cos, sin, valid, W=W, heads=heads)
         if self.mesh is None:

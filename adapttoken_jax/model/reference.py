@@ -20,7 +20,7 @@ def decode_sequence(text: TextDecoder, embeddings: jax.Array, position_ids: jax.
       "layers"[L, S, D] outputs, "attention"[L, N, S, S] probabilities in float32, "logits"[S, V] in float32.
     """
     c = text.config
-    turn = turns(text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections))
+    turn = turns(text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections)[:, None])
     x, layers, attentions = embeddings, [], []
     for index in range(c.layers):
         layer = jax.tree.map(lambda stacked, i=index: stacked[i], text.layers)

@@ -27,14 +27,14 @@ def text_angles(position_ids: jax.Array, head_dim: int, theta: float, sections: 
 
 
 def turns(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines float32[..., T, 1, H / 2] of angles[..., T, H / 2]: once for all heads and layers."""
-    return jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    """Cosines and sines, float32, of angles[..., H / 2]: once for all heads and layers."""
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates x[..., H] in float32 by the angles that have these `turns`; pairs element i with i + H / 2.
 
-    `turn` has the axes of x, or broadcasts to them: those of `turns` fit [..., T, heads, H].
+    `turn` broadcasts to x, whose heads may stand before its rows or after them.
 
     A TPU swaps the halves by a product with a signed permutation, which is exact in any type at the highest precision:
     to shift channels among the lanes costs it several times as much.

@@ -172,9 +172,9 @@ class TextDecoder(Block):
         return wide_product(x, head)
 
     def turns(self, position_ids):
-        """The rotary `turns` of M-RoPE ids [..., 3, T]."""
+        """The rotary `turns` of M-RoPE ids [..., 3, T] for [..., T, N, H]."""
         c = self.config
-        return turns(text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections))
+        return turns(text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections)[..., None, :])
 
     def prefill(self, embeddings, position_ids, valid, *, layers: range | None = None, keep_layer=None,
                 return_layers=False, kernel: Kernel = XLA):  # fmt: skip

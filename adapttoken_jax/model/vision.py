@@ -69,7 +69,6 @@ class VisionLayer(Block):
         """Rotated queries and keys, and values, [T, N, P, H] each, of qkv[T, P, 3 N H]."""
         qkv = qkv.reshape(*qkv.shape[:2], 3, *self.o_kernel.shape[:2])
         q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
-        turn = [x[:, 0] for x in turn]  # one for all heads, which come first here
         return rotate(q, turn), rotate(k, turn), v
 
     @staticmethod

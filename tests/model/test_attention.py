@@ -74,7 +74,7 @@ def test_text_angles_follow_their_sections():
 
 def test_rotation_keeps_what_depends_on_distance_alone():
     q, k = random(1, 1, 16), random(1, 1, 16, seed=1)
-    turn = lambda p: rotary.turns(rotary.text_angles(jnp.full((3, 1), p), 16, 1e4, (2, 3, 3)))
+    turn = lambda p: rotary.turns(rotary.text_angles(jnp.full((3, 1), p), 16, 1e4, (2, 3, 3))[:, None])
     products = [float((rotary.rotate(q, turn(p)) * rotary.rotate(k, turn(p + 9))).sum()) for p in (0, 3, 100)]
     np.testing.assert_allclose(products, products[0], atol=1e-5)
     half = rotary.rotate(q.astype(jnp.bfloat16), turn(257))
@@ -91,8 +91,8 @@ def test_rotation_turns_complex_numbers(width):
     turned = (first + 1j * second) * np.exp(1j * angles.astype(np.float64))[:, None]
     expected = np.concatenate([turned.real, turned.imag], -1)
     turn = rotary.turns(jnp.asarray(angles))
-    np.testing.assert_allclose(rotary.rotate(x, turn), expected, atol=2e-6)
-    heads_first = rotary.rotate(jnp.swapaxes(x, 1, 2), [each[:, 0] for each in turn])
+    np.testing.assert_allclose(rotary.rotate(x, [each[:, None] for each in turn]), expected, atol=2e-6)
+    heads_first = rotary.rotate(jnp.swapaxes(x, 1, 2), turn)
     np.testing.assert_allclose(jnp.swapaxes(heads_first, 1, 2), expected, atol=2e-6)
 
 

@@ -27,15 +27,14 @@ def case(T, W, U, N, H):
 
 
 def kernel(qkv, angles, valid, W, N):
-    cos, sin = (x[:, 0] for x in rotary.turns(angles))
+    cos, sin = rotary.turns(angles)
     return jax.jit(lambda *arrays: windows.attend(*arrays, valid, W=W, heads=N))(qkv, cos, sin)
 
 
 def reference(qkv, angles, valid, W, N):
     T, P, D = qkv.shape
     q, k, v = jnp.transpose(qkv.reshape(T, P, 3, N, -1), (2, 0, 3, 1, 4))
-    turn = [x[:, 0] for x in rotary.turns(angles)]
-    q, k = (rotary.rotate(x, turn) for x in (q, k))
+    q, k = (rotary.rotate(x, rotary.turns(angles)) for x in (q, k))
     rows = (x.reshape(T, N, W, P // W, -1) for x in (q, k, v))
     mixed = attention.window_attention(*rows, valid.reshape(W, -1)).reshape(T, N, P, -1)
     return jnp.moveaxis(mixed, 1, 2).reshape(T, P, D // 3)
@@ -130,7 +129,7 @@ def test_on_a_mesh_every_device_has_slots_of_its_own(model, mesh):
 @pytest.mark.parametrize(("W", "U"), [(15, 64), (1, 880)])
 def test_it_lowers_for_a_tpu(W, U):
     qkv, angles, valid = case(2, W, U, 16, 80)
-    cos, sin = (x[:, 0] for x in rotary.turns(angles))
+    cos, sin = rotary.turns(angles)
     attend = jax.jit(lambda *arrays: windows.attend(*arrays, valid, W=W, heads=16))
     exported = jax.export.export(attend, platforms=["tpu"])(qkv.astype(jnp.bfloat16), cos, sin)
     assert "tpu_custom_call" in exported.mlir_module()
