@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adapttoken_jax import parameters
+from adapttoken_jax import parameters, torus
 from adapttoken_jax.config import ModelConfig
 from adapttoken_jax.errors import UserError
 
@@ -101,10 +101,17 @@ def make_mesh(shape: MeshShape, devices=None) -> Mesh:
     if shared and need < len(devices):
         owners = f"{jax.process_count()} processes"
         raise UserError(f"{asked}: takes {need} of the {len(devices)} devices of {owners}; their product must be all")
-    # An axis of the mesh need not be a whole axis of a TPU's torus: data=2,model=8 on 4x4 splits one of its axes.
     sizes = tuple(shape.sizes.values())
-    places = create_device_mesh(sizes, devices[:need], allow_split_physical_axes=True)
-    return Mesh(places, tuple(shape.sizes), (AxisType.Auto,) * len(sizes))
+    return Mesh(_placed(sizes, devices[:need]), tuple(shape.sizes), (AxisType.Auto,) * len(sizes))
+
+
+def _placed(sizes: tuple[int, ...], devices) -> np.ndarray:
+    """Devices at the places of a mesh; chips of a TPU slice as `torus.places` says."""
+    if devices[0].platform == "tpu":
+        order = torus.places(sizes, np.array([device.coords for device in devices]))
+        if order is not None:
+            return np.array(devices)[order]
+    return create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adapttoken_jax.geometry import round_up
 from adapttoken_jax.model import attention, windows
 from adapttoken_jax.model.pieces import WHOLE, Pieces
+from adapttoken_jax.model.spread import EVERYWHERE, TILE_ROWS, Spread
 from adapttoken_jax.sharding import batch_axes
 
 NAMES = ("xla", "splash", "cudnn", "windows")  # the last for the vision tower alone
@@ -73,6 +74,13 @@ class Kernel:
         blocks = -(-rows // _LONGEST_BLOCK)
         return blocks * round_up(-(-rows // blocks), _LANES)
 
+    def suffix_run(self, rows: int, questions: int) -> int:
+        """The length of the runs of suffixes: with those of so many questions a piece's rows can be `spread`."""
+        if self.name != "splash":
+            return rows
+        tiles = TILE_ROWS * self.mesh.shape["model"]
+        return round_up(rows, tiles // math.gcd(tiles, 2 * questions))
+
     def rows(self, contexts: int, length: int) -> int:
         """The rows, at least so many of each context, that suit products and `causal`: for splash whole blocks.
 
@@ -80,6 +88,15 @@ class Kernel:
         """
         splash = self.name == "splash" and self.pieces(contexts, length).count == 1
         return round_up(length, _block(length) if splash else _STEP)
+
+    def spread(self, rows, pieces: Pieces, config) -> Spread:
+        """How rows [P, R, D] of the decoder lie on `model` between products. On GPUs and CPUs it was not measured."""
+        if self.mesh is None or self.name != "splash":
+            return EVERYWHERE
+        axes = pieces.axes if pieces.count > 1 else batch_axes(self.mesh, len(rows))
+        if "fsdp" in self.mesh.shape and not axes:  # a lone context's weights stay in parts
+            return EVERYWHERE
+        return Spread.of(self.mesh, axes, rows.shape[1], config.heads, config.ff)
 
     def causal(self, q, k, v, valid, rest=None, pieces: Pieces = WHOLE) -> jax.Array:
         """Causal attention of a sequence over itself: q[B, T, N, H], k and v[B, T, K, H] -> [B, T, N, H].

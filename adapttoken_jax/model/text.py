@@ -22,6 +22,7 @@ from adapttoken_jax.model.block import Block, merge_axes, pad_end, product, rms_
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.pieces import WHOLE, Pieces
 from adapttoken_jax.model.rotary import rotate, text_angles, turns
+from adapttoken_jax.model.spread import EVERYWHERE
 from adapttoken_jax.sharding import gathered, parted, shared_rows, split_rows
 
 
@@ -77,8 +78,10 @@ class Rows(NamedTuple):
 
     def padded(self, count: int) -> "Rows":
         """With so many rows of padding after them."""
+        # Joined with zeros, not padded: rows that were joined before are then written once, with what follows them.
+        zeros = lambda x, axis: jnp.zeros_like(x, shape=(*x.shape[:axis], count, *x.shape[axis % x.ndim + 1 :]))
         ends = zip(self, (-2, -1, -1), strict=True)
-        return Rows(*(pad_end(x, axis % x.ndim, count) for x, axis in ends)) if count else self
+        return Rows(*(jnp.concatenate([x, zeros(x, axis)], axis) for x, axis in ends)) if count else self
 
 
 class Probe(NamedTuple):
@@ -105,13 +108,13 @@ class TextLayer(Block):
         k = product("...TD,DKH->...TKH", x, self.k_kernel[...]) + self.k_bias[...]
         return rotate(k, turn), product("...TD,DKH->...TKH", x, self.v_kernel[...]) + self.v_bias[...]
 
-    def finish(self, x, mixed):
-        """Adds the attention's output and the feed-forward block to the residual stream."""
-        x = x + product("...TNH,NHD->...TD", mixed, self.o_kernel[...])
-        h = rms_norm(x, self.norm2, self.config.eps)
+    def finish(self, x, mixed, spread=EVERYWHERE):
+        """Adds the attention's output and the feed-forward block to the residual stream, whose rows are `spread`."""
+        x = x + spread.sums("...TNH,NHD->...TD", mixed, self.o_kernel[...])
+        h = spread.whole(rms_norm(x, self.norm2, self.config.eps))
         gate = product("...D,DF->...F", h, self.gate_kernel[...])
         up = product("...D,DF->...F", h, self.up_kernel[...])
-        return x + product("...F,FD->...D", jax.nn.silu(gate) * up, self.down_kernel[...])
+        return x + spread.sums("...F,FD->...D", jax.nn.silu(gate) * up, self.down_kernel[...])
 
     def prefill(self, x, turn, valid, kernel, needed):
         """One layer of `TextDecoder.prefill`: its output where it is `needed`, else x; and its keys and values."""
@@ -128,11 +131,11 @@ class TextLayer(Block):
         mixed, lse = two_part_attention(q, context, (k, v, mask), kernel.over_context)
         return self.finish(x, shared_rows(mixed, kernel.mesh)), (k, v), q, lse
 
-    def read(self, rows, h, turn, past, tail, kernel, first, pieces=WHOLE):
+    def read(self, rows, h, turn, past, tail, kernel, first, pieces=WHOLE, spread=EVERYWHERE):
         """The output half of one layer of `TextDecoder.read`, of the rows from `first` on; the others stay as they are.
 
         Args:
-          rows: [P, s + Q x t, D] of contexts and suffixes, or of `pieces` of them; h, the same normalised.
+          rows: [P, s + Q x t, D] of contexts and suffixes, or of `pieces` of them, `spread`; h, the same normalised.
           past: (k, v, valid) of the contexts, [P, S or more, K, H] and bool; what is more is not valid.
           tail: (k, v, mask) of the suffixes, [P, Q, T, K, H] and bool[P, Q, t, T].
 
@@ -153,7 +156,7 @@ class TextLayer(Block):
         if first == 0:
             with jax.named_scope("context"):
                 mixed = kernel.causal(rotate(q, turn), *past, rest=mixed, pieces=pieces)
-        return rows.at[:, first:].set(self.finish(own(rows), mixed)), asked, lse
+        return rows.at[:, first:].set(self.finish(own(rows), mixed, spread)), asked, lse
 
 
 class TextDecoder(Block):
@@ -279,22 +282,25 @@ class TextDecoder(Block):
         ends = layers[-1] == last != keep_layer
         (B, S), (Q, T) = context.valid.shape, suffixes.valid.shape[1:]
         pieces = kernel.pieces(B, S)
-        context, suffixes = _in_runs(context, pieces, kernel.run), _in_runs(suffixes, pieces)
+        context = _in_runs(context, pieces, kernel.run)
+        suffixes = _in_runs(suffixes, pieces, functools.partial(kernel.suffix_run, questions=Q))
         s, t = (rows.valid.shape[-1] // pieces.count for rows in (context, suffixes))
         rows = jnp.concatenate([pieces.cut(context.x, 1), merge_axes(pieces.cut(suffixes.x, 2), 1)], 1)
         later = pieces.cut(jnp.swapaxes(suffixes.position_ids, 1, 2), 3)
         turn = self.turns(jnp.concatenate([pieces.cut(context.position_ids, 2), merge_axes(later, 2)], 2))
         valid, mask = _masks(context.valid, suffixes.valid, pieces)
+        spread = kernel.spread(rows, pieces, self.config)
 
         def run(carry, index, first=0):
             rows, kept, observed = carry
-            rows = row_by_row(split_rows(rows, kernel.mesh))
+            lay = EVERYWHERE if first else spread
+            rows = row_by_row(lay.own(split_rows(rows, kernel.mesh)))
             layer = gathered(self.layer(index), kernel.mesh, B)
-            h = rms_norm(rows, layer.norm1, self.config.eps)
+            h = lay.whole(rms_norm(rows, layer.norm1, self.config.eps))
             k, v = (_of_context_and_suffixes(x, Q, t, pieces) for x in layer.keys_and_values(h, turn))
             past, tail = zip(k, v, (valid, mask), strict=True)
             with jax.named_scope("rows"):
-                rows, q, lse = layer.read(rows, h, turn, past, tail, kernel, first, pieces)
+                rows, q, lse = layer.read(rows, h, turn, past, tail, kernel, first, pieces, lay)
             if keep_layer is not None:
                 kept = jnp.where(index == keep_layer, rows[:, :s], kept)
             observed = _observe(probe, index, observed, lambda: _looks(q, past, lse, pieces, S, T))
@@ -304,7 +310,8 @@ class TextDecoder(Block):
         start_from = (rows, kept, self.unobserved(probe, (len(rows), Q, T, S)))
         carry, past = jax.lax.scan(run, start_from, jnp.arange(layers.start, layers.stop - ends))
         if ends:
-            carry, own = run(carry, last, first=s)
+            rows, *seen = carry
+            carry, own = run((spread.whole(rows), *seen), last, first=s)
             past = jax.tree.map(lambda stack, more: jnp.concatenate([stack, more[None]]), past, own)
         rows, kept, observed = carry
         found = {}
@@ -330,7 +337,7 @@ def _by_suffix(x, questions: int, length: int) -> jax.Array:
     return x[:, -questions * length :].reshape(len(x), questions, length, *x.shape[2:])
 
 
-def _in_runs(rows: Rows, pieces: Pieces, run: Callable[[int], int] = lambda length: length) -> Rows:
+def _in_runs(rows: Rows, pieces: Pieces, run: Callable[[int], int]) -> Rows:
     """Rows with padding after them, so that `pieces` can cut them into runs of a length that suits."""
     if pieces.count == 1:
         return rows

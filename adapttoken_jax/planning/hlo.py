@@ -72,7 +72,8 @@ class Cost:
       flops: operations of matrix products and convolutions, two per multiply-add.
       cycles: the compiler's estimate, without the collectives, which it does not estimate.
       bytes: read from and written to memory.
-      sent: bytes that leave over the busiest ICI link, with rings that turn one way.
+      sent: bytes that leave over the busiest ICI link, one direction. Rings of more than two chips turn both ways at
+        once, each with half of the bytes, as the compiler's schedules of gathers, sums and scattered sums do.
       kernel_flops, kernel_bytes: the parts of `flops` and `bytes` that lie in kernels (Pallas), of which the compiler
         knows nothing: none of their cycles are in `cycles`.
       collectives: kind -> (times, bytes of the results).
@@ -329,8 +330,8 @@ def _collective(it: Instruction) -> tuple[str, float, float]:
     # The start of an asynchronous one returns its operand beside its result.
     size = float(max(s.bytes for s in it.shapes) if it.opcode != kind else sum(s.bytes for s in it.shapes))
     chips = group_size(it.attributes)
-    once_round = (chips - 1) / chips
-    factor = {"all-reduce": 2 * once_round, "reduce-scatter": chips - 1, "collective-permute": 1.0}
+    once_round = (chips - 1) / chips / (2 if chips > 2 else 1)
+    factor = {"all-reduce": 2 * once_round, "reduce-scatter": chips * once_round, "collective-permute": 1.0}
     return kind, size, size * factor.get(kind, once_round)
 
 

@@ -1,0 +1,107 @@
+"""Rows that the places of `model` share between products, against every place with all rows."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from adapttoken_jax import parameters, sharding
+from adapttoken_jax.config import model_config
+from adapttoken_jax.model import Probe, Qwen25VL
+from adapttoken_jax.model.kernels import XLA, Kernel
+from adapttoken_jax.model.spread import EVERYWHERE, Spread
+from adapttoken_jax.model.text import Rows
+from tests import tiny
+
+B, S, Q, T = 2, 300, 3, 20
+SHAPE = tiny.TinyShape(width=512, heads=4, kv_heads=2, sections=(16, 24, 24), layers=3, seed=13)  # heads of 128
+
+
+def on(mesh: str):
+    return sharding.make_mesh(sharding.MeshShape.parse(mesh))
+
+
+@functools.cache
+def weights():
+    config = model_config(tiny._flat_config(SHAPE, "float32"))
+    return config, parameters.initialise(config, jax.random.key(5))
+
+
+def rows(config):
+    random = np.random.default_rng(1)
+    draw = lambda *shape: random.normal(size=(*shape, config.text.width)).astype(np.float32)
+    context = Rows(draw(B, S), random.integers(0, 99, (B, 3, S)), np.arange(S) < np.array([[S], [S - 20]]))
+    valid = np.broadcast_to(np.arange(T) < np.array([[T], [3], [12]]), (B, Q, T))
+    return context, Rows(draw(B, Q, T), random.integers(99, 130, (B, Q, 3, T)), valid)
+
+
+def read(mesh=None, keep_layer=1):
+    """What `read` gives with splash on a mesh, or with XLA on one device, and how often sums are scattered."""
+    config, values = weights()
+    if mesh is None:
+        kernel = XLA
+    else:
+        kernel = Kernel("splash", mesh)
+        values = jax.device_put(values, sharding.parameter_shardings(config, mesh))
+    text = Qwen25VL(config, values).text
+    context, suffixes = rows(config)
+    together = S + Q * T
+    context = context.padded(kernel.rows(B, together) - together)
+
+    @jax.jit
+    def run(text, context, suffixes):
+        probe = Probe(1, lambda p: p[..., :S].max((2, 3)))
+        hidden, _, found = text.read(context, suffixes, keep_layer=keep_layer, probe=probe, kernel=kernel)
+        return hidden, found["kept"][:, :S], found["observed"]
+
+    lowered = run.lower(text, context, suffixes)
+    return [np.asarray(each) for each in run(text, context, suffixes)], lowered.as_text().count("reduce_scatter")
+
+
+# The two sums of a layer of the loop. None where `model` splits nothing, or where fewer contexts than places of `fsdp`
+# leave the weights in parts.
+@pytest.mark.parametrize(
+    ("mesh", "scattered"),
+    [
+        ("data=2,model=2", 2),
+        ("data=2,model=4", 2),
+        ("data=1,model=4", 2),
+        ("fsdp=2,model=2", 2),
+        ("data=2,context=2,model=2", 2),
+        ("data=2,context=2,model=1", 0),
+        ("fsdp=4,model=2", 0),
+    ],
+)
+@pytest.mark.parametrize("keep_layer", [1, 2])
+def test_spread_rows_are_the_rows(mesh, scattered, keep_layer):
+    ours, count = read(on(mesh), keep_layer)
+    theirs, none = read(None, keep_layer)
+    assert (count, none) == (scattered, 0)
+    context, suffixes = rows(weights()[0])
+    (hidden, kept, observed), (same_hidden, same_kept, same_observed) = ours, theirs
+    # Float32 on both sides, other orders of adding; relative to the largest number of the array.
+    close = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    close(hidden[suffixes.valid], same_hidden[suffixes.valid])
+    close(kept[context.valid], same_kept[context.valid])
+    close(observed, same_observed)
+
+
+def test_rows_are_spread_only_where_every_place_gets_whole_tiles():
+    mesh = on("data=2,model=4")
+    of = lambda *sizes: Spread.of(mesh, ("data",), *sizes)
+    assert of(64, 8, 96) == of(128, 4, 4) == Spread(mesh, ("data",))
+    assert of(63, 8, 96) == of(32, 8, 96) == of(64, 8, 98) == of(64, 6, 96) == EVERYWHERE
+    assert Spread.of(on("data=8,model=1"), ("data",), 64, 8, 96) == EVERYWHERE
+
+
+def test_each_place_adds_up_its_own_rows():
+    mesh = on("data=2,model=4")
+    spread = Spread(mesh, ("data",))
+    random = np.random.default_rng(2)
+    x, y = random.normal(size=(2, 64, 8, 3)).astype(np.float32), random.normal(size=(8, 3, 5)).astype(np.float32)
+    run = jax.jit(lambda x, y: spread.sums("...TNH,NHD->...TD", x, y))
+    sums = run(x, y)
+    np.testing.assert_allclose(sums, np.einsum("btnh,nhd->btd", x, y), atol=1e-5)
+    assert sums.sharding.spec == jax.sharding.PartitionSpec("data", "model")
+    assert "all-reduce" not in run.lower(x, y).compile().as_text()
