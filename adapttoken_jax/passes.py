@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from adapttoken_jax.compilation import compiled
+from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.geometry import window_layout
 from adapttoken_jax.model import Probe, Qwen25VL
 from adapttoken_jax.model.generation import Sampling, generate
@@ -102,6 +103,24 @@ class PassSpec:
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
     keep_share: float = 1.0
     kernel: Kernel = XLA
+
+    @classmethod
+    def answering(cls, config: AdaptTokenConfig, answer_tokens: int, end_ids: tuple[int, ...], kernel: Kernel):
+        """A pass that only answers, greedily."""
+        return cls(None, config.certainty, None, answer_tokens, end_ids, kernel=kernel)
+
+    def of_groups(self, config: AdaptTokenConfig) -> "PassSpec":
+        """The same with what a group pass gives beside its answer."""
+        return dataclasses.replace(
+            self,
+            relevance=(config.reference_layer, config.relevance_heads, config.relevance_text),
+            keep_layer=config.reference_layer if config.similarity == "reference_layer" else None,
+            keep_share=config.keep_after_reference,
+        )
+
+    def final(self, config: AdaptTokenConfig) -> "PassSpec":
+        """The same with the final answer's sampling."""
+        return dataclasses.replace(self, sampling=Sampling(config.sampling_temperature, config.top_p))
 
 
 def exact(function):

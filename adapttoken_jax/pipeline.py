@@ -51,19 +51,16 @@ def plan_run(model: ModelConfig, video, config: AdaptTokenConfig, method: str) -
 
     frames = model.vision.temporal_patch
     clip = sample(config.max_frames, config.slots_per_group * frames if method != "full" else config.max_frames)
-    per_slot = clip.grid[1] * clip.grid[2] // model.vision.merge**2
-    if method == "uniform" and clip.grid[0] * per_slot > config.budget:
-        if config.budget < per_slot:
-            raise UserError(
-                f"--budget={config.budget}: one slot of this video has {per_slot} tokens; allow at least that"
-            )
-        clip = sample(config.budget // per_slot * frames, config.max_frames)
-        per_slot = clip.grid[1] * clip.grid[2] // model.vision.merge**2
+    if method == "uniform" and clip.tokens > config.budget:
+        least = clip.tokens_per_slot
+        if config.budget < least:
+            raise UserError(f"--budget={config.budget}: one slot of this video has {least} tokens; allow at least that")
+        clip = sample(config.budget // least * frames, config.max_frames)
     groups = group_slots(clip.grid[0], config.slots_per_group)
-    if not grouped or len(groups) == 1 or clip.grid[0] * per_slot <= config.budget:
+    if not grouped or len(groups) == 1 or clip.tokens <= config.budget:
         groups = []
     _check_minimum(config, len(groups))
-    return Plan(clip, per_slot, groups)
+    return Plan(clip, groups)
 
 
 def _check_minimum(config: AdaptTokenConfig, groups: int) -> None:
@@ -231,7 +228,7 @@ def answer_from(run: Run, selected: Selected, features=None) -> Outcome:
     `features` are theirs, as in `ContextTokens`; None reads them from the video.
     """
     features = run.video.gather(selected.tokens) if features is None else features
-    renumber = run.config.final_positions == "compact" and len(selected.tokens) < run.plan.tokens
+    renumber = run.config.final_positions == "compact" and len(selected.tokens) < run.plan.clip.tokens
     ids = run.video.position_ids(selected.tokens, len(run.prompt.prefix_ids), renumber)
     context = ContextTokens(features, ids)
     # Lite may select less than the budget; padded to it, every scanned video has the same final pass.
@@ -282,11 +279,11 @@ def dry_run(directory, video, overrides: dict, method: str, question: str | None
         "sampled_frames": len(clip.frame_indices),
         "frame_size": f"{clip.width}x{clip.height}",
         "grid": list(clip.grid),
-        "tokens_per_slot": plan.tokens_per_slot,
-        "tokens": plan.tokens,
+        "tokens_per_slot": clip.tokens_per_slot,
+        "tokens": clip.tokens,
         "groups": len(plan.groups),
         "slots_per_group": config.slots_per_group if plan.groups else clip.grid[0],
         "reference_layer": config.reference_layer,
-        "budget": min(config.budget, plan.tokens) if plan.groups else plan.tokens,
+        "budget": min(config.budget, clip.tokens) if plan.groups else clip.tokens,
         "method": method,
     }

@@ -56,7 +56,7 @@ def _video_summary(plan: Plan) -> result.VideoSummary:
     clip = plan.clip
     return result.VideoSummary(
         path=clip.info.path, duration_s=clip.info.duration_s, source_fps=clip.info.source_fps,
-        sampled_frames=len(clip.frame_indices), slots=clip.grid[0], grid=clip.grid, tokens=plan.tokens,
+        sampled_frames=len(clip.frame_indices), slots=clip.grid[0], grid=clip.grid, tokens=plan.clip.tokens,
     )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def _visited(run: Run, selected: Selected, place: int | None) -> dict:
 
 def _stop(run: Run) -> result.Stop:
     if run.scan is None:
-        return result.Stop(False, f"answered directly from all {run.plan.tokens} tokens", 0, 0)
+        return result.Stop(False, f"answered directly from all {run.plan.clip.tokens} tokens", 0, 0)
     reason = run.scan.reason or "all groups visited"
     return result.Stop(bool(run.scan.reason), reason, len(run.scan.visits), len(run.plan.groups))
 

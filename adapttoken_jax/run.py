@@ -17,13 +17,7 @@ class Plan:
     """What a run will do, known before any work: the sampled clip and the groups (none: answer directly)."""
 
     clip: Clip
-    tokens_per_slot: int
     groups: list[np.ndarray]
-
-    @property
-    def tokens(self) -> int:
-        """Visual tokens of the whole clip."""
-        return self.clip.grid[0] * self.tokens_per_slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +82,3 @@ def option_probabilities(prompt: Prompt, first_logits: np.ndarray) -> dict[str, 
     logits = first_logits[list(prompt.letter_ids)].astype(np.float64)
     weights = np.exp(logits - logits.max())
     return dict(zip(prompt.letters, (weights / weights.sum()).tolist(), strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is written down

@@ -17,7 +17,6 @@ from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import Progress, VisualTokens
 from adapttoken_jax.geometry import bucket, round_up, text_start
 from adapttoken_jax.loading import Model
-from adapttoken_jax.model.generation import Sampling
 from adapttoken_jax.passes import PassSpec, PromptBatch, run_prompts
 from adapttoken_jax.prompt import Prompt, parse_option
 from adapttoken_jax.selection import StopRule, group_certainty, group_slots, least_certain_mean, visiting_order
@@ -203,24 +202,12 @@ def group_context(video: VisualTokens, slots, prompts: list[Prompt], config: Ada
 
 def group_spec(model: Model, prompts: list[Prompt], config: AdaptTokenConfig) -> PassSpec:
     """What is compiled into a group pass."""
-    return dataclasses.replace(
-        answer_spec(model, max(_group_limit(p, config) for p in prompts), config),
-        relevance=(config.reference_layer, config.relevance_heads, config.relevance_text),
-        keep_layer=config.reference_layer if config.similarity == "reference_layer" else None,
-        keep_share=config.keep_after_reference,
-    )
+    return answer_spec(model, max(_group_limit(p, config) for p in prompts), config).of_groups(config)
 
 
 def answer_spec(model: Model, answer_tokens: int, config: AdaptTokenConfig) -> PassSpec:
     """What is compiled into a pass that only answers, greedily."""
-    return PassSpec(
-        relevance=None,
-        certainty=config.certainty,
-        keep_layer=None,
-        answer_tokens=answer_tokens,
-        end_ids=model.tokenizer.eos,
-        kernel=model.kernel,
-    )
+    return PassSpec.answering(config, answer_tokens, model.tokenizer.eos, model.kernel)
 
 
 def _group_limit(prompt: Prompt, config: AdaptTokenConfig) -> int:
@@ -363,10 +350,7 @@ def final_reply(model, video, context, prompt, config, room: int = 0) -> Reply:
     """Step 11: answers one question from one context of chosen tokens, padded to hold at least `room` of them."""
     size = context_size(max(room, context.position_ids.shape[1]))
     batch = prompt_batch(model, video, [context], [prompt], config, size, config.max_answer_tokens)
-    spec = dataclasses.replace(
-        answer_spec(model, config.max_answer_tokens, config),
-        sampling=Sampling(config.sampling_temperature, config.top_p),
-    )
+    spec = answer_spec(model, config.max_answer_tokens, config).final(config)
     return reply(run_and_read(model, batch, spec), 0, 0, config)
 
 

@@ -34,7 +34,7 @@ def load_parameters(directory, config: ModelConfig, dtype=None, mesh: Mesh | Non
     Args:
       directory: the checkpoint; `config` is made from its `config.json`.
       dtype: dtype of all parameters; None keeps each parameter's own.
-      mesh: a (data, model) mesh over which the rules of `sharding` lay the parameters; None is the default device.
+      mesh: over which the rules of `sharding` lay the parameters; None is the default device.
 
     Returns:
       The nested dictionary of the parameter table, of `jax.Array`.

@@ -73,7 +73,7 @@ def chosen_shape(name: str):
         raise UserError(f"--models={name}: choose from {', '.join(SHAPES)}")
     given = {"groups": _GROUPS.value, "slots_per_group": _SLOTS.value, "budget": _BUDGET.value}
     shape = dataclasses.replace(SHAPES[name], **{field: value for field, value in given.items() if value})
-    tokens = shape.groups * speed.make_plan(shape).tokens_per_slot * shape.slots_per_group
+    tokens = shape.groups * speed.make_plan(shape).clip.tokens_per_slot * shape.slots_per_group
     if shape.groups < 2 or shape.budget * 1.1 > tokens:
         raise UserError(f"--groups={shape.groups}, --budget={shape.budget}: a video of two groups or more is scanned, "
                         f"and only if the budget is below its {tokens} tokens")  # fmt: skip
@@ -90,7 +90,7 @@ def time_model(name: str, dtype: str) -> dict:
     answers = speed.answers(pair)
     found = {
         "model": name, "dtype": dtype, "parameters": parameters.count(shape.model), "groups": shape.groups,
-        "visual_tokens_per_group": shape.slots_per_group * pair.plan.tokens_per_slot, "budget": shape.budget,
+        "visual_tokens_per_group": shape.slots_per_group * pair.plan.clip.tokens_per_slot, "budget": shape.budget,
         "agreement": speed.agreement(answers),
     }  # fmt: skip
     _tell(f"{name}, {dtype}: {describe(found['agreement'])}")

@@ -358,15 +358,6 @@ def test_shapes_are_those_of_the_scan():
         assert (one.shape, one.dtype, one.sharding) == (other.shape, other.dtype, other.sharding), field.name
 
 
-def test_the_group_pass_is_compiled_as_by_the_scan():
-    model = dataclasses.replace(on_cpu(), tokenizer=Tokenizer())
-    for changed in ({}, {"similarity": "reference_layer", "certainty": "deepconf", "relevance_text": "mean"}):
-        config = dataclasses.replace(SETTINGS, **changed)
-        real = scan.group_spec(model, PROMPTS, config)
-        asked = programs.group_spec(config, model.kernel)
-        assert asked == dataclasses.replace(real, end_ids=asked.end_ids)
-
-
 def test_the_released_models_are_planned_with_the_kernel_of_a_tpu():
     mesh = sharding.MeshShape(1, 4).abstract
     for config in SIZES.values():

@@ -14,6 +14,7 @@ from adapttoken_jax.benchmarks.statistics import paired_difference
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import workdir
 from adapttoken_jax.evaluation.published import BENCHMARKS, published
+from adapttoken_jax.result import atomic_file
 
 Row = dict[str, Any]
 
@@ -218,7 +219,8 @@ def pareto_plot(path, runs: Sequence[FinishedRun], rule: str) -> None:
         axes.set(
             title=name, xscale="log", xlabel="visual tokens prefilled per question", ylabel=f"accuracy, % ({rule})"
         )
-    FigureCanvasAgg(figure).print_png(path)
+    with atomic_file(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
 
 
 def _point(run: FinishedRun, rule: str) -> tuple[str, float, float] | None:

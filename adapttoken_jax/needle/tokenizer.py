@@ -40,9 +40,9 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def chat_tokenizer(tokenizer: Tokenizer | None = None) -> prompt.ChatTokenizer:
+def chat_tokenizer() -> prompt.ChatTokenizer:
     """The tokenizer as prompts use it, equal to reading an exported model's directory."""
-    tokenizer = tokenizer or make_tokenizer()
+    tokenizer = make_tokenizer()
     tokenizer.encode_special_tokens = True
     names = ("im_start", "im_end", "vision_start", "vision_end", "video_pad")
     ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in names}

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from adapttoken_jax import geometry, parameters
@@ -18,10 +17,7 @@ from adapttoken_jax.errors import UserError
 from adapttoken_jax.model.qwen import Qwen25VL
 from adapttoken_jax.needle.clips import Batch, Labels, QuestionBlock
 from adapttoken_jax.needle.render import FrameTable, render_planes
-
-# CLIP's statistics, as the checkpoint's preprocessor_config.json has them.
-MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32)
-DEVIATION = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32)
+from adapttoken_jax.video import PIXEL_MEAN, PIXEL_STD
 
 _HEAD = 32
 _HINT_LAYER, _MATCH_LAYER = 1, 2  # 0-based: each is there for the layers after it to build on
@@ -116,7 +112,7 @@ def draw(table: FrameTable, size: tuple[int, int]) -> jax.Array:
 def cut_patches(planes: jax.Array) -> jax.Array:
     """Normalises and cuts frames as the preprocessor does: uint8 [B, F, 3, Y, X] -> float32 [B F / 2, P, 1176]."""
     height, width = planes.shape[-2:]
-    x = (planes - 255 * MEAN[:, None, None]) / (255 * DEVIATION[:, None, None])
+    x = (planes - PIXEL_MEAN[:, None, None]) / PIXEL_STD[:, None, None]
     x = x.reshape(-1, 2, 3, height // 28, 2, 14, width // 28, 2, 14)
     x = x.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)  # slot, merged row, merged column, row, column, C, T, 14, 14
     return x.reshape(x.shape[0], height * width // 196, 1176)

@@ -22,7 +22,7 @@ T slots, K slots per group, G groups (here, not query heads).
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -49,8 +49,6 @@ class MethodInputs:
       letter_ids: token id of each option's letter, or None for an open question.
       eos_ids: token ids that end an answer.
       frame_indices: int [N] in the source video; None when the frames are all there is.
-      answer_of: maps answer ids to what two groups must share to agree. By default an option's index (the first token
-        if it is a letter, else the most probable letter), or the ids themselves for an open question.
     """
 
     patches: np.ndarray
@@ -63,7 +61,6 @@ class MethodInputs:
     letter_ids: Sequence[int] | None
     eos_ids: Sequence[int]
     frame_indices: np.ndarray | None = None
-    answer_of: Callable[[tuple[int, ...]], Hashable] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,18 +92,17 @@ def vision_stages(model, patches: np.ndarray, grid) -> dict[str, np.ndarray]:
     """Every stage of the vision tower, float32, patches in the order of the input.
 
     Returns:
-      `patch_embed` [T*h*w, C], `layers` [layers, T*h*w, C] (output of each block), `features` [T, M, D].
+      `layers` [layers, T*h*w, C] (output of each block), `features` [T, M, D].
     """
     tower, merge = model.model.visual, model.config.vision_config.spatial_merge_size
     (slots, rows, columns), unit = grid, merge**2
     thw = torch.tensor([[slots, rows, columns]])
-    with torch.no_grad(), _recorded([tower.patch_embed]) as embedded, _recorded(tower.blocks) as blocks:
+    with torch.no_grad(), _recorded(tower.blocks) as blocks:
         features = tower(torch.as_tensor(patches, dtype=torch.float32), grid_thw=thw).pooler_output
     order, _ = get_vision_window_index(thw, merge, tower.window_size, tower.patch_size)
     restore = torch.argsort(order)
     layers = [block.reshape(len(order), unit, -1)[restore].reshape(len(order) * unit, -1) for block in blocks]
     return {
-        "patch_embed": embedded[0].numpy(),
         "layers": torch.stack(layers).numpy(),
         "features": features.reshape(slots, rows * columns // unit, -1).numpy(),
     }
@@ -138,7 +134,7 @@ def hidden_states(model, embeddings: torch.Tensor, position_ids: np.ndarray, att
       attention_layers: 0-based layers whose attention is kept; None for all. It is by far the largest part.
 
     Returns:
-      `embeddings` [S, D], `layers` [layers, S, D] (output of each layer), `attentions` [attention layers, N, S, S],
+      `layers` [layers, S, D] (output of each layer), `attentions` [attention layers, N, S, S],
       `norm` [S, D], `logits` [S, V].
 
     Raises:
@@ -154,7 +150,6 @@ def hidden_states(model, embeddings: torch.Tensor, position_ids: np.ndarray, att
         norm = decoder(inputs_embeds=embeddings[None], position_ids=ids, use_cache=False).last_hidden_state
         logits = model.lm_head(norm)
     return {
-        "embeddings": embeddings.numpy(),
         "layers": torch.cat(layers).numpy(),
         "attentions": np.array([weight[0].numpy() for _, weight in weights]),
         "norm": norm[0].numpy(),
@@ -377,8 +372,7 @@ def pass_group(model, inputs: MethodInputs, features: np.ndarray, slots, config:
 
 
 def _answer_of(inputs: MethodInputs, answer: Answer) -> Hashable:
-    if inputs.answer_of is not None:
-        return inputs.answer_of(answer.ids)
+    """What two groups must share to agree: the option's index, or the ids themselves for an open question."""
     return answer.ids if inputs.letter_ids is None else chosen_option(answer, inputs.letter_ids)
 
 

@@ -121,7 +121,7 @@ def make_plan(shape: Shape) -> Plan:
         info=info, frame_indices=frames, frame_times=info.times, height=height, width=width,
         grid=(slots, *shape.grid), seconds_per_slot=vision.temporal_patch / FPS, preset="qwen-vl-utils", vision=vision,
     )  # fmt: skip
-    return Plan(clip, shape.grid[0] * shape.grid[1] // vision.merge**2, group_slots(slots, shape.slots_per_group))
+    return Plan(clip, group_slots(slots, shape.slots_per_group))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def encode_video(pair: Pair) -> VisualTokens:
 
 def wave(pair: Pair) -> list[np.ndarray]:
     """Slots of the groups that run side by side in one pass, as in `device_scan`."""
-    size = pair.shape.slots_per_group * pair.plan.tokens_per_slot
+    size = pair.shape.slots_per_group * pair.plan.clip.tokens_per_slot
     return pair.plan.groups[: device_scan.side_by_side(pair.model, size)]
 
 
@@ -328,7 +328,7 @@ def flops(pair: Pair) -> dict[str, float]:
     """Floating-point operations of each stage, counted from the sizes (`costs`)."""
     shape, prompt = pair.shape, pair.prompts[0]
     prefix, suffix = len(prompt.prefix_ids), len(prompt.suffix_ids)
-    group = shape.slots_per_group * pair.plan.tokens_per_slot
+    group = shape.slots_per_group * pair.plan.clip.tokens_per_slot
     count = functools.partial(costs.prompt_flops, shape.model)
     further = sum(costs.question_flops(shape.model, len(p.suffix_ids), 0, prefix + group) for p in pair.prompts[1:])
     settings = dataclasses.replace(pair.config, keep_after_reference=_PRUNED_TO)
@@ -435,7 +435,7 @@ def rates(pair: Pair, times: dict[str, Times]) -> dict[str, float]:
       "prefill" of prompt tokens; "group" of visual tokens, vision tower and group pass one after the other; "whole" of
       the video's visual tokens, over the whole question.
     """
-    visual, prompt = pair.shape.slots_per_group * pair.plan.tokens_per_slot, pair.prompts[0]
+    visual, prompt = pair.shape.slots_per_group * pair.plan.clip.tokens_per_slot, pair.prompts[0]
     text = len(prompt.prefix_ids) + len(prompt.suffix_ids)
     seconds = {name: np.asarray(times[name].ours) for name in (VISION, GROUP, PREFILL, WHOLE)}
     per_second = lambda tokens, seconds: float(np.median(tokens / seconds))

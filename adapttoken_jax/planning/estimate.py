@@ -181,7 +181,7 @@ def workload(config, settings, method, video_size, duration, questions, question
     width, height = video_size
     video = VideoInfo(None, duration, _SOURCE_FPS, times, np.zeros(1, int), width, height)
     run = plan_run(config, video, settings, method)
-    final = min(settings.budget, run.tokens) if run.groups else run.tokens
+    final = min(settings.budget, run.clip.tokens) if run.groups else run.clip.tokens
     work = Work(run.clip.grid, len(run.groups), final, _PREFIX, question_tokens, questions, method == "lite", settings)
     return len(run.clip.frame_indices), work
 

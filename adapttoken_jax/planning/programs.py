@@ -19,7 +19,6 @@ from adapttoken_jax.encoding import chunk_slots
 from adapttoken_jax.geometry import round_up
 from adapttoken_jax.loading import Model
 from adapttoken_jax.model import Qwen25VL
-from adapttoken_jax.model.generation import Sampling
 from adapttoken_jax.model.kernels import Kernel, resolve, resolve_vision
 from adapttoken_jax.passes import PassSpec, PromptBatch, encode_slots, run_prompts
 from adapttoken_jax.scan import _SUFFIX_STEP, context_size
@@ -124,46 +123,22 @@ def group_pass(model: Model, work: Work) -> Program:
     """`passes.run_prompts` on one wave of groups."""
     tokens = work.config.slots_per_group * work.grid[1] * work.grid[2] // model.config.vision.merge**2
     wave = model.wave if work.may_stop else side_by_side(model, tokens)
-    spec = group_spec(work.config, tpu_kernel(model))
+    spec = PassSpec.answering(work.config, 1, _END_IDS, tpu_kernel(model)).of_groups(work.config)
     return _prompts("group", model, work, spec, wave, tokens, work.questions, -(-work.groups // wave))
 
 
 def final_pass(model: Model, work: Work) -> Program:
     """`passes.run_prompts` on the tokens that were selected, one question at a time."""
     tokens = context_size(work.final_tokens)
-    spec = final_spec(work.config, tpu_kernel(model))
+    spec = PassSpec.answering(work.config, work.config.max_answer_tokens, _END_IDS, tpu_kernel(model)).final(
+        work.config
+    )
     return _prompts("final", model, work, spec, 1, tokens, 1, work.questions)
 
 
 def tpu_kernel(model: Model) -> Kernel:
     """What computes attention on the TPUs that are planned for, which this machine need not have."""
     return resolve(model.dtype, model.config.text.head_dim, model.mesh, platform="tpu")
-
-
-def group_spec(config: AdaptTokenConfig, kernel: Kernel) -> PassSpec:
-    """What `scan.group_spec` compiles into the pass of a question with options."""
-    return PassSpec(
-        relevance=(config.reference_layer, config.relevance_heads, config.relevance_text),
-        certainty=config.certainty,
-        keep_layer=config.reference_layer if config.similarity == "reference_layer" else None,
-        keep_share=config.keep_after_reference,
-        answer_tokens=1,
-        end_ids=_END_IDS,
-        kernel=kernel,
-    )
-
-
-def final_spec(config: AdaptTokenConfig, kernel: Kernel) -> PassSpec:
-    """What `scan.final_reply` compiles into the final pass."""
-    return PassSpec(
-        relevance=None,
-        certainty=config.certainty,
-        keep_layer=None,
-        answer_tokens=config.max_answer_tokens,
-        end_ids=_END_IDS,
-        sampling=Sampling(config.sampling_temperature, config.top_p),
-        kernel=kernel,
-    )
 
 
 def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Program:

@@ -10,13 +10,13 @@ Axis letters: k slots of a group, M tokens per slot. NumPy, on the host.
 import numpy as np
 
 # A cell is a sink if its median over the group's slots is this many times the median cell's.
-SINK_FACTOR = 8.0
+_SINK_FACTOR = 8.0
 
 # Slots without any attention count as this share of the middle slot's: a logarithm of 0 would bend every other slot.
 _FLOOR = 1e-3
 
 
-def debias_relevance(relevance, sink_factor: float = SINK_FACTOR) -> np.ndarray:
+def debias_relevance(relevance) -> np.ndarray:
     """Divides a group's relevance by a smooth trend over its slots and sets sinks to zero.
 
     The trend is a parabola, fitted by least squares to the logarithm of each slot's median (a median, so that a few
@@ -30,7 +30,6 @@ def debias_relevance(relevance, sink_factor: float = SINK_FACTOR) -> np.ndarray:
 
     Args:
       relevance: float[k, M], not negative, not NaN.
-      sink_factor: above 1.
 
     Returns:
       float32[k, M].
@@ -38,8 +37,8 @@ def debias_relevance(relevance, sink_factor: float = SINK_FACTOR) -> np.ndarray:
     relevance = np.asarray(relevance, np.float64)
     flat = relevance / position_trend(relevance)[:, None]
     cells = np.median(flat, 0)
-    flat[:, cells > sink_factor * np.median(cells)] = 0
-    if flat[0, 0] > sink_factor * np.median(flat):
+    flat[:, cells > _SINK_FACTOR * np.median(cells)] = 0
+    if flat[0, 0] > _SINK_FACTOR * np.median(flat):
         flat[0, 0] = 0
     return flat.astype(np.float32)
 

@@ -74,10 +74,14 @@ class Clip:
     vision: VisionConfig = dataclasses.field(repr=False)
 
     @property
+    def tokens_per_slot(self) -> int:
+        """M, visual tokens (merged) of one slot."""
+        return self.grid[1] * self.grid[2] // self.vision.merge**2
+
+    @property
     def tokens(self) -> int:
-        """Visual tokens (merged) of the whole clip."""
-        slots, rows, cols = self.grid
-        return slots * rows * cols // self.vision.merge**2
+        """Visual tokens of the whole clip."""
+        return self.grid[0] * self.tokens_per_slot
 
     @property
     def slot_frames(self) -> np.ndarray:

@@ -13,6 +13,7 @@ from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import training
 from adapttoken_jax.needle.export import export
 from adapttoken_jax.needle.tokenizer import chat_tokenizer
+from adapttoken_jax.video import PIXEL_MEAN, PIXEL_STD
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_transformers_computes_the_same_logits(exported):
         expected = theirs(input_ids=torch.tensor(ids)[None]).logits[0].numpy()
     assert np.allclose(ours.text.logits(found[1]["layers"][-1])[0], expected, rtol=1e-4, atol=1e-4)
     settings = json.loads((directory / "preprocessor_config.json").read_text())
-    assert np.allclose(settings["image_mean"], training.MEAN) and np.allclose(settings["image_std"], training.DEVIATION)
+    assert np.allclose(settings["image_mean"], PIXEL_MEAN / 255) and np.allclose(settings["image_std"], PIXEL_STD / 255)
     assert settings["min_pixels"] == 28 * 28  # a needle frame is not enlarged
 
 

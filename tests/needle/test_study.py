@@ -13,7 +13,7 @@ from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import scene
 from adapttoken_jax.needle.render import COLOURS, SHAPES, render
 from adapttoken_jax.needle.study import document, measures, plots, scans, sections, targets
-from adapttoken_jax.needle.study.cells import Arm, Cell, check_replay, film_video, run_cell, shoot
+from adapttoken_jax.needle.study.cells import Arm, Cell, check_replay, film_video, shoot
 from adapttoken_jax.needle.study.lab import Lab
 from adapttoken_jax.needle.study.videos import differing_frames, draw_frames, variant
 from adapttoken_jax.selection import group_slots
@@ -136,7 +136,7 @@ def test_the_replay_is_what_answer_does(model):
     check = check_replay(model, cell, arms, videos=1)
     assert (check.answers, check.options, check.tokens) == (14, 14, 14)
     assert check.entropy < 1e-4 and check.holds
-    found = run_cell(model, cell, arms)
+    found = Lab(model).measure(cell, arms, "")
     for rule in ("5", "6"):
         assert (found.values(rule, "visited") < 1).any(), "the stop rule never fired: a wrong one would go unnoticed"
 
@@ -158,7 +158,7 @@ def test_a_broken_replay_is_noticed(model):
 def test_arms_without_a_final_pass_and_of_one_pool(model):
     config = settings(model)
     arms = {name: Arm(name, config) for name in ("certain", "attention", "consensus")}
-    found = run_cell(model, Cell("single", 48, 2, per_video=2), arms)
+    found = Lab(model).measure(Cell("single", 48, 2, per_video=2), arms, "")
     shots = shoot(model, Cell("single", 48, 2, per_video=2), 0, arms)
     for place, shot in enumerate(shots):
         case = next(iter(shot.cases.values()))
@@ -181,9 +181,9 @@ def _softmax(x):
 def test_cells_that_cannot_be_measured(model):
     arms = {"a": Arm("adapttoken", settings(model))}
     with pytest.raises(UserError, match="--frames=41: give an even number"):
-        run_cell(model, Cell("single", 41, 1), arms)
+        Lab(model).measure(Cell("single", 41, 1), arms, "")
     with pytest.raises(UserError, match="--frames=8: all in one group; give more than 8"):
-        run_cell(model, Cell("single", 8, 1, per_video=1), arms)
+        Lab(model).measure(Cell("single", 8, 1, per_video=1), arms, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

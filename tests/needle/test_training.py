@@ -13,6 +13,7 @@ from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import training
 from adapttoken_jax.needle.clips import ClipMaker, ClipSettings, Labels, QuestionBlock
 from adapttoken_jax.needle.tokenizer import chat_tokenizer
+from adapttoken_jax.video import PIXEL_MEAN, PIXEL_STD
 from experiments import train_needle
 
 _TOKENIZER = chat_tokenizer()
@@ -36,7 +37,7 @@ def test_patches_are_cut_in_merge_order(size):
         row, col, r, k = rng.integers([size[0] // 28, columns, 2, 2])
         level = images[2 * slot + t, 28 * row + 14 * r + i, 28 * col + 14 * k + j, c]
         found = patches[slot, (row * columns + col) * 4 + r * 2 + k, ((c * 2 + t) * 14 + i) * 14 + j]
-        mean, deviation = training.MEAN[c] * 255, training.DEVIATION[c] * 255
+        mean, deviation = PIXEL_MEAN[c], PIXEL_STD[c]
         assert np.isclose(found, (level - mean) / deviation, rtol=1e-5, atol=1e-6)
 
 

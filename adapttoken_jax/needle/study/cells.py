@@ -140,24 +140,10 @@ def count_videos(cell: Cell) -> int:
     return -(-cell.questions // cell.per_video)
 
 
-def run_cell(model: Model, cell: Cell, arms: Mapping[str, Arm]) -> CellResult:
-    """Answers every question of a cell by every arm; no more than a few videos are held.
-
-    Raises:
-      UserError: videos so short that there is one group only, or of an odd number of frames.
-    """
-    return join_results([run_videos(model, cell, numbers, arms) for numbers in parts_of(cell)])
-
-
 def parts_of(cell: Cell) -> list[range]:
     """The numbers of a cell's videos, in parts that are held in memory together."""
     videos = count_videos(cell)
     return [range(start, min(start + _VIDEOS_AT_ONCE, videos)) for start in range(0, videos, _VIDEOS_AT_ONCE)]
-
-
-def run_videos(model: Model, cell: Cell, numbers: Sequence[int], arms: Mapping[str, Arm]) -> CellResult:
-    """The part of a cell that these videos are."""
-    return answer_shots(model, cell, [shot for n in numbers for shot in shoot(model, cell, n, arms)], arms)
 
 
 def join_results(parts: Sequence[CellResult]) -> CellResult:

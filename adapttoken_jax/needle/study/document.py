@@ -415,7 +415,7 @@ def _seconds_part(study) -> list[str]:
 
 `adapttoken_jax.answer` itself, one question after the other, {first["frames"]} frames, mean of {first["videos"]} \
 videos after one \
-that compiles. Lite encodes the whole video too: it saves group passes only.
+that compiles. Lite decodes and encodes no more than it visits.
 
 {table(head, lines)}"""
     ]

@@ -13,6 +13,7 @@ import jax
 import adapttoken_jax
 from adapttoken_jax.loading import Model
 from adapttoken_jax.needle.study.cells import Arm, Cell, CellResult, Shot, answer_shots, join_results, parts_of, shoot
+from adapttoken_jax.video.ahead import usable_cores
 
 Progress = Callable[[str, int, int], None]
 
@@ -86,11 +87,6 @@ class Bench:
         if keep:
             self.kept[cell, number] = shots
         return shots
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_processes() -> int:

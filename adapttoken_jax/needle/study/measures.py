@@ -5,6 +5,8 @@ Letters: n questions.
 
 import numpy as np
 
+from adapttoken_jax.calibration.statistics import auroc
+
 Z95 = 1.959963984540054
 
 
@@ -45,14 +47,8 @@ def difference(first, second, video) -> tuple[float, float]:
 
 def auc(scores, positive) -> float | None:
     """Probability that a positive has the higher score, ties counted half; None without both kinds."""
-    scores, positive = np.asarray(scores, np.float64).ravel(), np.asarray(positive, bool).ravel()
-    count = int(positive.sum())
-    if count == 0 or count == len(positive):
-        return None
-    _, place, repeats = np.unique(scores, return_inverse=True, return_counts=True)
-    mean_rank = np.cumsum(repeats) - (repeats - 1) / 2
-    ranks = mean_rank[place.reshape(-1)]
-    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
+    area = auroc(np.ravel(scores), np.ravel(positive))
+    return None if np.isnan(area) else area
 
 
 def risk_coverage(entropy, right) -> tuple[np.ndarray, np.ndarray]:

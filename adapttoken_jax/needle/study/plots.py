@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from adapttoken_jax.needle.study.sections import by_key, rule_temperature
+from adapttoken_jax.result import atomic_file
 
 # Colours that differ in brightness too, after Okabe and Ito.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#7A5195")
@@ -75,12 +76,10 @@ def draw_all(study: Mapping, directory) -> list[str]:
 
 
 def save(figure, path) -> None:
-    """Writes a figure under another name first and closes it. The same numbers give the same bytes."""
-    path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.part")
-    figure.savefig(partial, format="png", metadata={"Software": None})
+    """Writes a figure and closes it. The same numbers give the same bytes."""
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
     plt.close(figure)
-    partial.replace(path)
 
 
 def _panels(count: int, height: float = 3.0, width: float = 4.2):
