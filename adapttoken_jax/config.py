@@ -103,15 +103,22 @@ def model_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
     `text_config`, `rope_parameters`). `source` names the file in errors.
 
     Raises:
-      UserError: another model type, a missing field, or a feature that this model code does not have.
+      UserError: another model type, a missing field, one of the wrong kind, or a feature that this model code does not
+        have.
     """
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{source}: must hold a JSON object")
     if raw.get("model_type") != "qwen2_5_vl":
         raise UserError(f"{source}: model_type is {raw.get('model_type')!r}; only 'qwen2_5_vl' is supported")
-    text = {**raw, **raw["text_config"]} if "text_config" in raw else raw
     try:
+        text = {**raw, **raw["text_config"]} if "text_config" in raw else raw
         return _model_config(raw, text, raw["vision_config"], source)
     except KeyError as error:
         raise UserError(f"{source}: the field {error} is missing") from None
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{source}: a field has a value of the wrong kind ({error})") from None
 
 
 # Fields of `ModelConfig` and the keys of config.json that replace their defaults.
@@ -127,7 +134,12 @@ def _model_config(raw, text, vision, source) -> ModelConfig:
     _check_supported(text, vision, source)
     tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     token_ids = {field: raw[key] for field, key in _TOKEN_IDS.items() if key in raw}
-    return ModelConfig(_vision_config(vision), _text_config(text, tied, source), **token_ids)
+    found = ModelConfig(_vision_config(vision), _text_config(text, tied, source), **token_ids)
+    for part in (found, found.vision, found.text):
+        for field in dataclasses.fields(part):
+            if field.type is int and type(getattr(part, field.name)) is not int:
+                raise TypeError(f"{getattr(part, field.name)!r} for the {field.name}")
+    return found
 
 
 def _rope(text) -> dict:
@@ -160,6 +172,7 @@ def _vision_config(vision) -> VisionConfig:
         channels=vision.get("in_channels", vision.get("in_chans", 3)),
         # Missing from a file means the class default of transformers, which is not the released models' 2.
         tokens_per_second=vision.get("tokens_per_second", 4),
+        rope_theta=float(_rope(vision).get("rope_theta") or 1e4),
     )
 
 
@@ -173,7 +186,7 @@ def _text_config(text, tied: bool, source) -> TextConfig:
         layers=text["num_hidden_layers"],
         width=text["hidden_size"],
         heads=heads,
-        kv_heads=text["num_key_value_heads"],
+        kv_heads=text["num_key_value_heads"] or heads,
         head_dim=head_dim,
         ff=text["intermediate_size"],
         vocab=text["vocab_size"],

@@ -89,6 +89,8 @@ def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None, 
     if mesh is not None:
         sharding.check_mesh(config, mesh)
     values = load_parameters(path, config, dtype=_dtype(dtype), mesh=mesh)
+    # A program computes in one type. Some checkpoints keep norms and biases in a wider one.
+    values = jax.tree.map(lambda x: x.astype(values["text"]["embedding"].dtype), values)
     return Model(Qwen25VL(config, values), config, tokenizer, str(path), mesh, attention)
 
 

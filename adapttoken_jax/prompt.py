@@ -162,9 +162,13 @@ def _declared(config: dict[str, Any], key: str | None) -> int | None:
 
 
 def _eos_ids(tokenizer: Tokenizer, directory: pathlib.Path, fallback: int) -> tuple[int, ...]:
-    declared = _read_json(directory / "generation_config.json").get("eos_token_id")
+    settings = directory / "generation_config.json"
+    declared = _read_json(settings).get("eos_token_id")
     if declared is not None:
-        return tuple(int(i) for i in (declared if isinstance(declared, list) else [declared]))
+        ids = declared if isinstance(declared, list) else [declared]
+        if not all(type(index) is int for index in ids):
+            raise UserError(f"{settings}: eos_token_id is {declared!r}; give token ids")
+        return tuple(ids)
     token = _read_json(directory / "tokenizer_config.json").get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
     index = tokenizer.token_to_id(text) if text else None

@@ -93,7 +93,7 @@ def _stored_tensor(path: pathlib.Path, key: str, entry: object, data_start: int)
         fields = dict(entry)
         code, shape = fields["dtype"], tuple(map(int, fields["shape"]))
         begin, end = map(int, fields["data_offsets"])
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         raise UserError(f"{path}: the header entry of '{key}' is malformed; fetch the file again") from None
     if code not in DTYPES:
         raise UserError(f"{path}: '{key}' is stored as {code}; only {', '.join(DTYPES)} are supported")

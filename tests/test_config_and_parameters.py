@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.torch import load_file, save_file
 
+import adapttoken_jax as at
 from adapttoken_jax import costs, parameters
 from adapttoken_jax.config import SIZES, AdaptTokenConfig, model_config, read_model_config
 from adapttoken_jax.errors import UserError
@@ -45,6 +48,49 @@ def test_a_config_that_is_not_supported_says_why(changes, words):
     with pytest.raises(UserError) as error:
         model_config(flat(**changes))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "mrope", "mrope_section": 3}},
+        {"rope_scaling": {"type": "mrope", "mrope_section": [None, 3, 3]}},
+        {"hidden_size": "64"},
+        {"vocab_size": [320]},
+        {"rope_theta": "wide"},
+        {"num_hidden_layers": True},
+        {"image_token_id": None},
+        {"num_attention_heads": 0},
+        {"text_config": 3},
+        {"vision_config": None},
+    ],
+    ids=str,
+)
+def test_a_field_of_the_wrong_kind_is_one_line(changes):
+    with pytest.raises(UserError, match=r"^DIR/config\.json: [^\n]*$"):
+        model_config(flat(**changes), "DIR/config.json")
+
+
+@pytest.mark.parametrize("raw", [None, [], "x"])
+def test_a_config_is_an_object(raw):
+    with pytest.raises(UserError, match=r"config\.json: must hold a JSON object"):
+        model_config(raw)
+
+
+def test_key_heads_default_to_all_and_the_vision_tower_has_a_theta_of_its_own():
+    config = model_config(flat(num_key_value_heads=None))
+    assert (config.text.kv_heads, config.vision.rope_theta) == (config.text.heads, 1e4)
+    vision = flat()["vision_config"] | {"rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}}
+    assert model_config(flat(vision_config=vision)).vision.rope_theta == 100
+
+
+def test_a_checkpoint_of_two_types_computes_in_that_of_its_embedding(tmp_path, monkeypatch):
+    path = tiny.write_checkpoint(tmp_path, tiny.SHAPES["base"], dtype="bfloat16") / "model.safetensors"
+    wider = lambda name, x: x.float() if "norm" in name or name.endswith("bias") else x
+    save_file({name: wider(name, x) for name, x in load_file(path).items()}, path)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # where the checkpoint's own type is the default
+    model = at.load(tmp_path, attention="xla")
+    assert {x.dtype.name for x in jax.tree.leaves(nnx.state(model.module))} == {"bfloat16"}
 
 
 def test_a_missing_field_is_named():

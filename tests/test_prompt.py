@@ -286,6 +286,9 @@ def test_broken_checkpoints_are_user_errors(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match=r"generation_config\.json: not valid JSON"):
         ChatTokenizer.from_directory(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["<|im_end|>"]}')
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is"):
+        ChatTokenizer.from_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json: not a readable tokenizer"):
         ChatTokenizer.from_directory(tmp_path)

@@ -33,7 +33,10 @@ def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_pillow(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes uint8 [H, W, 3] to uint8 [height, width, 3] with Pillow's BICUBIC, within 1-2 levels of transformers'."""
+    """Resizes uint8 [H, W, 3] to uint8 [height, width, 3] with Pillow's BICUBIC.
+
+    Within 2 levels of transformers' at usual sizes of videos; on noise, at some sizes, within 23.
+    """
     from PIL import Image
 
     picture = Image.fromarray(np.ascontiguousarray(image))

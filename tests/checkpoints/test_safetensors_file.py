@@ -86,6 +86,7 @@ _ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": {**_ENTRY, "shape": [3]}}, b"\0" * 8, "'a' has 8 bytes for shape"),
         ({"a": {"dtype": "F32", "shape": [2]}}, b"\0" * 8, "the header entry of 'a' is malformed"),
         ({"a": "text"}, b"\0" * 8, "the header entry of 'a' is malformed"),
+        ({"a": {**_ENTRY, "shape": [float("inf")]}}, b"\0" * 8, "the header entry of 'a' is malformed"),
         ({"a": {**_ENTRY, "data_offsets": [-8, 0]}}, b"", "the header entry of 'a'"),
     ],
 )
