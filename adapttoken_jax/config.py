@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -250,7 +251,7 @@ class AdaptTokenConfig:
     """Every open choice of the method. A field's name is its command-line flag and its key in `result.json`.
 
     Raises:
-      UserError: on construction, for a value outside the field's choices or bounds.
+      UserError: on construction, for a value outside the field's choices or bounds, or a number that is not finite.
     """
 
     preset: str = _choice("qwen-vl-utils", "flexselect", "hf", help="rules for sampling, size, resizer and time ids")
@@ -305,6 +306,8 @@ class AdaptTokenConfig:
             value, meta = getattr(self, field.name), field.metadata
             if "choices" in meta and value not in meta["choices"]:
                 raise UserError(f"--{field.name}={value}: choose one of {', '.join(meta['choices'])}")
+            if field.type in (int, float) and not math.isfinite(value):
+                raise UserError(f"--{field.name}={value}: must be a finite number")
             if meta.get("low") is not None and not value >= meta["low"]:
                 raise UserError(f"--{field.name}={value}: must be at least {meta['low']}")
             if meta.get("high") is not None and not value <= meta["high"]:

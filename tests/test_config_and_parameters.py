@@ -194,6 +194,8 @@ def test_vision_costs_the_published_flops_per_merged_token():
         ({"preset": "other"}, "--preset=other"), ({"fps": 0.0}, "--fps=0.0"), ({"budget": 0}, "--budget=0"),
         ({"bottom_fraction": 1.5}, "--bottom_fraction=1.5"), ({"temperature": float("nan")}, "--temperature=nan"),
         ({"reference_layer": 4}, "--reference_layer=4"), ({"colour": 1}, "colour"),
+        ({"over_selection": float("inf")}, "--over_selection=inf: must be a finite number"),
+        ({"budget": float("inf")}, "--budget=inf: must be a finite number"),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_bounds_names_its_flag(given, words):

@@ -93,9 +93,11 @@ def device_rule(rule: StopRule | None, blind: list[float | None]) -> DeviceRule:
 
 
 def _threshold(rule: StopRule, blind: float | None) -> np.float32:
-    """The highest float32 entropy that the rule calls certain."""
+    """The highest float32 entropy that the rule calls certain; NaN, which no entropy is below, if there is none."""
     limit = rule.entropy if rule.gain == 0 else min(rule.entropy, blind - rule.gain)
     certain = lambda h: h <= rule.entropy and (rule.gain == 0 or blind - h >= rule.gain)
+    if not certain(-np.inf):  # `blind` is no number; any other search ends at -inf at the latest
+        return np.float32(np.nan)
     highest = np.nextafter(np.float32(limit), np.float32(np.inf))
     while not certain(float(highest)):
         highest = np.nextafter(highest, np.float32(-np.inf))

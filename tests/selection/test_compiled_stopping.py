@@ -57,6 +57,15 @@ def test_the_device_stops_where_the_rule_stops(name):
     assert len({reason for _, reason in expected}) > 1  # some stop, some do not
 
 
+@pytest.mark.parametrize("blind", [float("nan"), float("-inf")])
+def test_no_gain_over_what_is_no_number_is_ever_enough(blind):
+    rule = RULES["gain"]
+    assert np.isnan(device_rule(rule, [blind]).threshold).all()
+    entropies, options = np.zeros((GROUPS, 1), np.float32), np.zeros((GROUPS, 1), int)
+    states = run(device_rule(rule, [blind]), start_state(1, OPTIONS), entropies, options, np.ones(GROUPS, bool))
+    assert not states.stop.any() and reason_of(rule, entropies[:, 0], options[:, 0], blind) == (GROUPS, "")
+
+
 def test_padding_counts_nothing_and_a_stopped_question_counts_no_more():
     rule = device_rule(StopRule("groups", 1, 0.25, False), [None] * QUESTIONS)
     entropies, options, _ = random_log(0)
