@@ -599,8 +599,8 @@ def _check(config: AdaptTokenConfig, method: str) -> None:
     if config.sampling_temperature > 0:
         raise UserError("--sampling_temperature: the PyTorch reference only decodes greedily; set it to 0")
     stopping = ("stop_gain", "give_up_groups") if method == "lite" else ()
-    for option in ("debias", "coverage", "temperature_target", *stopping):
-        if getattr(config, option):
+    for option in ("debias", "coverage", "temperature_target", "keep_after_reference", *stopping):
+        if getattr(config, option) != getattr(AdaptTokenConfig, option):
             raise UserError(f"--{option}: the PyTorch reference has the paper's steps alone; leave it out")
     if method == "lite" and config.stop_rule != "groups":
         raise UserError(f"--stop_rule={config.stop_rule}: the PyTorch reference knows only groups; leave it out")

@@ -753,7 +753,10 @@ def test_mistakes_are_named(model, fields, method, error, words):
         oracle.run(model, make_inputs(), make_config(**fields), method)
 
 
-@pytest.mark.parametrize("given", [{"debias": True}, {"coverage": 0.1}, {"give_up_groups": 2}, {"stop_rule": "rerun"}])
+@pytest.mark.parametrize(
+    "given",
+    [{"debias": True}, {"coverage": 0.1}, {"keep_after_reference": 0.5}, {"give_up_groups": 2}, {"stop_rule": "rerun"}],
+)
 def test_options_beyond_the_paper_are_refused(model, given):
     with pytest.raises(UserError, match=f"--{next(iter(given))}"):
         oracle.run(model, make_inputs(), make_config(**given), "lite")
