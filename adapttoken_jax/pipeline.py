@@ -51,7 +51,8 @@ def plan_run(model: ModelConfig, video, config: AdaptTokenConfig, method: str) -
 
     frames = model.vision.temporal_patch
     clip = sample(config.max_frames, config.slots_per_group * frames if method != "full" else config.max_frames)
-    if method == "uniform" and clip.tokens > config.budget:
+    # Fewer frames may each become larger, and then even fewer fit; every round has fewer slots than the one before.
+    while method == "uniform" and clip.tokens > config.budget:
         least = clip.tokens_per_slot
         if config.budget < least:
             raise UserError(f"--budget={config.budget}: one slot of this video has {least} tokens; allow at least that")

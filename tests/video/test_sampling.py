@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from adapttoken_jax.config import SIZES, VisionConfig
+from adapttoken_jax import pipeline
+from adapttoken_jax.config import SIZES, AdaptTokenConfig, VisionConfig
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.video import PRESETS, Frames, VideoInfo, frame_count, plan_clip, probe, smart_resize
 from adapttoken_jax.video.sampling import end_to_end_indices, frames_at, left_indices, pixel_bounds
@@ -252,6 +253,23 @@ def test_bounds_of_the_presets():
 def test_small_frames_on_request():
     clip = plan_clip(video(64, height=56, width=56), VISION, max_pixels=56 * 56)
     assert (clip.height, clip.width) == (56, 56)
+
+
+@pytest.mark.parametrize(
+    ("given", "slots"),
+    [
+        ({}, 33),  # 209 tokens each
+        ({"max_pixels": 1000 * TOKEN}, 9),  # 720 each
+        # 512 frames share a context: slots of at most 450 tokens, of which 16 fit; of 16 slots each has 720.
+        ({"max_pixels": 1000 * TOKEN, "slots_per_group": 256}, 9),
+        ({"slots_per_group": 1024}, 33),  # at most 134, then 209
+    ],
+)
+def test_uniform_keeps_within_the_budget_however_large_fewer_frames_become(monkeypatch, given, slots):
+    monkeypatch.setattr(pipeline, "probe", lambda info: info)
+    config = AdaptTokenConfig.for_model(SIZES["qwen2.5-vl-7b"], **given)
+    plan = pipeline.plan_run(SIZES["qwen2.5-vl-7b"], video(8000, 4.0, 720, 1280), config, "uniform")
+    assert plan.clip.grid[0] == slots and plan.tokens <= config.budget == 7040
 
 
 def test_other_patch_sizes():
