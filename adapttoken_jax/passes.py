@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adapttoken_jax.compilation import compiled
 from adapttoken_jax.config import AdaptTokenConfig
@@ -18,7 +19,7 @@ from adapttoken_jax.model import Probe, Qwen25VL
 from adapttoken_jax.model.generation import Sampling, generate
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.text import Rows
-from adapttoken_jax.selection import most_relevant, reduce_relevance, token_certainty, token_entropy
+from adapttoken_jax.selection import reduce_relevance, token_certainty, token_entropy
 from adapttoken_jax.video import normalised
 
 # Of a TPU core's vector memory, at most this much per operation: left to itself the compiler gives so little that the
@@ -90,8 +91,8 @@ class PassSpec:
       answer_tokens: length A of the answers' buffer.
       end_ids: tokens that end an answer.
       sampling: how tokens are chosen.
-      keep_share: share of a context's visual tokens that the layers after the reference layer see: those most relevant
-        to any of the questions; 1 for all.
+      keep_share: share of a context's own visual tokens that the layers after the reference layer see: those most
+        relevant to any of the questions; 1 for all.
       kernel: what computes attention.
     """
 
@@ -231,17 +232,23 @@ def _padded(rows: Rows, others: int, kernel) -> Rows:
 
 
 def _most_relevant(rows: Rows, relevance, batch, spec) -> Rows:
-    """The prefix, and the share of the visual tokens that is most relevant to any question: relevance[B, Q, S]."""
+    """The prefix, and of each context's own visual tokens the share most relevant to any question: relevance[B, Q, S].
+
+    There are rows for the share of a context without padding; those that a shorter one leaves over are padding.
+    """
     with jax.named_scope("context"):
         prefix, tokens = batch.prefix_ids.shape[0], batch.visual.shape[1]
+        shares = np.asarray([math.ceil(spec.keep_share * n) for n in range(tokens + 1)])
         scores = jnp.where(batch.visual_valid, relevance[..., _visual_rows(batch)].max(1), -1.0)
-        visual = prefix + most_relevant(scores, math.ceil(spec.keep_share * tokens))
+        ranked = jnp.argsort(-scores, stable=True)[:, : shares[-1]]  # among equals the lower index
+        kept = jnp.arange(shares[-1]) < jnp.asarray(shares)[batch.visual_valid.sum(1)][:, None]
+        visual = jnp.sort(jnp.where(kept, ranked, tokens))  # as they came; `tokens`, which stands last, is none of them
         text = jnp.broadcast_to(jnp.arange(prefix), (len(visual), prefix))
-        index = jnp.concatenate([text, visual], 1)
+        index = jnp.concatenate([text, prefix + jnp.minimum(visual, tokens - 1)], 1)
         chosen = Rows(
             jnp.take_along_axis(rows.x, index[..., None], 1),
             jnp.take_along_axis(rows.position_ids, index[:, None], 2),
-            jnp.take_along_axis(rows.valid, index, 1),
+            jnp.concatenate([jnp.ones(text.shape, bool), visual < tokens], 1),
         )
         return _padded(chosen, batch.suffix_ids.size, spec.kernel)
 

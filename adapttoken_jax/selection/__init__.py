@@ -19,7 +19,7 @@ from adapttoken_jax.selection.coverage import coverage_count, coverage_tokens
 from adapttoken_jax.selection.debias import debias_relevance, position_trend
 from adapttoken_jax.selection.grouping import group_slots, visiting_order
 from adapttoken_jax.selection.redundancy import KERNELS, remove_redundant, remove_redundant_reference
-from adapttoken_jax.selection.relevance import most_relevant, reduce_relevance, top_tokens
+from adapttoken_jax.selection.relevance import reduce_relevance, top_tokens
 from adapttoken_jax.selection.stop_rule import CERTAIN_OVER_ALL, GAVE_UP, RULES, StopRule, blind_gain, gave_up
 from adapttoken_jax.selection.stopping import CERTAIN_GROUPS_AGREE, ENOUGH_CERTAIN_GROUPS, GO_ON, should_stop
 from adapttoken_jax.selection.temperature import (
@@ -53,7 +53,6 @@ __all__ = [
     "group_slots",
     "group_weights",
     "least_certain_mean",
-    "most_relevant",
     "option_consensus",
     "pooled_evidence",
     "position_trend",

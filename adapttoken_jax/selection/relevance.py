@@ -45,12 +45,6 @@ def _reduction(xp, name: str, flag: str):
     return getattr(xp, name)
 
 
-def most_relevant(relevance, count: int):
-    """Indices int[..., count], ascending, of the most relevant of relevance[..., S]; among equals the lower index."""
-    relevance, xp = array_and_namespace(relevance)
-    return xp.sort(xp.argsort(-relevance, axis=-1, stable=True)[..., :count], axis=-1)
-
-
 def top_tokens(relevance, budgets):
     """Marks the `budgets[g]` most relevant tokens of each group; among equals the lower index.
 
