@@ -4,6 +4,10 @@ Questions about one video share its difficulties, so that they count for less th
 estimate here is a weighted mean; its variance is the sum over videos of the squared sum of the questions' influences,
 times C / (C - 1) for C videos (the linearised cluster variance), and its quantiles are Student's t with C - 1 degrees
 of freedom. With one question per video and equal weights this is the usual interval of a mean.
+
+Where all C videos score alike, that variance is 0 and tells nothing of the videos that were not seen. The interval is
+then the rule of three's: a new video differs with a probability of at most q = 1 - (1 - level)^(1/C), or all C would
+seldom agree, and its own score may be any. The test is then the sign test over videos.
 """
 
 import dataclasses
@@ -14,15 +18,21 @@ from scipy import stats
 
 from adapttoken_jax.errors import UserError
 
+_ROUNDING = 1e-12  # a standard error below this is none: it is what rounding leaves of equal videos
+
 
 def clustered_error(influences: Sequence[float], clusters: Sequence[str]) -> tuple[float, int]:
-    """(standard error, degrees of freedom) of an estimate from its questions' influences; NaN with one cluster."""
+    """(standard error, degrees of freedom) of an estimate from its questions' influences.
+
+    The error is NaN with one cluster, and exactly 0 where all clusters agree.
+    """
     _, index = np.unique(np.asarray(clusters, object).astype(str), return_inverse=True)
     sums = np.bincount(index, np.asarray(influences, np.float64))
     count = len(sums)
     if count < 2:
         return float("nan"), 0
-    return float(np.sqrt(count / (count - 1) * np.sum(sums**2))), count - 1
+    error = float(np.sqrt(count / (count - 1) * np.sum(sums**2)))
+    return (error if error > _ROUNDING else 0.0), count - 1
 
 
 def accuracy_interval(
@@ -42,9 +52,19 @@ def accuracy_interval(
     )
     means = np.bincount(task, right) / sizes
     error, freedom = clustered_error((right - means[task]) / (len(sizes) * sizes[task]), clusters)
-    half = error * float(stats.t.ppf(0.5 + level / 2, freedom)) if freedom else float("nan")
     estimate = float(means.mean())
-    return estimate, float(np.maximum(estimate - half, 0)), float(np.minimum(estimate + half, 1))
+    return estimate, *_interval(estimate, error, freedom, level, lowest=0.0)
+
+
+def _interval(estimate: float, error: float, freedom: int, level: float, lowest: float) -> tuple[float, float]:
+    """(low, high) around an estimate between `lowest` and 1; NaN with one video."""
+    if not freedom:
+        return float("nan"), float("nan")
+    if error == 0:
+        differs = 1 - (1 - level) ** (1 / (freedom + 1))
+        return estimate - differs * (estimate - lowest), estimate + differs * (1 - estimate)
+    half = error * float(stats.t.ppf(0.5 + level / 2, freedom))
+    return max(estimate - half, lowest), min(estimate + half, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +125,6 @@ def paired_difference(
 def _p_value(mean: float, error: float, freedom: int) -> float:
     if not freedom:
         return float("nan")
-    if error == 0:  # every video has the same gain
-        return 1.0 if mean == 0 else 0.0
+    if error == 0:  # every video has the same gain: the sign test
+        return 1.0 if mean == 0 else 2 * 0.5 ** (freedom + 1)
     return float(2 * stats.t.sf(abs(mean) / error, freedom))

@@ -50,6 +50,26 @@ def test_one_video_alone_has_no_interval():
     assert estimate == 0.5 and math.isnan(low) and math.isnan(high)
 
 
+def test_where_all_videos_score_alike_the_interval_is_the_rule_of_threes():
+    """0 of C differ: more than q with (1 - q)^C = 0.05 would be seen with 95 %; q is about 3 / C."""
+    estimate, low, high = accuracy_interval([1, 1, 1], list("abc"))
+    assert (estimate, high) == (1.0, 1.0) and low == pytest.approx(0.05 ** (1 / 3))
+    assert accuracy_interval([0] * 4, list("abcd"), level=0.9) == pytest.approx((0.0, 0.0, 1 - 0.1**0.25))
+    assert accuracy_interval(np.ones(300), range(300))[1] == pytest.approx(1 - 3 / 300, abs=1e-4)
+    # Every video 1 of 3, which no float is: with q = 1 - 0.05^(1/50) a new one may score anything.
+    estimate, low, high = accuracy_interval([1, 0, 0] * 50, np.repeat(range(50), 3))
+    assert (estimate, low, high) == pytest.approx((1 / 3, 0.05**0.02 / 3, 1 - 0.05**0.02 * 2 / 3))
+
+
+def test_the_interval_covers_an_accuracy_near_1():
+    """30 videos with one question each, right with 0.95: none is wrong in a fifth of all benchmarks."""
+    right = np.random.default_rng(4).random((1000, 30)) < 0.95
+    assert 0.1 < right.all(1).mean() < 0.3
+    assert all(
+        low <= 0.95 <= high for each in right[right.all(1)] for _, low, high in [accuracy_interval(each, range(30))]
+    )
+
+
 def test_the_interval_covers_where_an_unclustered_one_does_not():
     """400 benchmarks of 60 videos with 5 questions whose chances depend on the video; 95 % ± 4 standard errors."""
     rng = np.random.default_rng(2)
@@ -93,6 +113,17 @@ def test_equal_runs_differ_by_nothing():
     run = as_run([1, 0, 1, 1])
     paired = paired_difference(run, run, dict(zip(run, "aabb", strict=True)))
     assert (paired.difference, paired.low, paired.high, paired.p_value) == (0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("videos", "p"), [(2, 0.5), (6, 1 / 32)])
+@pytest.mark.parametrize("questions", [1, 3])
+def test_where_all_videos_gain_alike_the_test_is_the_sign_test(videos, questions, p):
+    """One of each video's questions is gained."""
+    names = [str(i) for i in range(videos * questions)]
+    clusters = {name: int(name) // questions for name in names}
+    first, second = dict.fromkeys(names, False), {name: int(name) % questions == 0 for name in names}
+    assert paired_difference(first, second, clusters).p_value == p
+    assert paired_difference(second, first, clusters).p_value == p
 
 
 def test_one_video_has_a_difference_and_no_test():

@@ -82,7 +82,7 @@ def test_the_command_prints_tables_and_draws_the_plot(tmp_path, capsys, monkeypa
     finished(tmp_path / "base", [RIGHT] * 4 + [None] * 4, method="full", tokens=300)
     for form, words in (
         ("markdown", "| qwen2.5-vl-7b | adapttoken | 4096 | 100.0"),
-        ("latex", r"100.0 [100.0, 100.0] (70.5, +29.5) \\"),
+        ("latex", r"100.0 [47.3, 100.0] (70.5, +29.5) \\"),
     ):
         for name, value in (("format", form), ("baseline", str(tmp_path / "base")), ("plot", str(tmp_path / "p.png"))):
             monkeypatch.setattr(table.flags.FLAGS[name], "value", value)
