@@ -109,13 +109,13 @@ def paired_difference(
     videos = [clusters[i] for i in common]
     mean = float(gains.mean())
     error, freedom = clustered_error((gains - mean) / len(gains), videos)
-    half = error * float(stats.t.ppf(0.5 + level / 2, freedom)) if freedom else float("nan")
+    low, high = _interval(mean, error, freedom, level, lowest=-1.0)
     return Paired(
         n=len(common),
         clusters=len(set(videos)),
         difference=mean,
-        low=mean - half,
-        high=mean + half,
+        low=low,
+        high=high,
         p_value=_p_value(mean, error, freedom),
         only_first=int((gains < 0).sum()),
         only_second=int((gains > 0).sum()),

@@ -109,10 +109,11 @@ def test_only_common_questions_are_compared():
     assert (paired.n, paired.clusters, paired.difference, paired.only_second) == (2, 2, 0.5, 1)
 
 
-def test_equal_runs_differ_by_nothing():
+def test_equal_runs_differ_by_nothing_that_was_seen():
     run = as_run([1, 0, 1, 1])
     paired = paired_difference(run, run, dict(zip(run, "aabb", strict=True)))
-    assert (paired.difference, paired.low, paired.high, paired.p_value) == (0.0, 0.0, 0.0, 1.0)
+    assert (paired.difference, paired.p_value) == (0.0, 1.0)
+    assert (-paired.low, paired.high) == pytest.approx((1 - 0.05**0.5,) * 2)
 
 
 @pytest.mark.parametrize(("videos", "p"), [(2, 0.5), (6, 1 / 32)])
@@ -123,7 +124,11 @@ def test_where_all_videos_gain_alike_the_test_is_the_sign_test(videos, questions
     clusters = {name: int(name) // questions for name in names}
     first, second = dict.fromkeys(names, False), {name: int(name) % questions == 0 for name in names}
     assert paired_difference(first, second, clusters).p_value == p
-    assert paired_difference(second, first, clusters).p_value == p
+    back = paired_difference(second, first, clusters)
+    assert back.p_value == p
+    # A new video may also gain nothing or lose all, with q = 1 - 0.05^(1/C).
+    same = 0.05 ** (1 / videos)
+    assert (-back.high, -back.low) == pytest.approx((same / questions - (1 - same), same / questions + (1 - same)))
 
 
 def test_one_video_has_a_difference_and_no_test():
