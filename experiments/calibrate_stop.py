@@ -6,9 +6,12 @@
 
 Runs the full method once on every video and logs it (an interrupted run goes on where it was), replays the stop rule at
 each of `--thresholds`, and certifies the boldest one before the first failure: with confidence 1 - delta, on at most
-a share alpha of videos like these does Lite answer a question otherwise than the full run. `--data` has one JSON object
-per line: "video" (a path, from the file's directory if relative), "question", and "options" if there are any; the lines
-of a video need not stand together. Every setting of the method is a flag, as in `adapttoken answer`.
+a share alpha of videos like these does Lite answer a question otherwise than the full run. That is the promise of one
+test: the log keeps what was tested for a certificate, and any other test of it is refused.
+
+`--data` has one JSON object per line: "video" (a path, from the file's directory if relative), "question", and
+"options" if there are any; the lines of a video need not stand together. Every setting of the method is a flag, as in
+`adapttoken answer`.
 
 Cost: the scan, and a final pass for every number of groups after which a rule might stop. By default these are all, so
 that every rule replays on the log and `--signals` can compare; with `--stops_only`, only those that this rule reaches.
@@ -167,12 +170,18 @@ def calibrate() -> None:
         calibration.check_enough(len(items), _ALPHA.value, _DELTA.value)
     model = at.load(_MODEL.value)
     config = at.AdaptTokenConfig.for_model(model.config, **cli.given_settings(flags.FLAGS))
+    if _CERTIFICATE.value:
+        calibration.check_unpruned(config)
     short = log_runs(model, items, config, thresholds)
     if short:
         print(f"{short} videos are too short for groups; Lite does not run on them", file=sys.stderr)
     log = calibration.read_log(_LOG.value).only({item.name for item in items})
     if not log.videos:
         raise UserError(f"--log={_LOG.value}: no video was long enough for groups; nothing to calibrate")
+    if _CERTIFICATE.value:
+        test = calibration.planned_test(log, config, _ALPHA.value, _DELTA.value, thresholds)
+        if log.test is None:
+            calibration.record_test(_LOG.value, test)
     show(tables(log, config, thresholds))
     if _CERTIFICATE.value:
         certificate = calibration.certify(log, config, _ALPHA.value, _DELTA.value, thresholds)

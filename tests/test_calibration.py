@@ -335,9 +335,47 @@ def test_too_few_videos_are_refused_with_how_many_are_needed():
 def test_too_many_losses_are_refused_with_how_many_videos_they_need():
     needed = calibration.required_videos(0.1, 0.1, 4)
     with pytest.raises(
-        UserError, match=rf"0.05 nats, Lite differs in 4 of 40 videos; so many losses need {needed} videos"
+        UserError,
+        match=rf"0.05 nats, Lite differs in 4 of 40 videos; .*would void the promise; .* losses need {needed}\)$",
     ):
         calibration.certify(made_log({0.05: 4}), CONFIG, 0.1, 0.1, [0.05, 0.2])
+
+
+def test_a_log_is_good_for_one_test(tmp_path):
+    path, log, thresholds = tmp_path / "log", made_log({0.05: 4}), [0.05, 0.2]
+    writer = LogWriter(path, log.fingerprint)
+    for video in log.videos:
+        writer.append(video)
+    test = calibration.planned_test(log, CONFIG, 0.1, 0.1, thresholds)
+    assert list(test.values())[:4] == [40, 0.1, 0.1, thresholds]
+    calibration.record_test(path, test)
+    tested = calibration.read_log(path)
+    assert tested == dataclasses.replace(log, test=test) and LogWriter(path, log.fingerprint).done == writer.done
+    assert calibration.planned_test(tested, CONFIG, 0.1, 0.1, thresholds) == test
+    more = made_log({0.05: 4}, 80)
+    for other, arguments, words in (
+        (more.videos, (CONFIG, 0.1, 0.1, thresholds), "videos=40, but this run has videos=80"),
+        (more.videos[40:], (CONFIG, 0.1, 0.1, thresholds), "data_sha256=.*"),
+        (log.videos, (CONFIG, 0.2, 0.1, thresholds), "alpha=0.1, but this run has alpha=0.2"),
+        (log.videos, (CONFIG, 0.1, 0.3, thresholds), "delta=0.1, but this run has delta=0.3"),
+        (log.videos, (CONFIG, 0.1, 0.1, [0.01, 0.05]), r"thresholds=\[0.05, 0.2\], .*"),
+        (log.videos, (dataclasses.replace(CONFIG, stop_groups=2), 0.1, 0.1, thresholds), "stop_groups=1, .*"),
+    ):
+        with pytest.raises(UserError, match=f"^--log: tested before with {words}; .*would void the promise"):
+            calibration.certify(dataclasses.replace(tested, videos=other), *arguments)
+
+
+def test_no_certificate_is_made_or_used_with_pruning(certificate):
+    pruned = dataclasses.replace(CONFIG, keep_after_reference=0.5)
+    for call in (
+        lambda: calibration.certify(made_log({}), pruned, 0.1, 0.1),
+        lambda: certificate.config_for(pruned),
+        lambda: dataclasses.replace(certificate, fingerprint=calibration.config_fingerprint(pruned, "abc")).config_for(
+            pruned
+        ),
+    ):
+        with pytest.raises(UserError, match=r"^--keep_after_reference=0.5: .*leave it out$"):
+            call()
 
 
 @pytest.mark.parametrize("thresholds", [[], [0.2, 0.1], [0.1, 0.1]])
@@ -486,6 +524,14 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
     assert tables["promise"][0]["resamples"] == 20
     certificate = calibration.read_certificate(tmp_path / "stop.json")
     assert certificate.questions == 6 and "stop.json: rule groups" in done.stderr
+    for change, code, words in (
+        ("--json=-", 0, "stop.json: rule groups"),
+        ("--alpha=0.7", 2, "--log: tested before with alpha"),
+    ):
+        again = run_launcher(*argv, change)
+        assert again.returncode == code and words in again.stderr.splitlines()[-1]
+    pruned = run_launcher(*argv, "--keep_after_reference=0.5")
+    assert pruned.returncode == 2 and "no certificate holds" in pruned.stderr.splitlines()[-1]
 
     answer = ["answer", f"--model={directory}", f"--video={tmp_path}/0.mp4", "--question=Why?", "--json=-", *FLAGS]
     certified = [*answer, "--lite", f"--stop_calibration={tmp_path}/stop.json"]
@@ -495,6 +541,7 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
 
     other = tiny.write_checkpoint(tmp_path / "other", dataclasses.replace(tiny.SHAPES["base"], seed=99))
     for refused, words in (
+        ([*certified, "--keep_after_reference=0.5"], "--keep_after_reference=0.5: .*no certificate holds"),
         ([*certified, "--budget=9"], "calibrated with budget=8, but this run has budget=9"),
         ([*certified, f"--model={other}"], "calibrated with another model"),
         ([*certified, "--stop_groups=2"], "--stop_groups: --stop_calibration=.* decides it"),

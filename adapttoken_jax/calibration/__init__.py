@@ -11,12 +11,14 @@ from adapttoken_jax.calibration.certificate import (
     Certificate,
     certify,
     check_enough,
+    check_unpruned,
     config_fingerprint,
     model_fingerprint,
+    planned_test,
     read_certificate,
     write_certificate,
 )
-from adapttoken_jax.calibration.full_runs import Log, LogWriter, QuestionLog, Said, VideoLog, read_log
+from adapttoken_jax.calibration.full_runs import Log, LogWriter, QuestionLog, Said, VideoLog, read_log, record_test
 from adapttoken_jax.calibration.replay import (
     SIGNALS,
     at_threshold,
@@ -52,11 +54,14 @@ __all__ = [
     "certified",
     "certify",
     "check_enough",
+    "check_unpruned",
     "compare_signals",
     "config_fingerprint",
     "model_fingerprint",
+    "planned_test",
     "read_certificate",
     "read_log",
+    "record_test",
     "replay",
     "required_videos",
     "resampled_risks",

@@ -2,7 +2,8 @@
 
 The promise: for a video from where the calibration videos came from, with probability at least 1 - delta over the
 choice of those, the risk that Lite answers one of its questions otherwise than the full run is at most alpha. It is
-about that gap alone, not about being right, and it holds for the same model and settings only.
+about that gap alone, not about being right, and it holds for the same model and settings only. It is the promise of one
+test, planned before its outcome is seen: who tests until one certifies is promised nothing.
 """
 
 import dataclasses
@@ -28,6 +29,10 @@ RULE_FIELDS = ("stop_rule", "stop_groups", "stop_entropy", "stop_agreement", "st
 
 # Tested in this order. Fixed in advance: choosing thresholds by the calibration data would void the promise.
 THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4)
+_AFRESH = (
+    "testing these videos again, with more beside them or with other settings, would void the promise; "
+    "calibrate afresh on other videos, their number fixed in advance"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +76,9 @@ class Certificate:
           source: names the certificate in errors.
 
         Raises:
-          UserError: a setting, or the model, is not what was calibrated.
+          UserError: a setting, or the model, is not what was calibrated, or is one that no certificate holds for.
         """
+        check_unpruned(config)
         ours = config_fingerprint(config, model or self.fingerprint["model"])
         difference = first_difference(self.fingerprint, ours)
         if difference:
@@ -124,21 +130,17 @@ def certify(
       thresholds: nats, ascending: from cautious to bold. They must not depend on the log.
 
     Raises:
-      UserError: the log cannot certify even the most cautious threshold; the message says how many videos would.
+      UserError: as `planned_test`, or the log does not certify even the most cautious threshold.
     """
-    thresholds = [float(threshold) for threshold in thresholds]
-    if thresholds != sorted(set(thresholds)) or not thresholds:
-        raise UserError(f"--thresholds={thresholds}: give numbers in ascending order, from cautious to bold")
-    n = len(log.videos)
-    check_enough(n, alpha, delta)
+    test = planned_test(log, config, alpha, delta, thresholds)
+    n, thresholds = test["videos"], test["thresholds"]
     runs = [replay(log.videos, at_threshold(config, threshold)) for threshold in thresholds]
     accepted = certified([run.losses for run in runs], n, alpha, delta)
     if not accepted:
         needed = required_videos(alpha, delta, runs[0].losses)
         raise UserError(
             f"--alpha={alpha:g}: not certified: with the most cautious threshold, {thresholds[0]:g} nats, Lite differs "
-            f"in {runs[0].losses} of {n} videos; so many losses need {needed} videos; raise --alpha or add a lower one "
-            "to --thresholds"
+            f"in {runs[0].losses} of {n} videos; {_AFRESH} (so many losses need {needed})"
         )
     chosen = runs[accepted - 1]
     rule = {name: getattr(config, name) for name in RULE_FIELDS} | {"stop_entropy": thresholds[accepted - 1]}
@@ -159,6 +161,40 @@ def certify(
         data_sha256=log.sha256,
         fingerprint=log.fingerprint,
     )  # fmt: skip
+
+
+def planned_test(
+    log: Log, config: AdaptTokenConfig, alpha: float, delta: float, thresholds: Sequence[float] = THRESHOLDS
+) -> dict[str, Any]:
+    """All that the outcome of `certify` depends on. `record_test` writes it into the log before the outcome is seen.
+
+    Args: as of `certify`.
+
+    Raises:
+      UserError: thresholds that do not ascend, too few videos for `alpha`, a setting that no certificate holds for, or
+        another test was made of the log.
+    """
+    thresholds = [float(threshold) for threshold in thresholds]
+    if thresholds != sorted(set(thresholds)) or not thresholds:
+        raise UserError(f"--thresholds={thresholds}: give numbers in ascending order, from cautious to bold")
+    check_unpruned(config)
+    check_enough(len(log.videos), alpha, delta)
+    rule = {name: getattr(config, name) for name in RULE_FIELDS if name != "stop_entropy"}
+    test = {"videos": len(log.videos), "alpha": alpha, "delta": delta, "thresholds": thresholds}
+    test |= {**rule, "data_sha256": log.sha256}
+    if log.test not in (None, test):
+        difference = first_difference({"config": log.test}, {"config": test})
+        raise UserError(f"--log: tested before with {difference}; {_AFRESH}, and in another log")
+    return test
+
+
+def check_unpruned(config: AdaptTokenConfig) -> None:
+    """Raises `UserError` for pruning: a question's groups then answer otherwise beside other questions."""
+    if config.keep_after_reference < 1:
+        raise UserError(
+            f"--keep_after_reference={config.keep_after_reference:g}: what a group says to a question then depends on "
+            "those asked with it, and no certificate holds; leave it out"
+        )
 
 
 def check_enough(videos: int, alpha: float, delta: float) -> None:

@@ -1,7 +1,8 @@
 """Logs of full runs: what every group said, and what Lite would have answered had it stopped after v groups.
 
 From such a log every stop rule replays offline. A file is JSON lines: a header with the fingerprint of the settings and
-the model, then one line per video, the unit of calibration. A file can be continued after an interruption.
+the model, then one line per video, the unit of calibration, and one for the test of its videos. A file can be continued
+after an interruption.
 """
 
 import dataclasses
@@ -89,10 +90,11 @@ def _said(content) -> Said:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """A log file: the fingerprint under which it was written, and its videos."""
+    """A log file: the fingerprint under which it was written, its videos, and the test that was made of them."""
 
     fingerprint: Mapping[str, Any]
     videos: tuple[VideoLog, ...]
+    test: Mapping[str, Any] | None = None
 
     @property
     def sha256(self) -> str:
@@ -118,12 +120,14 @@ def read_log(path) -> Log:
         header = json.loads(header)
         if header.get("version") != LOG_VERSION:
             raise UserError(f"{path}: not a log of full runs, or of another version than {LOG_VERSION}")
-        videos = tuple(VideoLog.from_dict(json.loads(line)) for line in lines)
+        lines = [json.loads(line) for line in lines]
+        videos = tuple(VideoLog.from_dict(line) for line in lines if "test" not in line)
+        tests = [line["test"] for line in lines if "test" in line]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); delete it and log again") from None
-    return Log(header["fingerprint"], videos)
+    return Log(header["fingerprint"], videos, *tests[:1])
 
 
 class LogWriter:
@@ -150,10 +154,7 @@ class LogWriter:
 
     def append(self, video: VideoLog) -> None:
         """Adds a video."""
-        with open(self._path, "ab") as file:
-            file.write((video.to_json() + "\n").encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self._path, video.to_json())
         self.done.add(video.video)
 
     def _drop_partial_line(self) -> None:
@@ -162,6 +163,18 @@ class LogWriter:
         if not content.endswith(b"\n"):
             with open(self._path, "r+b") as file:
                 file.truncate(content.rfind(b"\n") + 1)
+
+
+def record_test(path, test: Mapping[str, Any]) -> None:
+    """Writes into a log, once, that its videos are tested: `test` is `planned_test`'s."""
+    _append(path, json.dumps({"test": test}))
+
+
+def _append(path, line: str) -> None:
+    with open(path, "ab") as file:
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
