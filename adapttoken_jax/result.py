@@ -5,6 +5,7 @@ Both files appear whole or not at all. Times are in seconds, entropies in nats, 
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import math
@@ -12,6 +13,7 @@ import os
 import pathlib
 import platform
 import typing
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -372,7 +374,7 @@ def atomic_file(path) -> Iterator[typing.BinaryIO]:
         with naming(path), open(path, "wb") as file:
             yield file
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = partial_path(path)
     try:
         with naming(path):
             with open(partial, "wb") as file:
@@ -382,6 +384,27 @@ def atomic_file(path) -> Iterator[typing.BinaryIO]:
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_path(path: pathlib.Path) -> pathlib.Path:
+    """A name beside a file under which to write it first: no other process has it, on no host and in no container."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+
+
+def made_directory(flag: str, path) -> pathlib.Path:
+    """The directory of a flag, made if missing.
+
+    Raises:
+      UserError: it cannot be made or written to.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"--{flag}={path}: {error.strerror}; choose a directory that you can write to") from None
+    return path
 
 
 @contextlib.contextmanager

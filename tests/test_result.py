@@ -268,6 +268,16 @@ def test_a_file_is_replaced_only_when_all_of_it_is_written(tmp_path):
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
+def test_two_containers_on_one_file_system_whose_processes_have_the_same_id_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+    with atomic_file(path) as first:  # the id of this process is the same as its own, too
+        first.write(b"first")
+        with atomic_file(path) as second:
+            second.write(b"2")
+        assert path.read_bytes() == b"2"
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")

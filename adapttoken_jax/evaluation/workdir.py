@@ -24,7 +24,7 @@ import jax
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation.journal import Journal, json_line, read_lines
 from adapttoken_jax.evaluation.runner import Records, Video
-from adapttoken_jax.result import atomic_file, library_versions
+from adapttoken_jax.result import atomic_file, library_versions, made_directory, partial_path
 
 RUN_VERSION = 1
 
@@ -94,13 +94,7 @@ def check_run(directory, description: Mapping[str, Any], resume: bool = True) ->
     Raises:
       UserError: it cannot be written, holds a run of another configuration, or any run without `resume`.
     """
-    directory = pathlib.Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={directory}: {error.strerror}; choose a directory that you can write to") from None
-    if not os.access(directory, os.W_OK):
-        raise UserError(f"--workdir={directory}: permission denied; choose a directory that you can write to")
+    directory = made_directory("workdir", directory)
     if not (directory / "run.json").exists():
         return False
     if not resume:
@@ -126,7 +120,7 @@ def begin_run(directory, description: Mapping[str, Any], resume: bool = True) ->
 
 def _create(path: pathlib.Path, text: str) -> None:
     """Writes a file that must not exist yet: of several processes one succeeds, and none sees half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = partial_path(path)
     try:
         with atomic_file(partial) as file:
             file.write(text.encode("utf-8"))

@@ -1,11 +1,11 @@
 """Needle scenes as real video files: H.264 in mp4, written with PyAV."""
 
 import pathlib
-import secrets
 from fractions import Fraction
 
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle.scenes import Scene
+from adapttoken_jax.result import partial_path
 
 _QUALITY = "12"  # x264's constant rate factor; this one keeps colours within a few levels
 
@@ -26,7 +26,7 @@ def write_mp4(scene: Scene, path, fps: float = 4.0) -> pathlib.Path:
         raise UserError(f"fps {fps}: must be positive")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such directory; create it first")
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    partial = partial_path(path)
     try:
         _encode(scene, partial, fps)
         partial.replace(path)
