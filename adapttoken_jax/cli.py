@@ -613,9 +613,19 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
     """Runs `adapttoken` with the arguments after the program's name and returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    return exit_status(" ".join([PROGRAM, *argv[:1]]), argv, lambda: _main(argv, commands))
+
+
+def exit_status(name: str, argv: Sequence[str], run: Callable[[], int]) -> int:
+    """Runs a program to its exit status, also where a signal, or a reader of stdout that leaves, ends it early.
+
+    Args:
+      name: of the program, before what it says on stderr.
+      argv: its arguments; `--debug` among them shows where a signal found it.
+    """
     try:
         with Unwinding():
-            status = _main(argv, commands)
+            status = run()
             sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes stdout once more at exit; give it somewhere to go.
@@ -623,8 +633,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         status = CLOSED_PIPE
     except KeyboardInterrupt as error:
         word, status = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
-        trace = traceback.format_exc() if "--debug" in argv else ""
-        _fail(" ".join([PROGRAM, *argv[:1]]), word, trace)
+        _fail(name, word, traceback.format_exc() if "--debug" in argv else "")
     return hosts.leave(status)
 
 
@@ -662,20 +671,29 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
         _keep_compilations()
         _join(name, values)
         return command.run(values)
-    except UserError as error:
-        return _fail(name, str(error), traceback.format_exc() if debug else "")
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        return _fail(name, f"{place}{error.strerror or error}", traceback.format_exc() if debug else "")
     except Exception as error:
-        if hosts.lost(error) and not debug:
-            hosts.end(name)
-        first_line = str(error).strip().partition("\n")[0]
-        message = f"internal error: {type(error).__name__}: {first_line}"
-        hint = "" if debug else " (run again with --debug for a traceback)"
-        return _fail(name, message + hint, traceback.format_exc() if debug else "", status=INTERNAL)
+        return failed(name, error, debug)
+
+
+def failed(name: str, error: Exception, debug: bool) -> int:
+    """Says in one line what went wrong, after the traceback with `debug`; to be called where `error` was caught.
+
+    Returns:
+      The exit status. A `BrokenPipeError` is raised again: `exit_status` knows what it means.
+    """
+    trace = traceback.format_exc() if debug else ""
+    if isinstance(error, BrokenPipeError):
+        raise error
+    if isinstance(error, UserError):
+        return _fail(name, str(error), trace)
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(name, f"{place}{error.strerror or error}", trace)
+    if hosts.lost(error) and not debug:
+        hosts.end(name)
+    first_line = str(error).strip().partition("\n")[0]
+    hint = "" if debug else " (run again with --debug for a traceback)"
+    return _fail(name, f"internal error: {type(error).__name__}: {first_line}{hint}", trace, status=INTERNAL)
 
 
 def _join(name: str, values: flags.FlagValues) -> None:
@@ -716,18 +734,27 @@ def parse(command: Command, argv: Sequence[str]) -> flags.FlagValues:
     for flag in command.flags:
         flag.define(values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    values.set_gnu_getopt(True)
-    try:
-        words = values([command.name, *argv])[1:]
-    except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, list(values), 1)
-        meant = f"did you mean --{near[0]}?" if near else f"see {PROGRAM} {command.name} --help"
-        raise UserError(f"--{error.flagname}: unknown flag; {meant}") from None
-    except flags.Error as error:
-        raise UserError(_flag_error(error)) from None
+    words = read_flags(f"{PROGRAM} {command.name}", values, argv)
     if words:
         raise UserError(f"{words[0]!r} belongs to no flag; put quotes around values with spaces")
     return values
+
+
+def read_flags(program: str, values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """Reads a program's flags from its arguments; the words among these that belong to no flag.
+
+    Raises:
+      UserError: an unknown flag, a bad or missing value, or a flag file that cannot be read.
+    """
+    values.set_gnu_getopt(True)
+    try:
+        return values([program, *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, list(values), 1)
+        meant = f"did you mean --{near[0]}?" if near else f"see {program} --help"
+        raise UserError(f"--{error.flagname}: unknown flag; {meant}") from None
+    except flags.Error as error:
+        raise UserError(_flag_error(error)) from None
 
 
 def _flag_error(error: flags.Error) -> str:
@@ -740,6 +767,8 @@ def _flag_error(error: flags.Error) -> str:
         return f"{text.removeprefix('Missing value for flag ')}: a value must follow"
     if "Non-boolean argument" in text:
         return f"{text.removeprefix('flag ').partition(':')[0]}: must be true or false"
+    if text.endswith(" must have a value other than None."):
+        return f"{text.removeprefix('flag ').partition('=')[0]} is required"
     return text.removeprefix("flag ")
 
 

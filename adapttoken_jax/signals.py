@@ -34,6 +34,7 @@ class Unwinding:
             self._hook, sys.unraisablehook = sys.unraisablehook, self._lost
             heard = [number for number in _RAISED if signal.getsignal(number) != signal.SIG_IGN]
             self._handlers = {number: signal.signal(number, self._come) for number in heard}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _RAISED)  # a launcher blocks them while it imports
         return self
 
     def __exit__(self, *_) -> None:

@@ -164,7 +164,8 @@ def calibrate() -> None:
     for name, flag in outputs:
         if flag.value not in (None, "-"):
             cli.check_output(name, flag.value)
-    thresholds = _read_thresholds()
+    thresholds = command.numbers(_THRESHOLDS, float)
+    calibration.check_levels(_ALPHA.value, _DELTA.value)
     items = needle_items() if _NEEDLE.value else read_items(_DATA.value)
     if _CERTIFICATE.value:
         calibration.check_enough(len(items), _ALPHA.value, _DELTA.value)
@@ -187,13 +188,6 @@ def calibrate() -> None:
         certificate = calibration.certify(log, config, _ALPHA.value, _DELTA.value, thresholds)
         calibration.write_certificate(_CERTIFICATE.value, certificate)
         print(describe(certificate), file=sys.stderr)
-
-
-def _read_thresholds() -> list[float]:
-    try:
-        return [float(text) for text in _THRESHOLDS.value]
-    except ValueError as error:
-        raise UserError(f"--thresholds: {error}; give numbers, separated by commas") from None
 
 
 def show(content: dict[str, list]) -> None:

@@ -1,11 +1,13 @@
-"""How an experiment starts and ends: a user's mistake is one line and status 2, as in the `adapttoken` commands."""
+"""How an experiment starts and ends: with the statuses and the one line on stderr of the `adapttoken` commands."""
 
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from adapttoken_jax import cli
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.result import atomic_file, plain_json
 
@@ -20,36 +22,47 @@ def start(name: str, run: Callable[..., int | None], words: bool = False) -> Non
       run: called without arguments, or with the command line's words that belong to no flag.
       words: whether there may be such words.
     """
+    argv = sys.argv[1:]
+    sys.exit(cli.exit_status(name, argv, lambda: _run(name, argv, run, words)))
 
-    def main(argv):
-        logging.set_verbosity(logging.WARNING)  # JAX tells which accelerators it looked for, Orbax every file
+
+def _run(name: str, argv: Sequence[str], run: Callable[..., int | None], words: bool) -> int:
+    debug = "--debug" in argv  # until the flags are parsed
+    logging.set_verbosity(logging.WARNING)  # JAX tells which accelerators it looked for, Orbax every file
+    app.define_help_flags()
+    try:
         try:
-            if argv[1:] and not words:
-                raise UserError(f"{argv[1]!r} belongs to no flag")
-            return run(argv[1:]) if words else run()
-        except UserError as error:
-            if _DEBUG.value:
-                raise
-            return _fail(name, error)
+            given = cli.read_flags(f"python -m experiments.{name}", flags.FLAGS, argv)
+        except SystemExit:  # absl has printed the help, and would leave with status 1
+            return cli.OK
+        debug = _DEBUG.value
+        if given and not words:
+            raise UserError(f"{given[0]!r} belongs to no flag")
+        return (run(given) if words else run()) or cli.OK
+    except Exception as error:
+        return cli.failed(name, error, debug)
 
-    def read_flags(argv):
-        try:
-            return flags.FLAGS(argv)
-        except flags.Error as error:
-            sys.exit(_fail(name, error))
 
-    app.run(main, flags_parser=read_flags)
+def numbers(flag: flags.FlagHolder, kind: type = int, low: float = 0, high: float = math.inf) -> list:
+    """The numbers that the list of a flag holds, at least one.
+
+    Raises:
+      UserError: none, or one that is no number or out of bounds.
+    """
+    try:
+        found = [kind(text) for text in flag.value]
+    except ValueError:
+        found = []
+    if not found or not all(low <= number <= high for number in found):
+        bounds = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise UserError(f"--{flag.name}={','.join(flag.value)}: give numbers {bounds}, separated by commas")
+    return found
 
 
 def show(content: dict, target: str | None, text: str) -> None:
     """Prints the text, and writes the content as JSON to the file `target`; "-" prints that in place of the text."""
-    numbers = json.dumps(plain_json(content), indent=2) + "\n"
+    whole = json.dumps(plain_json(content), indent=2) + "\n"
     if target and target != "-":
         with atomic_file(target) as file:
-            file.write(numbers.encode("utf-8"))
-    sys.stdout.write(numbers if target == "-" else text)
-
-
-def _fail(name: str, error: Exception) -> int:
-    print(f"{name}: {error}", file=sys.stderr)
-    return 2
+            file.write(whole.encode("utf-8"))
+    sys.stdout.write(whole if target == "-" else text)

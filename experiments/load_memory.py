@@ -22,6 +22,7 @@ from absl import flags
 
 from adapttoken_jax import parameters
 from adapttoken_jax.config import SIZES, ModelConfig, read_model_config
+from adapttoken_jax.result import made_directory
 from checkpoints_convert import convert, huggingface, load
 from experiments import command
 
@@ -117,7 +118,8 @@ def run() -> int:
     if _LOAD.value:
         print(json.dumps(load_and_measure(_LOAD.value)))
         return 0
-    with tempfile.TemporaryDirectory(dir=_WORKDIR.value, prefix="load_memory.") as workdir:
+    place = made_directory("workdir", _WORKDIR.value) if _WORKDIR.value else None
+    with tempfile.TemporaryDirectory(dir=place, prefix="load_memory.") as workdir:
         source = generate(pathlib.Path(workdir), _TEXT_LAYERS.value, _SHARD_BYTES.value)
         good = report("safetensors", measure(source))
         if _ORBAX.value:

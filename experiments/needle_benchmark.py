@@ -10,6 +10,7 @@ from absl import flags
 from adapttoken_jax.evaluation.needle_benchmark import write_benchmark
 from adapttoken_jax.needle import DIFFICULTIES, SPLITS
 from adapttoken_jax.progress import Progress
+from adapttoken_jax.result import made_directory
 from experiments import command
 
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write, made if missing.", required=True)
@@ -22,6 +23,7 @@ _DIFFICULTY = flags.DEFINE_enum("difficulty", "normal", list(DIFFICULTIES), "Dif
 
 def run() -> None:
     """The whole run, from flags to files."""
+    made_directory("output", _OUTPUT.value)
     given = (_OUTPUT, _VIDEOS, _FRAMES, _FIRST_SEED, _SPLIT, _DIFFICULTY)
     with Progress() as progress:
         write_benchmark(*(flag.value for flag in given), progress)

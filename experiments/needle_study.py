@@ -54,13 +54,9 @@ def study_size() -> sections.Size:
     Raises:
       UserError: a number of frames that is none.
     """
-    try:
-        frames = tuple(int(text) for text in _FRAMES.value)
-    except ValueError:
-        raise UserError(f"--frames={','.join(_FRAMES.value)}: give numbers, separated by commas") from None
     size = sections.Size(
         tasks=("single", "pair") if _TASK.value == "all" else (_TASK.value,),
-        frames=frames,
+        frames=tuple(command.numbers(_FRAMES, low=1)),
         questions=_QUESTIONS.value,
         seed=_SEED.value,
         split=_SPLIT.value,

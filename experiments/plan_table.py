@@ -15,8 +15,9 @@ from absl import flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run
 
 from adapttoken_jax import planning
+from adapttoken_jax.errors import UserError
 from adapttoken_jax.planning.command import as_json
-from adapttoken_jax.result import atomic_file, plain_json
+from adapttoken_jax.result import atomic_file, made_directory, plain_json
 from experiments import command
 
 _PLANS = flags.DEFINE_string("plans", "plans", "Directory of the plans, made if missing.")
@@ -63,8 +64,9 @@ def run() -> None:
     Raises:
       UserError: a model, slice or mesh that cannot be.
     """
-    workdir = pathlib.Path(_PLANS.value)
-    workdir.mkdir(parents=True, exist_ok=True)
+    if not _CASES.value or not all(case.count("@") in (1, 2) for case in _CASES.value):
+        raise UserError(f"--cases={','.join(_CASES.value)}: give MODEL@SLICE or MODEL@SLICE@MESH, separated by commas")
+    workdir = made_directory("plans", _PLANS.value)
     print(table([planned(case, _FRAMES.value, workdir) for case in _CASES.value]), end="")
 
 

@@ -87,29 +87,20 @@ def _read_line(line: str, where: str):
         raise UserError(f'{where}: "video", "question" and "needles" are needed ({error!r})') from None
 
 
-def _numbers(flag, largest: int) -> list[int]:
-    try:
-        numbers = [int(text) for text in flag.value]
-    except ValueError:
-        numbers = [-1]
-    if not numbers or not all(0 <= number <= largest for number in numbers):
-        raise UserError(f"--{flag.name}={','.join(flag.value)}: give numbers up to {largest}, separated by commas")
-    return numbers
-
-
 def probe() -> None:
     """The whole run, from flags to files."""
     for name, flag in (("json", _JSON), ("plot", _PLOT)):
         if flag.value not in (None, "-"):
             cli.check_output(name, flag.value)
+    taken = command.numbers(_TAKEN)
     model = at.load(_MODEL.value)
     last = model.config.text.layers - 1
-    tried = _numbers(_LAYERS, last) if _LAYERS.value else list(range(last + 1))
+    tried = command.numbers(_LAYERS, high=last) if _LAYERS.value else list(range(last + 1))
     settings = cli.given_settings(flags.FLAGS) | {"seed": 0}
     config = at.AdaptTokenConfig.for_model(model.config, **settings)
     with Progress() as progress:
         questions = (given if _DATA.value else generated)(model, config, progress)
-        rows = layers.probe_layers(model, questions, config, tried, _numbers(_TAKEN, 10**6))
+        rows = layers.probe_layers(model, questions, config, tried, taken)
     if not rows:
         raise UserError("--data: no needle was found in any sampled frame; check times and boxes")
     show(rows, layers.proposed_layer(rows))

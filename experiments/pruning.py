@@ -14,7 +14,6 @@ from absl import flags
 
 import adapttoken_jax as at
 from adapttoken_jax import cli
-from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import SPLITS, TASKS
 from adapttoken_jax.needle.study import cells, measures, replay
 from adapttoken_jax.progress import Progress
@@ -78,12 +77,9 @@ def run() -> None:
     """The whole run, from flags to files."""
     if _JSON.value not in (None, "-"):
         cli.check_output("json", _JSON.value)
+    shares = command.numbers(_KEEP, float, 0, 1)
     model = at.load(_MODEL.value)
     config = at.AdaptTokenConfig.for_model(model.config, **cli.given_settings(flags.FLAGS))
-    try:
-        shares = [float(share) for share in _KEEP.value]
-    except ValueError:
-        raise UserError(f"--keep={','.join(_KEEP.value)}: give shares separated by commas") from None
     cell = cells.Cell(_TASK.value, _FRAMES.value, _QUESTIONS.value, split=_SPLIT.value)
     with Progress() as progress:
         rows = measure(model, cell, pruning_arms(config, shares), progress)

@@ -28,7 +28,7 @@ from adapttoken_jax.cli import table
 from adapttoken_jax.encoding import chunk_slots
 from adapttoken_jax.parity.shapes import SHAPES, random_model
 from adapttoken_jax.pipeline import plan_run
-from adapttoken_jax.result import atomic_file
+from adapttoken_jax.result import atomic_file, made_directory
 from adapttoken_jax.video import read_patches
 from experiments import command
 
@@ -133,10 +133,10 @@ def measure(path: str) -> dict:
     return row | ratios | {"total_over_longest": row["total_s"] / longest}
 
 
-def write_videos(directory: pathlib.Path) -> list[pathlib.Path]:
+def write_videos(directory: pathlib.Path, lengths: list[int]) -> list[pathlib.Path]:
     """The files of all lengths, written unless they are there."""
     paths = []
-    for frames in map(int, _FRAMES.value):
+    for frames in lengths:
         paths.append(directory / f"needle-{_SIDE.value}-{frames}.mp4")
         if not paths[-1].exists():
             needle.write_mp4(needle.scene(0, "test", frames, "pair", size=(_SIDE.value,) * 2), paths[-1], _FPS)
@@ -158,10 +158,10 @@ def run() -> None:
     if _ONE.value:
         print(json.dumps(measure(_ONE.value)))
         return
+    lengths = command.numbers(_FRAMES, low=1)
     with tempfile.TemporaryDirectory(prefix="scaling.") as temporary:
-        directory = pathlib.Path(_WORKDIR.value or temporary)
-        directory.mkdir(parents=True, exist_ok=True)
-        rows = [child(path) for path in write_videos(directory)]
+        directory = made_directory("workdir", _WORKDIR.value or temporary)
+        rows = [child(path) for path in write_videos(directory, lengths)]
     print(table(rows))
     if _JSON.value:
         with atomic_file(_JSON.value) as file:

@@ -27,7 +27,7 @@ from adapttoken_jax.needle import training
 from adapttoken_jax.needle.clips import ClipMaker, ClipSettings
 from adapttoken_jax.needle.export import export
 from adapttoken_jax.needle.tokenizer import chat_tokenizer
-from adapttoken_jax.result import atomic_file, library_versions
+from adapttoken_jax.result import atomic_file, library_versions, made_directory
 from experiments import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints and metrics; made if missing", required=True)
@@ -261,10 +261,10 @@ def start() -> None:
     Raises:
       UserError: a setting that cannot be, or a checkpoint that is there already.
     """
-    run, workdir = make_run(), pathlib.Path(_WORKDIR.value)
+    run = make_run()
     if _EXPORT.value and pathlib.Path(_EXPORT.value).exists():
         raise UserError(f"--export={_EXPORT.value}: already exists; name a new directory")
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = made_directory("workdir", _WORKDIR.value)
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     note = note_start(workdir)
     values = train(run, workdir)

@@ -100,7 +100,8 @@ def test_a_whole_run_in_miniature_without_a_decoder():
 def test_mistakes_are_one_line():
     for flags, said in (
         (["--models=huge"], "--models=huge"), (["--dtypes=int8"], "--dtypes=int8"),
-        (["--threads=4096"], "--threads=4096"), (["--thread=1"], "'thread'"), (["needle"], "'needle' belongs"),
+        (["--threads=4096"], "--threads=4096"), (["--thread=1"], "--thread: unknown flag"),
+        (["needle"], "'needle' belongs"),
     ):  # fmt: skip
         done = run(*flags)
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1

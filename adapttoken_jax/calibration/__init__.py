@@ -33,6 +33,7 @@ from adapttoken_jax.calibration.statistics import (
     auroc,
     binomial_tail,
     certified,
+    check_levels,
     required_videos,
     resampled_risks,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "certified",
     "certify",
     "check_enough",
+    "check_levels",
     "check_unpruned",
     "compare_signals",
     "config_fingerprint",

@@ -97,7 +97,7 @@ def test_mistakes_are_one_line(tmp_path):
     model = write_small_model(tmp_path / "model")
     for arguments, message in (
         ([f"--model={model}", f"--data={tmp_path / 'bad.jsonl'}"], f"--data={tmp_path / 'bad.jsonl'}, line 1:"),
-        ([f"--model={model}", "--layers=0,9"], "--layers=0,9: give numbers up to 1"),
+        ([f"--model={model}", "--layers=0,9"], "--layers=0,9: give numbers from 0 to 1"),
     ):
         done = _run(*arguments)
         assert (

@@ -1,0 +1,64 @@
+"""How every launcher under `experiments/` starts and ends: as the commands of `adapttoken` do."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NAMES = sorted(
+    file.stem for file in (ROOT / "experiments").glob("*.py") if "__main__" in file.read_text(encoding="utf-8")
+)
+
+
+def line(name, *argv):
+    return [sys.executable, "-m", f"experiments.{name}", *map(str, argv)]
+
+
+def run(name, *argv):
+    return subprocess.run(line(name, *argv), capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_is_no_failure(name):
+    done = run(name, "--help")
+    assert (done.returncode, done.stderr) == (0, "") and "  --" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "words"),
+    [
+        ("scaling", ["--frames=abc"], "--frames=abc: give numbers of at least 1, separated by commas"),
+        ("scaling", ["--frames="], "--frames=: give numbers of at least 1"),
+        ("calibrate_stop", ["--needle", "--log=log", "--thresholds="], "--thresholds=: give numbers of at least 0"),
+        ("calibrate_stop", ["--needle", "--log=log", "--alpha=2"], "--alpha=2.0: must lie between 0 and 1"),
+        ("load_memory", ["--workdir=/proc/x"], "--workdir=/proc/x: No such file or directory; choose a directory"),
+        ("needle_benchmark", ["--output=/proc/x"], "--output=/proc/x: No such file or directory; choose a directory"),
+        ("train_needle", ["--workdir=/proc/x"], "--workdir=/proc/x: No such file or directory; choose a directory"),
+        ("train_needle", [], "--workdir is required"),
+        ("plan_table", ["--cases=foo"], "--cases=foo: give MODEL@SLICE or MODEL@SLICE@MESH"),
+        ("plan_table", ["--cases="], "--cases=: give MODEL@SLICE or MODEL@SLICE@MESH"),
+        ("pruning", ["--keep=0.5,2"], "--keep=0.5,2: give numbers from 0 to 1"),
+        ("table", ["--formt=latex"], "--formt: unknown flag; did you mean --format?"),
+        ("table", ["/proc/x"], "/proc/x: no run.json"),
+    ],
+)
+def test_a_mistake_is_one_line(name, argv, words):
+    done = run(name, *argv)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"{name}: {words}")
+
+
+@pytest.mark.parametrize(("number", "status", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+@pytest.mark.parametrize("seconds", [0.3, 6.0], ids=["while it imports", "at work"])
+def test_a_signal_is_one_line(tmp_path, number, status, word, seconds):
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background it is ignored
+    words = line("needle_benchmark", f"--output={tmp_path}", "--videos=1000")
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heard) as process:
+        time.sleep(seconds)
+        process.send_signal(getattr(signal, number))
+        assert process.communicate(timeout=60)[1].splitlines()[-1] == f"needle_benchmark: {word}"
+    assert process.returncode == status
