@@ -1,7 +1,8 @@
 """`--replay`: questions answered again from the visual tokens that an earlier run selected.
 
-Nothing is scanned. The budget may be smaller than it was (the tokens of highest weighted relevance stay), the model
-another one of the same frame geometry, the prompt any. The sampling must be the same, so that a token is where it was.
+Nothing is scanned. The budget may be smaller than it was (the tokens of highest weighted relevance stay; where nothing
+was ranked, some all over the video), the model another one of the same frame geometry, the prompt any. The sampling
+must be the same, so that a token is where it was.
 """
 
 import dataclasses
@@ -25,20 +26,22 @@ from adapttoken_jax.run import Run, Selected
 REASON = "replayed selection"
 
 
-def read_selections(directory) -> dict[str, SavedSelection]:
-    """The selections of a run, by question.
+def read_selections(directory) -> tuple[dict[str, SavedSelection], int]:
+    """The selections of a run, by question, and the run's budget.
 
     Raises:
       UserError: not the directory of a run, or a damaged file.
     """
-    workdir.read_run(directory)
-    return {
-        name: SavedSelection.from_record(record) for name, record in workdir.read_all(directory, "selections").items()
-    }
+    budget, records = workdir.read_run(directory)["config"]["budget"], workdir.read_all(directory, "selections")
+    return {name: SavedSelection.from_record(record) for name, record in records.items()}, budget
 
 
-def replayed(model: Model, config: AdaptTokenConfig, method: str, selections: Mapping[str, SavedSelection]) -> Answerer:
-    """Answers from saved selections.
+def replayed(
+    model: Model, config: AdaptTokenConfig, method: str, selections: Mapping[str, SavedSelection], budget: int
+) -> Answerer:
+    """Answers from saved selections, made under `budget`: only a smaller one in `config` takes tokens away.
+
+    What was answered without a scan, such as the whole video, may have more tokens than the budget, and keeps them.
 
     The answerer raises `UserError` for a question without a selection, or one of a video sampled otherwise.
     """
@@ -46,13 +49,14 @@ def replayed(model: Model, config: AdaptTokenConfig, method: str, selections: Ma
     def answer(plan, tokens, prompts, items, begin):
         seconds = {stage: tokens.seconds[stage] for stage in ("decode", "vision")} | {"groups": 0.0}
         runs = [Run(model, plan, tokens, config, method, prompt, seconds=dict(seconds)) for prompt in prompts]
-        chosen = [_chosen(selections, item.id, tokens, config) for item in items]
+        chosen = [_chosen(selections, item.id, tokens) for item in items]
+        chosen = [each.best(config.budget) if config.budget < budget else each.tokens for each in chosen]
         return [_result(run, each, begin) for run, each in zip(runs, chosen, strict=True)]
 
     return answer
 
 
-def _chosen(selections, name: str, video: VisualTokens, config: AdaptTokenConfig) -> np.ndarray:
+def _chosen(selections, name: str, video: VisualTokens) -> SavedSelection:
     if name not in selections:
         raise UserError(f"--replay: the run has no selection for question {name}; finish it first")
     saved, (slots, _, width) = selections[name], video.clip.grid
@@ -63,7 +67,7 @@ def _chosen(selections, name: str, video: VisualTokens, config: AdaptTokenConfig
             f"--replay: question {name} was selected from {'x'.join(map(str, saved.grid))} tokens, and the video has "
             f"{'x'.join(map(str, grid))}; give the settings of sampling that the run had"
         )
-    return saved.best(config.budget)
+    return saved
 
 
 def _result(run: Run, tokens: np.ndarray, begin: float) -> Result:

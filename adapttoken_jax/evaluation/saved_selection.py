@@ -23,7 +23,8 @@ class SavedSelection:
     Attributes:
       grid: (slots, rows, columns) of the merged video.
       tokens: int64[n, 3], (slot, row, column), in video order.
-      ranks: int64[n], 0 for the most relevant. Where nothing was ranked, as in the uniform arm, the order of the video.
+      ranks: int64[n], 0 for the most relevant. Where nothing was ranked, as in the uniform arm, the order of the video:
+        ranks in that order say nothing.
     """
 
     grid: tuple[int, int, int]
@@ -31,8 +32,15 @@ class SavedSelection:
     ranks: np.ndarray
 
     def best(self, count: int) -> np.ndarray:
-        """The `count` most relevant tokens, or all if there are fewer: int64[m, 3] in video order."""
-        return self.tokens[self.ranks < count]
+        """The `count` most relevant tokens, or all if there are fewer: int64[m, 3] in video order.
+
+        Of tokens that nothing ranked, as many, evenly spread over the video.
+        """
+        ranks, places = self.ranks, np.arange(len(self.ranks))
+        if (ranks == places).all():
+            # Multiples of the golden section modulo 1 are even, and never in step with the rows and columns of a slot.
+            ranks = np.argsort(np.argsort(places * (5**0.5 - 1) / 2 % 1))
+        return self.tokens[ranks < count]
 
     def to_record(self, name: str) -> dict[str, Any]:
         """As a line of a journal, under the question's id."""

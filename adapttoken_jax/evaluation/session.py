@@ -146,7 +146,7 @@ def _answer(asked: Evaluation, model: Model, config, files: RunFiles, videos: Se
         print(f"going on after {done} questions that are done", file=sys.stderr)
     answerer = scanned(model, config, asked.method)
     if asked.replay:
-        answerer = replayed(model, config, asked.method, read_selections(asked.replay))
+        answerer = replayed(model, config, asked.method, *read_selections(asked.replay))
     with Outlook(todo, config, done) as outlook:
 
         def write(video, records):

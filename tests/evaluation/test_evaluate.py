@@ -209,6 +209,27 @@ def test_replay_answers_again_from_the_same_tokens_or_the_best_of_them(places, t
     assert "give the settings of sampling that the run had" in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("one_group", [False, True])
+def test_a_replay_of_what_was_answered_without_a_scan_answers_the_same(places, tmp_path, capsys, one_group):
+    data, model, _ = places
+    words = lambda name, *more: bench.evaluate_flags(
+        data, model, tmp_path / name, *(["--slots_per_group=64"] if one_group else ["--method=full"]), *more
+    )
+    run(capsys, words("whole"))
+    run(capsys, words("same", f"--replay={tmp_path / 'whole'}"))
+    run(capsys, words("less", f"--replay={tmp_path / 'whole'}", "--budget=12"))
+    for before, after, less in zip(*(lines(tmp_path / name) for name in ("whole", "same", "less")), strict=True):
+        assert before["visual_tokens"]["selected"] > 20  # the budget
+        same = ("prediction", "entropy", "option_probabilities", "localisation", "visual_tokens")
+        assert {name: before[name] for name in same} == {name: after[name] for name in same}
+        assert less["visual_tokens"]["selected"] == 12
+    for record in lines(tmp_path / "less", "selections"):
+        found = SavedSelection.from_record(record)
+        # As many from either half of the video, and from every place of a frame.
+        assert 5 <= (found.tokens[:, 0] < found.grid[0] / 2).sum() <= 7
+        assert len({(row, col) for _, row, col in found.tokens.tolist()}) == 6
+
+
 def test_the_command_knows_the_benchmarks(places):
     listed = next(flag for flag in cli._EVALUATE_FLAGS if flag.name == "benchmark")
     assert set(listed.choices) == set(BENCHMARKS)

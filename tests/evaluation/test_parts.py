@@ -63,6 +63,17 @@ def test_a_selection_comes_back_from_its_record_and_ranks_by_weighted_relevance(
     np.testing.assert_array_equal(again.ranks, saved.ranks)
 
 
+def test_where_nothing_was_ranked_fewer_tokens_are_of_the_whole_video():
+    whole = [(slot, row, col) for slot in range(4) for row in range(1) for col in range(2)]
+    saved = saved_selection(result([], whole), merge=2)
+    # 0.618 times 0 … 7, modulo 1: 0, .62, .24, .85, .47, .09, .71, .33; the smallest are those of 0, 5, 2 and 7.
+    assert saved.best(3).tolist() == [[0, 0, 0], [1, 0, 0], [2, 0, 1]]
+    assert saved.best(4).tolist() == [[0, 0, 0], [1, 0, 0], [2, 0, 1], [3, 0, 1]]
+    assert saved.best(1).tolist() == [[0, 0, 0]]
+    for enough in (8, 9):
+        assert saved.best(enough).tolist() == [list(token) for token in whole]
+
+
 def test_a_selection_of_many_tokens_is_small_and_a_damaged_one_is_refused():
     rng = np.random.default_rng(0)
     numbers = np.sort(rng.choice(2048 * 220, 7040, replace=False))
