@@ -6,7 +6,8 @@
     costs.jsonl        wall seconds
     results.json       scores, once every question has its line
 
-A sample is what makes a question done. Its lines in the other files are written before it.
+A sample is what makes a question done. Its lines in the other files are written before it. One that says why its video
+could not be read stands until there is an answer: a run that goes on tries the video again.
 """
 
 import contextlib
@@ -172,7 +173,7 @@ class RunFiles:
     """The journals of one shard, and what all shards have done. A context manager.
 
     Attributes:
-      samples: id -> sample of every question that is done, by whatever shard.
+      samples: id -> sample of every question that is done or whose video is broken, by whatever shard.
 
     Raises:
       UserError: another process writes this shard, or a file is damaged.
@@ -207,8 +208,9 @@ class RunFiles:
         return {name: found[name] for own in ids if own <= found.keys() for name in own}
 
     def has(self, video: Video) -> bool:
-        """Whether all questions of a video are done."""
-        return all(item.id in self.samples for _, item in video.questions)
+        """Whether all questions of a video are answered."""
+        own = [self.samples.get(item.id) for _, item in video.questions]
+        return all(sample is not None and "error" not in sample for sample in own)
 
     def write(self, video: Video, records: Records) -> None:
         """Adds a video. It is on the disk when this returns."""
@@ -223,9 +225,10 @@ class RunFiles:
 
 
 def read_all(directory, name: str) -> dict[str, dict]:
-    """Records of a run by question, from the files of all its shards."""
+    """Records of a run by question, from the files of all its shards. An answer replaces an error anywhere."""
     files = sorted(pathlib.Path(directory).glob(f"{name}*.jsonl"))
-    return {record["id"]: record for file in files for record in read_lines(file)}
+    records = [record for file in files for record in read_lines(file)]
+    return {record["id"]: record for record in sorted(records, key=lambda record: "error" not in record)}
 
 
 def write_samples(directory, samples: Sequence[Mapping[str, Any]]) -> None:

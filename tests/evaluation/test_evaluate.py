@@ -1,5 +1,6 @@
 """`adapttoken evaluate` from files to files, on a tiny checkpoint and real videos."""
 
+import dataclasses
 import json
 import re
 import resource
@@ -94,7 +95,7 @@ def test_the_run_says_what_it_was(places):
         assert cost["amortised"] * 2 >= cost["seconds"]["total"]
 
 
-def test_a_corrupt_video_in_the_middle_is_recorded_and_the_rest_goes_on(places, tmp_path, capsys):
+def test_a_corrupt_video_in_the_middle_is_recorded_and_tried_again(places, tmp_path, capsys, monkeypatch):
     data, model, whole = places
     shutil.copytree(data, tmp_path / "data")
     video = tmp_path / "data" / "all_videos" / "clip1.mp4"
@@ -108,8 +109,17 @@ def test_a_corrupt_video_in_the_middle_is_recorded_and_the_rest_goes_on(places, 
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [(video["video_id"], video["questions"]) for video in results["broken_videos"]] == [("clip1", 2)]
     assert results["scores"]["official"]["missing"] == 2 and results["answered"] == 4
-    # Going on does not try again: the run is whole.
+    # Going on tries again, and --strict does not take a broken video for a whole run.
     assert run(capsys, bench.evaluate_flags(tmp_path / "data", model, tmp_path / "run"))[0] == out
+    benchmark = dataclasses.replace(BENCHMARKS["lvbench"], questions=6, videos=3)
+    monkeypatch.setitem(BENCHMARKS, "lvbench", benchmark)  # complete, so that only the video stops the run
+    strict = bench.evaluate_flags(tmp_path / "data", model, tmp_path / "run", "--strict")
+    assert f"--strict: {video}: " in run(capsys, strict, status=2)[1].splitlines()[-1]
+    shutil.copy(data / "all_videos" / "clip1.mp4", video)
+    run(capsys, strict)
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    scores = lambda directory: json.loads((directory / "results.json").read_text()) | {"warnings": []}
+    assert scores(tmp_path / "run") == scores(whole)
 
 
 def test_with_strict_a_corrupt_video_ends_the_run_after_those_before_it(places, tmp_path):

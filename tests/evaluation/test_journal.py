@@ -85,6 +85,19 @@ def test_shards_partition_the_videos_and_see_one_another(tmp_path):
     assert sorted(file.name for file in tmp_path.glob("samples*")) == ["samples-0-of-2.jsonl", "samples-1-of-2.jsonl"]
 
 
+@pytest.mark.parametrize("mended_by", ["0/1", "0/2"])
+def test_an_answer_replaces_an_error_whichever_file_is_read_first(tmp_path, mended_by):
+    (video,) = group_by_video(items(1))
+    broken = Records([line | {"error": "cannot be read"} for line in records(video).samples])
+    for part, found in (("0/1" if mended_by == "0/2" else "0/2", broken), (mended_by, records(video))):
+        with open_files(tmp_path, [video], part) as files:
+            assert not files.has(video)
+            files.write(video, found)
+            assert len(files.samples) == 2
+    with open_files(tmp_path, [video]) as files:
+        assert files.has(video) and [*files.samples.values()] == records(video).samples
+
+
 @pytest.mark.parametrize("text", ["2", "2/2", "-1/2", "a/b", "1/", "/2", "0/0"])
 def test_a_shard_that_is_none(text):
     with pytest.raises(UserError, match=f"--shard={text}"):
