@@ -28,7 +28,8 @@ _TAG = re.compile(r"<[^>]*>|\{\\[^}]*\}")
 def read(file: SubtitleFile, duration_s: float | None = None) -> tuple[Subtitle, ...]:
     """The lines of a file on the video's clock, in order of time.
 
-    The file's offset is subtracted; lines outside the video are left out and those that reach over an end are cut.
+    The file's offset is subtracted; lines outside the video are left out and those that reach over an end are cut. An
+    empty .srt has no lines.
 
     Args:
       duration_s: the video's length; None cuts at the beginning alone.
@@ -41,6 +42,8 @@ def read(file: SubtitleFile, duration_s: float | None = None) -> tuple[Subtitle,
         lines = _from_srt(text) if file.path.suffix == ".srt" else [_from_json(entry) for entry in json.loads(text)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file.path}: no readable subtitles ({type(error).__name__}: {error})") from None
+    if file.path.suffix == ".srt" and text.strip() and not _TIMES.search(text):
+        raise UserError(f"{file.path}: no readable subtitles (no line as 00:00:01,000 --> 00:00:02,000)")
     clipped = [_clip(line, file.offset_s, math.inf if duration_s is None else duration_s) for line in lines]
     return tuple(sorted((line for line in clipped if line), key=lambda line: line.start_s))
 
@@ -48,7 +51,7 @@ def read(file: SubtitleFile, duration_s: float | None = None) -> tuple[Subtitle,
 def _from_srt(text: str) -> list[Subtitle]:
     marks = list(_TIMES.finditer(text))
     lines = []
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+    for mark, following in zip(marks, [*marks[1:], None], strict=False):
         body = text[mark.end() : following.start() if following else len(text)].strip().splitlines()
         # The number of the next entry stands before its times.
         body = body[:-1] if following and body and body[-1].strip().isdigit() else body

@@ -89,6 +89,17 @@ def test_a_text_that_goes_on_is_said_once():
     assert subtitles.text_at(lines, [0, 1, 2, 3]) == "Hm.\nYes.\nHm."
 
 
+@pytest.mark.parametrize("content", ["", "\ufeff", " \n\n", "1\n00:00:01,000 --> 00:00:02,000\n\n"])
+def test_a_subrip_file_may_have_no_lines(tmp_path, content):
+    assert subtitles.read(SubtitleFile(written(tmp_path, "a.srt", content))) == ()
+
+
+def test_a_subrip_file_without_times_says_what_it_lacks(tmp_path):
+    path = written(tmp_path, "a.srt", "<html>404: not found</html>")
+    with pytest.raises(UserError, match=rf"^{path}: no readable subtitles \(no line as 00:00:01,000 --> "):
+        subtitles.read(SubtitleFile(path))
+
+
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', '[{"text": "no time"}]', '[{"timestamp": [1], "text": "x"}]'])
 def test_unreadable_subtitles_are_named(tmp_path, content):
     path = written(tmp_path, "a.json", content)
