@@ -1,6 +1,7 @@
 """What the cells of a published table must hold, so that another layout is one clear error before any work."""
 
 import math
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,10 @@ MAPPING: Kind = ("named columns", lambda cell: isinstance(cell, dict))
 ROWS: Kind = ("a list of rows with named columns", _list_of(dict))
 
 
+# Half a character, which JSON can write and no file can: the rest of a text that was cut in the wrong place.
+_HALF = re.compile("[\ud800-\udfff]")
+
+
 def require(
     rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Kind], where, nullable: Sequence[str] = ()
 ) -> None:
@@ -53,3 +58,8 @@ def require(
                 raise UserError(
                     f"{where}: row {number} has {reprlib.repr(cell)} as its {name}, not {kind}; download it again"
                 )
+            for text in cell if isinstance(cell, list) else [cell]:
+                if isinstance(text, str) and (half := _HALF.search(text)):
+                    raise UserError(
+                        f"{where}: row {number} has half a character ({half[0]!a}) in its {name}; download it again"
+                    )

@@ -43,10 +43,14 @@ def _parquet_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     return parquet.read_table(path).to_pylist()
 
 
+def _text(path: pathlib.Path) -> str:
+    return path.read_text(encoding="utf-8-sig")  # Windows puts a mark before the first byte
+
+
 _READERS = {
     ".parquet": _parquet_rows,
-    ".json": lambda path: json.loads(path.read_text(encoding="utf-8")),
-    ".jsonl": lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()],
+    ".json": lambda path: json.loads(_text(path)),
+    ".jsonl": lambda path: [json.loads(line) for line in _text(path).split("\n") if line.strip()],
 }
 
 

@@ -123,13 +123,14 @@ class Benchmark:
         """The questions of a directory in the published layout, in the published order, and what it lacks.
 
         Raises:
-          UserError: no such directory, a file that cannot be read, a missing column, or an id that stands twice.
+          UserError: no such directory, a file that cannot be read, a missing column, a question without text, or an id
+            that stands twice.
         """
         directory = pathlib.Path(directory)
         if not directory.is_dir():
             raise UserError(f"--data={directory}: no such directory; give the one that holds {self.title}'s files")
         items = self.read(directory)
-        _check_unique(items, directory)
+        _check_questions(items, directory)
         return items, self._report(items, directory)
 
     def check(self, directory) -> Report:
@@ -164,9 +165,11 @@ def _item_warnings(items: list[Item]) -> list[str]:
     return [f"{len(no_answer)} questions have an answer that is none of their options, the first is {no_answer[0]}"]
 
 
-def _check_unique(items: list[Item], directory: pathlib.Path) -> None:
+def _check_questions(items: list[Item], directory: pathlib.Path) -> None:
     seen: set[str] = set()
     for item in items:
+        if not item.question.strip():
+            raise UserError(f"--data={directory}: the question {item.id} has no text; download the annotations again")
         if item.id in seen:
             raise UserError(f"--data={directory}: the question {item.id} stands twice; keep one layout per directory")
         seen.add(item.id)

@@ -253,6 +253,18 @@ WRONG_KINDS = [
         "lvbench", "video_info.meta.jsonl", in_question(layouts.lvbench_rows()[0], question_type=3),
         "row 0 has 3 as its question_type, not a text or a list of texts",
     ),
+    (
+        *other("longvideobench", "lvb_val.json", question="x" * 40 + "\ud83d"),
+        "row 0 has half a character ('\\ud83d') in its question",
+    ),
+    (
+        *other("longvideobench", "lvb_val.json", candidates=["a", "\ud83d"]),
+        "row 0 has half a character ('\\ud83d') in its candidates",
+    ),
+    (
+        "lvbench", "video_info.meta.jsonl", in_question(layouts.lvbench_rows()[0], question="\ud83d\n(A) x\n(B) y"),
+        "first: row 0 has half a character ('\\ud83d') in its question",
+    ),
     (*other("mlvu", "json/3_ego.json", candidates="yes or no"), "'yes or no' as its candidates, not a list of texts"),
     (*other("mlvu", "json/3_ego.json", duration=[1, 2]), "[1, 2] as its duration, not a number"),
     (*other("mlvu", "json/3_ego.json", video={"a": "x" * 99}), "as its video, not a text"),
@@ -308,6 +320,22 @@ def test_a_question_that_stands_twice_is_refused(tmp_path):
     layouts.write_parquet(tmp_path / "test-0.parquet", [*rows, rows[1]])
     with pytest.raises(UserError, match="001-2 stands twice"):
         BENCHMARKS["videomme"].load(tmp_path)
+
+
+def test_a_question_without_text_is_refused(tmp_path):
+    row = in_question(layouts.lvbench_rows()[0], question="\n(A) x\n(B) y")
+    layouts.write_jsonl(tmp_path / "video_info.meta.jsonl", [row])
+    with pytest.raises(UserError, match=f"^--data={tmp_path}: the question {row['qa'][0]['uid']} has no text;"):
+        BENCHMARKS["lvbench"].load(tmp_path)
+
+
+@pytest.mark.parametrize("benchmark", ["longvideobench", "lvbench", "mlvu"])
+def test_a_mark_before_the_first_byte_is_no_character(tmp_path, benchmark):
+    directory = getattr(layouts, benchmark)(tmp_path)
+    plain, _ = BENCHMARKS[benchmark].load(directory)
+    for path in (file for file in directory.rglob("*") if file.suffix in (".json", ".jsonl")):
+        path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert BENCHMARKS[benchmark].load(directory)[0] == plain
 
 
 def test_a_question_without_options_is_refused(tmp_path):
