@@ -104,11 +104,15 @@ class Scorer:
         unread = sum(response is not None and not self.read(response, item) for item, response in samples)
         return Scores(self._overall(counted), self._breakdowns(counted), unread, missing)
 
+    def stratum(self, labels: Mapping[str, Sequence[str]]) -> str | None:
+        """Of a question's labels the one whose mean its answer enters, "" for all questions; None: not overall."""
+        if self.without and self.without[1] in labels[self.without[0]]:
+            return None
+        return labels[self.macro][0] if self.macro else ""
+
     def _overall(self, counted: list[tuple[Item, Verdict]]) -> Cell:
-        if self.without:
-            breakdown, label = self.without
-            counted = [(item, verdict) for item, verdict in counted if label not in item.labels[breakdown]]
-        return _cell(counted, [item.labels[self.macro][0] for item, _ in counted] if self.macro else None)
+        counted = [(item, verdict) for item, verdict in counted if self.stratum(item.labels) is not None]
+        return _cell(counted, [self.stratum(item.labels) for item, _ in counted])
 
     def _breakdowns(self, counted: list[tuple[Item, Verdict]]) -> dict[str, dict[str, Cell]]:
         members: dict[str, dict[str, list]] = {}

@@ -46,25 +46,30 @@ def accuracy_interval(
       strata: the task of each for the mean of the tasks' accuracies; None for the accuracy over all questions.
       level: of the interval. With one video its ends are NaN.
     """
-    right = np.asarray(correct, np.float64)
-    _, task, sizes = np.unique(
-        np.zeros(len(right)) if strata is None else np.asarray(strata), return_inverse=True, return_counts=True
-    )
-    means = np.bincount(task, right) / sizes
-    error, freedom = clustered_error((right - means[task]) / (len(sizes) * sizes[task]), clusters)
-    estimate = float(means.mean())
+    estimate, error, freedom = _mean(correct, clusters, strata)
     return estimate, *_interval(estimate, error, freedom, level, lowest=0.0)
 
 
-def _interval(estimate: float, error: float, freedom: int, level: float, lowest: float) -> tuple[float, float]:
-    """(low, high) around an estimate between `lowest` and 1; NaN with one video."""
+def _mean(values: Sequence[float], clusters: Sequence[str], strata: Sequence[str] | None) -> tuple[float, float, int]:
+    """(mean, standard error, degrees of freedom) of values; with strata of the mean of their means."""
+    values = np.asarray(values, np.float64)
+    _, stratum, sizes = np.unique(
+        np.zeros(len(values)) if strata is None else np.asarray(strata), return_inverse=True, return_counts=True
+    )
+    means = np.bincount(stratum, values) / sizes
+    influences = (values - means[stratum]) / (len(sizes) * sizes[stratum])
+    return float(means.mean()), *clustered_error(influences, clusters)
+
+
+def _interval(mean: float, error: float, freedom: int, level: float, lowest: float) -> tuple[float, float]:
+    """(low, high) around a mean of values between `lowest` and 1; NaN with one video."""
     if not freedom:
         return float("nan"), float("nan")
     if error == 0:
         differs = 1 - (1 - level) ** (1 / (freedom + 1))
-        return estimate - differs * (estimate - lowest), estimate + differs * (1 - estimate)
+        return mean - differs * (mean - lowest), mean + differs * (1 - mean)
     half = error * float(stats.t.ppf(0.5 + level / 2, freedom))
-    return max(estimate - half, lowest), min(estimate + half, 1.0)
+    return max(mean - half, lowest), min(mean + half, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Paired:
       n: questions in common.
       clusters: their videos.
       difference: the second run's accuracy minus the first's.
-      low, high: its 95 % interval.
+      low, high: its 95 % interval, cut to -1 … 1.
       p_value: two-sided, of no difference.
       only_first, only_second: questions that only one of them answers rightly.
     """
@@ -91,13 +96,18 @@ class Paired:
 
 
 def paired_difference(
-    first: Mapping[str, bool], second: Mapping[str, bool], clusters: Mapping[str, str], level: float = 0.95
+    first: Mapping[str, bool],
+    second: Mapping[str, bool],
+    clusters: Mapping[str, str],
+    strata: Mapping[str, str] | None = None,
+    level: float = 0.95,
 ) -> Paired:
     """Compares two runs question by question, clustered by video.
 
     Args:
       first, second: whether each question, by its id, was answered rightly.
       clusters: the video of each question.
+      strata: the task of each where the accuracies are means of the tasks' accuracies; None: over all questions.
 
     Raises:
       UserError: no question in common.
@@ -107,8 +117,7 @@ def paired_difference(
         raise UserError("the two runs have no question in common; compare runs of one benchmark")
     gains = np.array([float(second[i]) - float(first[i]) for i in common])
     videos = [clusters[i] for i in common]
-    mean = float(gains.mean())
-    error, freedom = clustered_error((gains - mean) / len(gains), videos)
+    mean, error, freedom = _mean(gains, videos, strata and [strata[i] for i in common])
     low, high = _interval(mean, error, freedom, level, lowest=-1.0)
     return Paired(
         n=len(common),

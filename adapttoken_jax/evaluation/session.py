@@ -194,12 +194,13 @@ def selections_hash(directory) -> str:
 
 
 def with_verdicts(benchmark: str, items: Sequence[Item], samples: Sequence[dict]) -> list[dict]:
-    """The samples with "verdicts": what each rule of the benchmark makes of the prediction."""
+    """The samples with "labels", those of the question, and "verdicts": what each rule makes of the prediction."""
     judge = lambda item, text: {
         rule: dataclasses.asdict(scorer.judge(item, text)) for rule, scorer in SCORERS[benchmark].items()
     }
     return [
-        sample | {"verdicts": judge(item, sample["prediction"])} for item, sample in zip(items, samples, strict=True)
+        sample | {"labels": dict(item.labels), "verdicts": judge(item, sample["prediction"])}
+        for item, sample in zip(items, samples, strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adapttoken_jax.benchmarks import SCORERS
 from adapttoken_jax.benchmarks.statistics import paired_difference
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import workdir
@@ -24,12 +25,12 @@ class FinishedRun:
     """A work directory.
 
     Attributes:
-      name: of the directory.
+      path: the directory, links followed.
       run, results: the contents of `run.json` and `results.json`.
       samples, costs: records by question.
     """
 
-    name: str
+    path: pathlib.Path
     run: Mapping[str, Any]
     results: Mapping[str, Any]
     samples: Mapping[str, Mapping[str, Any]]
@@ -52,8 +53,9 @@ class FinishedRun:
 
     @property
     def method(self) -> str:
-        """As in `--method`, and whether its selections were replayed."""
-        return self.results["method"] + (" (replayed)" if self.run["flags"]["replay"] else "")
+        """As in `--method`, and whether its selections were replayed and subtitles shown."""
+        name = self.results["method"] + (" (replayed)" if self.run["flags"]["replay"] else "")
+        return name + (" (subtitles)" if self.results["subtitles"] else "")
 
     def cell(self, rule: str) -> Mapping[str, Any]:
         """The overall score under a rule.
@@ -84,7 +86,7 @@ def read_finished(directory) -> FinishedRun:
     if not path.is_file():
         raise UserError(f"{directory}: not finished; run the same evaluation again to go on")
     records = {name: workdir.read_all(directory, name) for name in ("samples", "costs")}
-    return FinishedRun(pathlib.Path(directory).name, run, json.loads(path.read_text(encoding="utf-8")), **records)
+    return FinishedRun(pathlib.Path(directory).resolve(), run, json.loads(path.read_text(encoding="utf-8")), **records)
 
 
 def accuracy_table(runs: Sequence[FinishedRun], rule: str) -> list[Row]:
@@ -98,7 +100,7 @@ def accuracy_table(runs: Sequence[FinishedRun], rule: str) -> list[Row]:
         empty = dict(zip(("model", "method", "frames"), run.key, strict=True)) | dict.fromkeys(names, "–")
         row = rows.setdefault(run.key, empty)
         if row[run.benchmark] != "–":
-            raise UserError(f"{run.name}: a second run of {' '.join(map(str, run.key))} on {run.benchmark}; give one")
+            raise UserError(f"{run.path}: a second run of {' '.join(map(str, run.key))} on {run.benchmark}; give one")
         row[run.benchmark] = _accuracy(run, rule)
     return list(rows.values())
 
@@ -146,14 +148,19 @@ def localisation_table(runs: Sequence[FinishedRun]) -> list[Row]:
 
 
 def paired_table(runs: Sequence[FinishedRun], baseline: FinishedRun, rule: str) -> list[Row]:
-    """A row per other run on the baseline's benchmark: the difference in accuracy, clustered by video."""
+    """A row per other run on the baseline's benchmark: the difference in accuracy, clustered by video.
+
+    Raises:
+      UserError: no such run, an unknown rule, or samples without labels.
+    """
+    others = [run for run in runs if run.benchmark == baseline.benchmark and run.path != baseline.path]
+    if not others:
+        raise UserError(f"--baseline={baseline.path}: no other run on {baseline.benchmark}; give one, or drop it")
     rows = []
-    for run in runs:
-        if run.benchmark != baseline.benchmark or run.name == baseline.name:
-            continue
+    for run in others:
         verdicts = [_verdicts(each, rule) for each in (baseline, run)]
         clusters = {name: sample["video_id"] for name, sample in run.samples.items()}
-        found = paired_difference(*verdicts, clusters)
+        found = paired_difference(*verdicts, clusters, _strata(run, rule))
         rows.append({
             "benchmark": run.benchmark,
             "run": f"{run.model} {run.method}",
@@ -170,9 +177,21 @@ def paired_table(runs: Sequence[FinishedRun], baseline: FinishedRun, rule: str) 
 
 
 def _verdicts(run: FinishedRun, rule: str) -> dict[str, bool]:
-    run.cell(rule)  # names an unknown rule
-    verdicts = {name: sample["verdicts"][rule] for name, sample in run.samples.items()}
+    verdicts = {name: run.samples[name]["verdicts"][rule] for name in _strata(run, rule)}
     return {name: verdict["correct"] for name, verdict in verdicts.items() if verdict["counted"]}
+
+
+def _strata(run: FinishedRun, rule: str) -> dict[str, str]:
+    """Of the questions that the overall accuracy is made of, the part whose mean each enters."""
+    run.cell(rule)  # names an unknown rule
+    stratum = SCORERS[run.benchmark][rule].stratum
+    try:
+        found = {name: stratum(sample.get("labels", {})) for name, sample in run.samples.items()}
+    except KeyError:
+        raise UserError(
+            f"{run.path}: scored by an earlier version; run the same evaluation again to score it"
+        ) from None
+    return {name: stratum for name, stratum in found.items() if stratum is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

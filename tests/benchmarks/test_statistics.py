@@ -103,6 +103,21 @@ def test_the_paired_test_is_students_where_videos_have_one_question():
     assert (paired.n, paired.clusters) == (80, 80)
 
 
+def test_tasks_weigh_alike_in_a_paired_difference_by_hand():
+    """Task a: one of one won; b: one of three lost. (1 - 1/3) / 2 = 1/3; influences 0, and 1/3, 1/3, -2/3 over 6."""
+    first, second = as_run([0, 1, 1, 0]), as_run([1, 0, 1, 0])
+    names, videos = "0123", dict(zip("0123", "wxyz", strict=True))
+    paired = paired_difference(first, second, videos, dict(zip(names, "abbb", strict=True)))
+    half = stats.t.ppf(0.975, 3) * math.sqrt(4 / 3 * (4 + 1 + 1) / 9 / 36)
+    assert paired.difference == pytest.approx(1 / 3)
+    assert (paired.low, paired.high) == pytest.approx((1 / 3 - half, 1 / 3 + half))
+
+
+def test_no_difference_is_above_all_or_below_nothing():
+    paired = paired_difference(as_run([0, 0, 0]), as_run([1, 0, 1]), dict(zip("012", "xyz", strict=True)))
+    assert paired.high == 1.0 and -1 < paired.low < 0
+
+
 def test_only_common_questions_are_compared():
     first, second = {"a": True, "b": False, "c": True}, {"b": True, "c": True, "d": False}
     paired = paired_difference(first, second, {"a": "v", "b": "v", "c": "w", "d": "w"})

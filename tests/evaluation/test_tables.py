@@ -6,7 +6,7 @@ import json
 import pytest
 from pyarrow import parquet
 
-from adapttoken_jax.benchmarks import BENCHMARKS, Item, Report
+from adapttoken_jax.benchmarks import BENCHMARKS, Item, Report, score_all
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import session, tables, workdir
 from adapttoken_jax.evaluation.needle_benchmark import write_benchmark
@@ -24,9 +24,9 @@ def items():
     ]  # fmt: skip
 
 
-def finished(directory, predictions, method="adapttoken", size="qwen2.5-vl-7b", tokens=100):
+def finished(directory, predictions, method="adapttoken", size="qwen2.5-vl-7b", tokens=100, subtitles=False):
     """A finished run whose predictions are given; None is a broken video's."""
-    flags = {"benchmark": "videomme", "method": method, "prompt": "official", "subtitles": False, "model": "/m/x"}
+    flags = {"benchmark": "videomme", "method": method, "prompt": "official", "subtitles": subtitles, "model": "/m/x"}
     flags |= {"data": "/d", "replay": None}
     run = workdir.begin_run(
         directory, workdir.describe_run(flags, {"max_frames": 4096}, {"questions": "q", "model": "m"}, size)
@@ -75,6 +75,72 @@ def test_costs_and_pairs_by_hand(tmp_path):
     (pair,) = tables.paired_table([ours, base], base, "official")
     assert (pair["difference, %"], pair["only run"], pair["only baseline"], pair["questions"]) == (50, 4, 0, 8)
     assert pair["low"] < 50 < pair["high"]
+
+
+def mlvu_run(path, right):
+    """A run on 20 questions of one of MLVU's tasks, 2 of another and 10 of a third; each has a video."""
+    sizes = {"plotQA": 20, "needle": 2, "order": 10}
+    asked = [
+        Item(f"{task}_{i}", f"{task}/{i}", None, "?", ("a", "b"), "A", labels={"task": (task,)})
+        for task, size in sizes.items() for i in range(size)
+    ]  # fmt: skip
+    said = ["A" if item.labels["task"][0] in right else "B" for item in asked]
+    samples = [
+        {"id": item.id, "video_id": item.video_id, "prediction": text} for item, text in zip(asked, said, strict=True)
+    ]
+    samples = {sample["id"]: sample for sample in session.with_verdicts("mlvu", asked, samples)}
+    scores = {rule: scores.to_json() for rule, scores in score_all("mlvu", zip(asked, said, strict=True)).items()}
+    run = {"model_size": "m", "flags": {"replay": None}}
+    results = {"benchmark": "mlvu", "method": "full", "subtitles": False, "scores": scores}
+    return tables.FinishedRun(path, run, results, samples, {})
+
+
+@pytest.mark.parametrize(
+    ("rule", "difference", "questions"),
+    [
+        ("official", 100 * (2 / 3 - 1 / 3), 32),  # means of the tasks: needle and order against plotQA
+        ("lmms-eval", 100 * (2 / 3 - 1 / 3), 32),
+        ("VLMEvalKit", 100 * (12 - 20) / 32, 32),
+        ("VLMEvalKit-printed", 100 * (2 - 20) / 22, 22),  # without order
+    ],
+)
+def test_a_paired_difference_is_that_of_the_accuracies(tmp_path, rule, difference, questions):
+    base, ours = mlvu_run(tmp_path / "base", {"plotQA"}), mlvu_run(tmp_path / "ours", {"needle", "order"})
+    (pair,) = tables.paired_table([ours], base, rule)
+    first, second = (each.cell(rule) for each in (base, ours))
+    assert pair["difference, %"] == round(difference, 2)
+    assert pair["difference, %"] == round(100 * (second["accuracy"] - first["accuracy"]), 2)
+    assert pair["questions"] == questions == first["n"]
+
+
+def test_runs_scored_without_labels_are_compared_where_none_are_needed(tmp_path):
+    base, ours = mlvu_run(tmp_path / "base", {"plotQA"}), mlvu_run(tmp_path / "ours", {"needle"})
+    for run in (base, ours):
+        for sample in run.samples.values():
+            del sample["labels"]
+    assert tables.paired_table([ours], base, "VLMEvalKit")[0]["questions"] == 32
+    with pytest.raises(UserError, match=f"^{base.path}: scored by an earlier version; run the same evaluation again"):
+        tables.paired_table([ours], base, "official")
+
+
+def test_the_baseline_is_a_directory_not_a_name(tmp_path):
+    for model in ("small", "large"):
+        finished(tmp_path / model / "uniform", [RIGHT] * 8, method="uniform")
+    (tmp_path / "again").symlink_to(tmp_path / "small")
+    small, large, again = (tables.read_finished(tmp_path / name / "uniform") for name in ("small", "large", "again"))
+    assert len(tables.paired_table([small, large, again], small, "official")) == 1
+    with pytest.raises(UserError, match=f"^--baseline={small.path}: no other run on videomme"):
+        tables.paired_table([small, again], small, "official")
+
+
+def test_a_run_with_subtitles_is_a_row_of_its_own_beside_no_published_number(tmp_path):
+    finished(tmp_path / "plain", [RIGHT] * 8)
+    finished(tmp_path / "subtitled", [RIGHT] * 8, subtitles=True)
+    plain, subtitled = tables.accuracy_table(
+        [tables.read_finished(tmp_path / name) for name in ("plain", "subtitled")], "official"
+    )
+    assert plain["videomme"] == "100.0 [100.0, 100.0] (70.5, +29.5)"
+    assert (subtitled["method"], subtitled["videomme"]) == ("adapttoken (subtitles)", "100.0 [100.0, 100.0]")
 
 
 def test_the_command_prints_tables_and_draws_the_plot(tmp_path, capsys, monkeypatch):
