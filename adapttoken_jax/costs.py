@@ -22,12 +22,12 @@ class Pruned(NamedTuple):
     tokens: int
 
 
-def pruned(config: ModelConfig, settings: AdaptTokenConfig, prefix: int, tokens: int, padded: int) -> Pruned | None:
-    """What pruning leaves of a group's `tokens` visual tokens, which are padded to `padded`; None where it is off."""
+def pruned(config: ModelConfig, settings: AdaptTokenConfig, prefix: int, tokens: int) -> Pruned | None:
+    """What pruning leaves of a group's `tokens` visual tokens; None where it is off."""
     layer, share = settings.reference_layer, settings.keep_after_reference
     if share == 1 or layer == config.text.layers - 1:
         return None
-    return Pruned(layer, prefix + min(tokens, math.ceil(share * padded)))
+    return Pruned(layer, prefix + math.ceil(share * tokens))
 
 
 def context_flops(config: ModelConfig, tokens: int, pruned: Pruned | None = None) -> float:

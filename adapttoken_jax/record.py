@@ -100,7 +100,7 @@ def _cost(run: Run, outcome: Outcome) -> result.Cost:
     model, (_, height, width) = run.model.config, run.plan.clip.grid
     prefix, suffix = len(run.prompt.prefix_ids), len(run.prompt.suffix_ids)
     visits = [(len(v.relevance), len(v.reply.answer_ids)) for v in run.scan.visits] if run.scan else []
-    kept = lambda tokens: costs.pruned(model, run.config, prefix, tokens, tokens)
+    kept = lambda tokens: costs.pruned(model, run.config, prefix, tokens)
     flops = sum(costs.prompt_flops(model, prefix + n, suffix, answer, kept(n)) for n, answer in visits)
     passes = [(0, len(run.blind.answer_ids))] if run.blind else []
     answered = [*(asked for asked in run.asked.values() if asked is not outcome), outcome]

@@ -332,7 +332,7 @@ def flops(pair: Pair) -> dict[str, float]:
     count = functools.partial(costs.prompt_flops, shape.model)
     further = sum(costs.question_flops(shape.model, len(p.suffix_ids), 0, prefix + group) for p in pair.prompts[1:])
     settings = dataclasses.replace(pair.config, keep_after_reference=_PRUNED_TO)
-    pruned = count(prefix + group, suffix, 0, costs.pruned(shape.model, settings, prefix, group, group))
+    pruned = count(prefix + group, suffix, 0, costs.pruned(shape.model, settings, prefix, group))
     vision = costs.vision_flops(shape.model, shape.slots_per_group, *shape.grid)
     one, final = (
         count(prefix + group, suffix, 0),

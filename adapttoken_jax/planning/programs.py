@@ -144,7 +144,7 @@ def tpu_kernel(model: Model) -> Kernel:
 def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Program:
     batch = abstract_batch(model, contexts, tokens, work.prefix, work.question, questions)
     answered, context = spec.answer_tokens - 1, work.prefix + tokens  # the first token needs no further step
-    pruned = costs.pruned(model.config, work.config, work.prefix, tokens, tokens) if spec.relevance else None
+    pruned = costs.pruned(model.config, work.config, work.prefix, tokens) if spec.relevance else None
     in_loop = pruned.layer + 1 if pruned else model.config.text.layers - 1
     question = costs.question_flops(model.config, work.question, answered, context, pruned)
     return Program(
