@@ -40,7 +40,7 @@ def write_benchmark(
     rows, lines = [], []
     for number in range(videos):
         made = scene(first_seed + number, split, frames, "pair", difficulty)
-        name = f"needle-{split}-{frames}-{made.seed}"
+        name = f"needle-{split}-{difficulty}-{frames}-{made.seed}"
         path = directory / "data" / f"{name}.mp4"
         if not path.exists():
             write_mp4(made, path, FPS)

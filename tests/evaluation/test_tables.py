@@ -201,6 +201,16 @@ def test_the_exports_say_what_the_samples_say(tmp_path):
     assert results["broken_videos"] == [{"video_id": "v2", "error": "cannot be read", "questions": 2}]
 
 
+def test_a_needle_benchmark_keeps_only_the_videos_that_are_its_own(tmp_path):
+    asked, written = [], []
+    for difficulty in ("easy", "hard", "easy"):
+        write_benchmark(tmp_path, videos=1, frames=48, difficulty=difficulty)
+        asked.append(BENCHMARKS["videomme"].load(tmp_path)[0][0].video)
+        written.append(asked[-1].read_bytes())
+    assert asked[0] == asked[2] != asked[1] and written[0] == written[2]
+    assert len(written[1]) > 2 * len(written[0])  # noise, which hard videos have more of, is what takes the room
+
+
 def test_the_needle_benchmark_is_read_as_two_benchmarks_and_its_answers_are_true(tmp_path):
     write_benchmark(tmp_path, videos=2, frames=48)
     asked, report = BENCHMARKS["videomme"].load(tmp_path)
