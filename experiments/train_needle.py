@@ -9,6 +9,7 @@ and in the exported directory says how the model came about.
 
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -222,20 +223,30 @@ def restore(manager: ocp.CheckpointManager, state: training.TrainState) -> tuple
 
 
 def note_start(workdir: pathlib.Path) -> dict:
-    """How this run began: its command, seed, curriculum, commit and versions. A resumed run keeps its first note."""
+    """How this run began: its command, seed, curriculum, commit and versions. A resumed run keeps its first note.
+
+    Raises:
+      UserError: it is resumed with another flag.
+    """
     path = workdir / "training.json"
+    line = "python -m experiments.train_needle"
+    given = [f"--{flag.name}={flag.value}" for flag in (_SEED, _CLIPS, _PEAK, _WIDTH, _LAYERS)]
+    note = {
+        "command": " ".join([line, *given]),
+        "seed": _SEED.value,
+        "phases": _PHASES.value,
+        "commit": commit(),
+        "versions": library_versions(),
+    }
     if not path.exists():
-        line = "python -m experiments.train_needle"
-        given = [f"--{flag.name}={flag.value}" for flag in (_SEED, _CLIPS, _PEAK, _WIDTH, _LAYERS)]
-        note = {
-            "command": " ".join([line, *given]),
-            "seed": _SEED.value,
-            "phases": _PHASES.value,
-            "commit": commit(),
-            "versions": library_versions(),
-        }
         write_json(path, note)
-    return json.loads(path.read_text(encoding="utf-8"))
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    phases = [[f"--phase={text}" for text in each["phases"]] for each in (note, begun)]
+    ours, theirs = (each["command"].split() + own for each, own in zip((note, begun), phases, strict=True))
+    for now, then in itertools.zip_longest(ours, theirs, fillvalue="no further --phase"):
+        if now != then:
+            raise UserError(f"{now}: the run in {workdir} began with {then}; give that, or another --workdir")
+    return begun
 
 
 def commit() -> str | None:

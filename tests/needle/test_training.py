@@ -152,6 +152,29 @@ def _train(run, workdir) -> list[dict]:
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("width", 64, "--width=64: the run in {} began with --width=128; give that, or another --workdir"),
+        ("seed", 3, "--seed=3: the run in {} began with --seed=0; give that, or another --workdir"),
+        ("phase", ["steps=3"], "--phase=steps=3: the run in {} began with --phase=steps=2; give that, or another "),
+        ("phase", ["steps=2", "steps=3"], "--phase=steps=3: the run in {} began with no further --phase; give that"),
+        ("phase", [], "no further --phase: the run in {} began with --phase=steps=2; give that"),
+    ],
+)
+def test_a_run_that_goes_on_refuses_other_flags(tmp_path, monkeypatch, name, value, message):
+    train_needle.flags.FLAGS.mark_as_parsed()
+    give = lambda name, value: monkeypatch.setattr(train_needle.flags.FLAGS[name], "value", value)
+    give("phase", ["steps=2"])
+    begun = train_needle.note_start(tmp_path)
+    assert train_needle.note_start(tmp_path) == begun
+    give(name, value)
+    with pytest.raises(UserError) as error:
+        train_needle.note_start(tmp_path)
+    assert str(error.value).startswith(message.format(tmp_path))
+    assert json.loads((tmp_path / "training.json").read_text()) == begun
+
+
+@pytest.mark.parametrize(
     "text", ["steps=0", "slots=2", "steps=3,slot=1", "steps=x", "steps=3,choice=0,open=0", "steps"]
 )
 def test_bad_phases_are_named(text):
