@@ -78,22 +78,19 @@ def _needle_item(seed: int) -> Item:
     return Item(name, lambda: at.Frames(made.images(), 4.0), (made.question.text,), (made.question.options,))
 
 
-def read_items(path) -> list[Item]:
-    """The videos of a `--data` file, in the order of their first lines.
+def read_items() -> list[Item]:
+    """The videos of `--data`, in the order of their first lines.
 
     Raises:
       UserError: no such file, or a line that is not as it must be.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"--data={path}: no such file")
     asked: dict[str, list] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            video, *question = _read_line(line, f"--data={path}, line {number}")
-            asked.setdefault(video, []).append(question)
+    for where, line in command.data_lines(_DATA):
+        video, *question = _read_line(line, where)
+        asked.setdefault(video, []).append(question)
+    folder = pathlib.Path(_DATA.value).parent
     return [
-        Item(video, lambda video=video: str(path.parent / video), *map(tuple, zip(*questions, strict=True)))
+        Item(video, lambda video=video: str(folder / video), *map(tuple, zip(*questions, strict=True)))
         for video, questions in asked.items()
     ]
 
@@ -114,6 +111,9 @@ def log_runs(model, items: Sequence[Item], config, thresholds) -> int:
     """Logs the full run of every video that the log does not have yet; how many were too short to need groups."""
     fingerprint = calibration.config_fingerprint(config, calibration.model_fingerprint(model))
     writer = calibration.LogWriter(_LOG.value, fingerprint)
+    for item in items:
+        if item.name in writer.done and not writer.done[item.name].asks(item.questions, item.options):
+            raise UserError(f"--log={_LOG.value}: other questions about {item.name} were logged; name another file")
     points = (lambda log: calibration.stop_points(log, config, thresholds)) if _STOPS_ONLY.value else None
     short = 0
     with Progress() as progress:
@@ -166,7 +166,7 @@ def calibrate() -> None:
             cli.check_output(name, flag.value)
     thresholds = command.numbers(_THRESHOLDS, float)
     calibration.check_levels(_ALPHA.value, _DELTA.value)
-    items = needle_items() if _NEEDLE.value else read_items(_DATA.value)
+    items = needle_items() if _NEEDLE.value else read_items()
     if _CERTIFICATE.value:
         calibration.check_enough(len(items), _ALPHA.value, _DELTA.value)
     model = at.load(_MODEL.value)

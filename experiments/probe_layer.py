@@ -64,14 +64,11 @@ def given(model, config, progress) -> Iterator[layers.Needles]:
     Raises:
       UserError: no such file, or a line that is not as it must be.
     """
-    path = pathlib.Path(_DATA.value)
-    if not path.is_file():
-        raise UserError(f"--data={path}: no such file")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for number, line in enumerate(lines, 1):
-        progress("videos", number - 1, len(lines))
-        video, question, options, boxes = _read_line(line, f"--data={path}, line {number}")
-        plan = plan_run(model.config, str(path.parent / video), config, "adapttoken")
+    lines, folder = command.data_lines(_DATA), pathlib.Path(_DATA.value).parent
+    for number, (where, line) in enumerate(lines):
+        progress("videos", number, len(lines))
+        video, question, options, boxes = _read_line(line, where)
+        plan = plan_run(model.config, str(folder / video), config, "adapttoken")
         prompt = build_prompt(model.tokenizer, question, options)
         yield layers.boxed_needles(Footage(None, None, encode_video(model, plan.clip), prompt), boxes)
 

@@ -176,7 +176,7 @@ def test_logs_come_back_as_they_were(tmp_path):
     log = calibration.read_log(tmp_path / "log")
     assert log == calibration.Log(FINGERPRINT, (VIDEO, other))
     assert log.only({"b"}).videos == (other,) and log.only({"b"}).sha256 != log.sha256
-    assert writer.done == {VIDEO.video, "b"} and other.questions[0].full.answer == "nein"
+    assert set(writer.done) == {VIDEO.video, "b"} and other.questions[0].full.answer == "nein"
 
 
 def test_an_interrupted_log_goes_on(tmp_path):
@@ -186,7 +186,7 @@ def test_an_interrupted_log_goes_on(tmp_path):
     for cut in (1, 30, len(whole) - whole.index(b"\n") - 2):
         path.write_bytes(whole[:-cut])
         writer = LogWriter(path, FINGERPRINT)
-        assert writer.done == set()
+        assert not writer.done
         writer.append(VIDEO)
         assert path.read_bytes() == whole
 
@@ -445,6 +445,18 @@ def model(directory):
 SMALL = {"slots_per_group": 4, "budget": 30, "max_answer_tokens": 3, "max_pixels": 56 * 84}
 
 
+def test_a_log_knows_what_was_asked():
+    texts = ("red", "blue", "green")
+    noted = VideoLog("v", (dataclasses.replace(question(GROUPS, AFTER), options=texts),))
+    assert noted.asks(["?"], [texts]) and noted.asks(("?",), [list(texts)])
+    for questions, options in (
+        (["!"], [texts]), (["?"], [texts[::-1]]), (["?"], [None]), (["?", "?"], [texts, texts]), ([], []),
+    ):  # fmt: skip
+        assert not noted.asks(questions, options)
+    earlier = VideoLog("v", (question(GROUPS, AFTER),))  # three options, whichever
+    assert earlier.asks(["?"], [texts]) and not earlier.asks(["?"], [texts[:2]]) and not earlier.asks(["?"], [None])
+
+
 @pytest.mark.parametrize(
     "given",
     [{"stop_groups": 1}, {"stop_groups": 2, "stop_agreement": False}, {"stop_rule": "rerun", "stop_groups": 2},
@@ -511,9 +523,10 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
     for seed in range(3):
         made = scene(seed, frames=24)
         write_mp4(made, tmp_path / f"{seed}.mp4")
-        lines += [{"video": f"{seed}.mp4", "question": made.question.text, "options": made.question.options}]
+        lines += [{"video": f"{seed}.mp4", "question": f"\u2028{made.question.text}\x85",
+                   "options": made.question.options}]  # fmt: skip
         lines += [{"video": f"{seed}.mp4", "question": "What happens?"}]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8-sig")
     argv = [f"--model={directory}", f"--data={tmp_path}/data.jsonl", f"--log={tmp_path}/log", "--alpha=0.6", *FLAGS]
     argv += [f"--certificate={tmp_path}/stop.json", "--stop_groups=1", "--thresholds=0.01,9", "--signals", "--json=-"]
     done = run_launcher(*argv, "--resamples=20")
@@ -538,6 +551,12 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
     assert cli.main(certified) == 0
     settings = json.loads(capsys.readouterr().out)["config"]
     assert {name: settings[name] for name in calibration.RULE_FIELDS} == certificate.stop
+
+    for change in ({"question": "Who?"}, {"options": ["a", "b", *lines[0]["options"][2:]]}, {"options": ["a", "b"]}):
+        (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, [lines[0] | change, *lines[1:]])))
+        done = run_launcher(*argv, f"--data={tmp_path}/other.jsonl")
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+        assert f"--log={tmp_path}/log: other questions about 0.mp4 were logged" in done.stderr
 
     other = tiny.write_checkpoint(tmp_path / "other", dataclasses.replace(tiny.SHAPES["base"], seed=99))
     for refused, words in (

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from adapttoken_jax.errors import UserError
@@ -44,12 +44,14 @@ class QuestionLog:
       blind: the answer without the video.
       groups: the groups' answers in visiting order.
       after: groups visited v -> the final answer from the first v groups; has at least the number of all groups.
+      options: its options' texts; None for an open question, and in logs of versions that did not note them.
     """
 
     question: str
     blind: Said
     groups: tuple[Said, ...]
     after: Mapping[int, Said]
+    options: tuple[str, ...] | None = None
 
     @property
     def full(self) -> Said:
@@ -63,6 +65,15 @@ class VideoLog:
 
     video: str
     questions: tuple[QuestionLog, ...]
+
+    def asks(self, questions: Sequence[str], options: Sequence[Sequence[str] | None]) -> bool:
+        """Whether these were asked. Of a log that did not note options only their number is held against them."""
+        return len(self.questions) == len(questions) and all(
+            log.question == question
+            and (log.options is None or log.options == tuple(choices or ()))
+            and len(log.blind.options or ()) == len(choices or ())
+            for log, question, choices in zip(self.questions, questions, options, strict=True)
+        )
 
     def to_json(self) -> str:
         """One line."""
@@ -80,6 +91,7 @@ def _question(content) -> QuestionLog:
         _said(content["blind"]),
         tuple(_said(said) for said in content["groups"]),
         {int(v): _said(said) for v, said in content["after"].items()},
+        tuple(content["options"]) if content.get("options") else None,
     )
 
 
@@ -134,7 +146,7 @@ class LogWriter:
     """Appends videos to a log file; each is on the disk when `append` returns. Continues a file of the same settings.
 
     Attributes:
-      done: the videos that the file already has.
+      done: the videos that the file already has, by name.
 
     Raises:
       UserError: the file was written under other settings, or by another model.
@@ -150,12 +162,12 @@ class LogWriter:
         difference = first_difference(log.fingerprint, json.loads(header)["fingerprint"])
         if difference:
             raise UserError(f"--log={path}: written with {difference}; name another file to start afresh")
-        self.done = {video.video for video in log.videos}
+        self.done = {video.video: video for video in log.videos}
 
     def append(self, video: VideoLog) -> None:
         """Adds a video."""
         _append(self._path, video.to_json())
-        self.done.add(video.video)
+        self.done[video.video] = video
 
     def _drop_partial_line(self) -> None:
         """An interrupted `append` may have left the beginning of a line."""

@@ -5,6 +5,7 @@ Cost, in visual tokens prefilled per question: the scan takes all T of them, and
 few v that a rule can stop at take far less.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -49,17 +50,17 @@ def record_video(
     tokens = encode_video(model, plan.clip, on_progress=on_progress)
     blind = blind_replies(model, tokens, prompts, config)
     runs = scan_video(model, plan, tokens, prompts, config, "adapttoken", on_progress=on_progress)
-    logs = [_question_log(*each, points) for each in zip(questions, runs, blind, strict=True)]
+    logs = [_question_log(*each, points) for each in zip(questions, options, runs, blind, strict=True)]
     return VideoLog(name, tuple(logs))
 
 
-def _question_log(question: str, run: Run, blind: Reply, points) -> QuestionLog:
+def _question_log(question: str, options, run: Run, blind: Reply, points) -> QuestionLog:
     say = lambda reply: _said(run.model, run.prompt, reply)
     visits = run.scan.visits
     log = QuestionLog(question, say(blind), tuple(say(visit.reply) for visit in visits), {})
     wanted = range(1, len(visits)) if points is None else points(log)
     after = {v: say(conclude(run.after(visits[:v])).reply) for v in sorted({*wanted, len(visits)})}
-    return QuestionLog(log.question, log.blind, log.groups, after)
+    return dataclasses.replace(log, after=after, options=tuple(options) if options else None)
 
 
 def _said(model: Model, prompt: Prompt, reply: Reply) -> Said:

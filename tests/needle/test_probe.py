@@ -78,10 +78,10 @@ def test_the_command_reads_videos_with_boxes(tmp_path):
     write_mp4(made, tmp_path / "video.mp4")
     (needle,) = made.needles
     line = {
-        "video": "video.mp4", "question": made.question.text, "options": made.question.options,
+        "video": "video.mp4", "question": f"\u2028{made.question.text}", "options": made.question.options,
         "needles": [{"start": needle.start / 4, "stop": needle.stop / 4, "box": [0, 0, 1, 1]}],
     }  # fmt: skip
-    (tmp_path / "needles.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "needles.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", "utf-8-sig")
     given = [f"--{name}={value}" for name, value in SETTINGS.items() if name != "reference_layer"]
     files = [f"--data={tmp_path / 'needles.jsonl'}", f"--plot={tmp_path / 'layers.png'}", "--json=-"]
     done = _run(f"--model={write_small_model(tmp_path / 'model')}", *files, "--taken=16", *given)
