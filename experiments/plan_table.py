@@ -9,6 +9,7 @@ JSON in the work directory: a case that is there already is not compiled again.
 import json
 import os
 import pathlib
+import sys
 
 from absl import flags
 
@@ -33,7 +34,7 @@ def planned(case: str, frames: int, workdir: pathlib.Path) -> dict:
     target = workdir / f"{case.replace(':', '-').replace('@', '_')}_{frames}.json"
     if not target.is_file():
         settings = {"max_frames": frames}
-        progress = lambda text: print(text, flush=True)
+        progress = lambda text: print(text, file=sys.stderr, flush=True)
         plan = planning.plan(model, topology, mesh.replace(":", ","), settings=settings, on_progress=progress)
         with atomic_file(target) as file:
             file.write(json.dumps(plain_json(as_json(plan)), indent=2).encode())

@@ -139,8 +139,8 @@ def test_a_run_with_subtitles_is_a_row_of_its_own_beside_no_published_number(tmp
     plain, subtitled = tables.accuracy_table(
         [tables.read_finished(tmp_path / name) for name in ("plain", "subtitled")], "official"
     )
-    assert plain["videomme"] == "100.0 [100.0, 100.0] (70.5, +29.5)"
-    assert (subtitled["method"], subtitled["videomme"]) == ("adapttoken (subtitles)", "100.0 [100.0, 100.0]")
+    assert plain["videomme"] == "100.0 [47.3, 100.0] (70.5, +29.5)"
+    assert (subtitled["method"], subtitled["videomme"]) == ("adapttoken (subtitles)", "100.0 [47.3, 100.0]")
 
 
 def test_the_command_prints_tables_and_draws_the_plot(tmp_path, capsys, monkeypatch):
