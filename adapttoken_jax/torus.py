@@ -16,6 +16,7 @@ def places(sizes: tuple[int, ...], coords: np.ndarray) -> np.ndarray | None:
 
     None where the chips do not fill a box, each its own place in it.
     """
+    coords = coords - coords.min(0)  # one host's chips may lie anywhere in the slice
     box = coords.max(0) + 1
     if not math.prod(sizes) == len(coords) == len(np.unique(coords, axis=0)) == math.prod(box):
         return None

@@ -64,6 +64,11 @@ def test_a_literal_case():
     assert torus.places((4, 2), coords((2, 4))).tolist() == [[0, 2], [1, 3], [5, 7], [4, 6]]
 
 
+def test_a_host_has_its_chips_anywhere_in_the_slice():
+    at = coords((2, 4))
+    assert (torus.places((2, 4), at + [4, 8, 0]) == torus.places((2, 4), at)).all()
+
+
 def test_what_is_no_box_has_no_places():
     at = coords((2, 4))
     assert torus.places((8,), np.concatenate([at[:7], [[0, 4, 0]]])) is None, "a chip outside"
