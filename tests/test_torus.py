@@ -66,7 +66,7 @@ def test_a_literal_case():
 
 def test_a_host_has_its_chips_anywhere_in_the_slice():
     at = coords((2, 4))
-    assert (torus.places((2, 4), at + [4, 8, 0]) == torus.places((2, 4), at)).all()
+    assert (torus.places((2, 4), at + np.array([4, 8, 0])) == torus.places((2, 4), at)).all()
 
 
 def test_what_is_no_box_has_no_places():
