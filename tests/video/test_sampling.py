@@ -269,7 +269,7 @@ def test_uniform_keeps_within_the_budget_however_large_fewer_frames_become(monke
     monkeypatch.setattr(pipeline, "probe", lambda info: info)
     config = AdaptTokenConfig.for_model(SIZES["qwen2.5-vl-7b"], **given)
     plan = pipeline.plan_run(SIZES["qwen2.5-vl-7b"], video(8000, 4.0, 720, 1280), config, "uniform")
-    assert plan.clip.grid[0] == slots and plan.tokens <= config.budget == 7040
+    assert plan.clip.grid[0] == slots and plan.clip.tokens <= config.budget == 7040
 
 
 def test_other_patch_sizes():
