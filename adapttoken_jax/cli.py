@@ -15,7 +15,6 @@ Design decisions:
 import dataclasses
 import difflib
 import errno
-import io
 import json
 import math
 import os
@@ -475,10 +474,7 @@ _PLAN_FLAGS = (
     Flag("topology", str, "slice of a TPU pod, as v5e:4x4 or v5p:2x2x4", "Devices", "SLICE", required=True),
     Flag("mesh", str, "chips for groups and layers, as data=4,model=2; auto finds them", "Devices", "SIZES", "auto"),
     Flag("video_size", str, "width and height of the source", "Input", "WxH", "560x308"),
-    Flag(
-        "duration", float, "length of the video", "Input", "SECONDS", low=1.0, high=1e6,
-        shown_default="max_frames / fps",
-    ),
+    Flag("duration", float, "length of the video", "Input", "SECONDS", low=1.0, shown_default="max_frames / fps"),
     Flag("questions", int, "questions about the video in one scan", "Input", "N", 1, low=1),
     Flag("question_tokens", int, "prompt tokens after the video, of each question", "Input", "N", 160, low=1),
     Flag("method", str, "what is run", "Method", "NAME", configs.METHODS[0], choices=configs.METHODS),
@@ -627,29 +623,18 @@ def exit_status(name: str, argv: Sequence[str], run: Callable[[], int]) -> int:
       name: of the program, before what it says on stderr.
       argv: its arguments; `--debug` among them shows where a signal found it.
     """
-    # Python has None where the shell closed a descriptor (`>&-`).
-    sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))
-    status = OK
     try:
         with Unwinding():
             status = run()
             sys.stdout.flush()
     except BrokenPipeError:
-        _close_stdout()
+        # Python flushes stdout once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = CLOSED_PIPE
-    except OSError as error:  # of stdout, which is full: `failed` has seen all others
-        _close_stdout()
-        if status == OK:
-            status = _fail(name, f"stdout: {error.strerror or error}")
     except KeyboardInterrupt as error:
         word, status = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
         _fail(name, word, traceback.format_exc() if "--debug" in argv else "")
     return hosts.leave(status)
-
-
-def _close_stdout() -> None:
-    """Python flushes stdout once more at exit; gives it somewhere to go."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(argv: Sequence[str], commands: Sequence[Command]) -> int:
@@ -770,8 +755,6 @@ def read_flags(program: str, values: flags.FlagValues, argv: Sequence[str]) -> l
         raise UserError(f"--{error.flagname}: unknown flag; {meant}") from None
     except flags.Error as error:
         raise UserError(_flag_error(error)) from None
-    except UnicodeDecodeError:
-        raise UserError("--flagfile: holds no UTF-8 text; save it as UTF-8") from None
 
 
 def _flag_error(error: flags.Error) -> str:
@@ -810,9 +793,7 @@ def _check_outputs(values: flags.FlagValues, names: Sequence[str]) -> None:
 
 def check_output(flag: str, path: str) -> None:
     """Raises `UserError` unless a file can be written at `path`."""
-    from adapttoken_jax.result import real_path
-
-    target = real_path(path)
+    target = pathlib.Path(os.path.realpath(path))
     if not path or target.is_dir():
         raise UserError(f"--{flag}={path}: is a directory; name a file in it")
     if not target.parent.is_dir():

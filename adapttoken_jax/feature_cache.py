@@ -10,6 +10,8 @@ import hashlib
 import os
 import pathlib
 import sys
+import threading
+import zipfile
 
 import jax
 import numpy as np
@@ -20,6 +22,10 @@ from adapttoken_jax.result import atomic_file, library_versions
 from adapttoken_jax.video import PRESETS, Clip
 
 _VERSION = 2  # 1: pixels were normalised on the host, which rounds otherwise
+# What NumPy and zip raise for a file that was cut off, changed or is something else; zip checks a sum over each array.
+_DAMAGED = (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile)
+
+_writing = threading.Lock()
 
 
 class FeatureCache:
@@ -30,8 +36,6 @@ class FeatureCache:
     """
 
     def __init__(self, directory: str | os.PathLike, model: Model):
-        if not os.fspath(directory):
-            raise UserError("--feature_cache: names no directory")
         self._directory = pathlib.Path(directory)
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,7 @@ class Entry:
             there[slots] = True
         except FileNotFoundError:
             pass
-        except Exception as error:  # whatever NumPy, zip and Python's tokenizer make of damaged bytes
+        except (*_DAMAGED, IndexError) as error:
             print(f"{self.path}: damaged ({error}); its features are computed again", file=sys.stderr)
         return there
 
@@ -78,7 +82,8 @@ class Entry:
         """Replaces the entry by the slots that are `there`; a disk that is full costs no more than the entry."""
         slots = np.flatnonzero(there)
         try:
-            with atomic_file(self.path) as file:
+            # Two threads of one process would use the same temporary name.
+            with _writing, atomic_file(self.path) as file:
                 np.savez(file, slots=slots, features=features[slots].view(np.uint8))
         except OSError as error:
             print(f"{self.path}: not written ({error.strerror}); the features are not kept", file=sys.stderr)

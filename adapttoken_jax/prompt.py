@@ -275,10 +275,6 @@ def check_question(question: str, options: Sequence[str] | None = None) -> None:
     """Raises `UserError` for a question or options from which no prompt can be built."""
     if not question.strip():
         raise UserError("--question: the question is empty; write what you want to know about the video")
-    if isinstance(options, str):
-        raise UserError(
-            f"options: {options!r} is one text; give a list of texts for each question, None for an open one"
-        )
     options = options or ()
     if len(options) == 1:
         raise UserError("--option: one option leaves nothing to choose; give at least two, or none")

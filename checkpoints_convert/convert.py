@@ -4,7 +4,7 @@ import pathlib
 
 import jax
 
-from adapttoken_jax.config import checkpoint_directory, read_model_config
+from adapttoken_jax.config import read_model_config
 from adapttoken_jax.errors import UserError
 from checkpoints_convert import huggingface, load, orbax_checkpoint, target
 
@@ -22,7 +22,7 @@ def convert(source, target_directory, to: str = "orbax") -> None:
       UserError: a source that cannot be read, is already of format `to`, or stacks layers of different dtypes; a
         target that exists or cannot be written. Nothing is left at the target then, nor after an interruption.
     """
-    source = checkpoint_directory(source)
+    source = pathlib.Path(source)
     if to not in FORMATS:
         raise UserError(f"--to={to}: choose one of {', '.join(FORMATS)}")
     config = read_model_config(source)

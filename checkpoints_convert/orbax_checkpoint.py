@@ -5,13 +5,9 @@ orbax/                           the nested dictionary of the parameter table, e
 provenance.json                  where the weights come from
 """
 
-import concurrent.futures
 import contextlib
-import errno
-import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -51,27 +47,12 @@ def write_weights(directory: pathlib.Path, config: ModelConfig, params: dict) ->
     """Writes the `orbax` subdirectory of `write` into an existing directory."""
     tree = parameters.tree(config, dict(parameters.leaves(config, params)).__getitem__)
     chunks = parameters.tree(config, lambda p: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
-    sizes = [array.nbytes for array in jax.tree.leaves(tree)]
-    if sum(sizes) > shutil.disk_usage(directory).free:  # TensorStore fails late, in many threads, and leaves files
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with _checkpointer(max(sizes)) as checkpointer:
-        args = ocp.args.PyTreeSave(tree, chunks)
-        _to_the_end(lambda: checkpointer.save(directory.absolute() / ORBAX_DIRECTORY, args=args))
+    with _checkpointer(max(array.nbytes for array in jax.tree.leaves(tree))) as checkpointer:
+        checkpointer.save(directory.absolute() / ORBAX_DIRECTORY, args=ocp.args.PyTreeSave(tree, chunks))
     # Orbax puts the absolute path it wrote to into its marker of success; only the marker's presence means anything.
     marker = directory / ORBAX_DIRECTORY / "commit_success.txt"
     if marker.exists():
         marker.write_text("Complete.\n", encoding="utf-8")
-
-
-def _to_the_end(save: Callable[[], None]) -> None:
-    """Runs `save` in a thread: a signal is heard when it has ended, for Orbax's own threads would write on."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        future = pool.submit(save)
-        try:
-            future.result()
-        except KeyboardInterrupt:
-            concurrent.futures.wait([future])
-            raise
 
 
 def read(directory, config: ModelConfig, dtype=None, shardings: dict | None = None) -> dict:

@@ -406,21 +406,6 @@ def test_a_reader_that_leaves_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.parametrize(
-    ("where", "status", "words"),
-    [("> /dev/full", 2, "adapttoken answer: No space left on device\n"), (">&-", 0, ""), ("2>&-", 0, "")],
-)
-def test_a_stdout_that_is_full_or_closed(where, status, words):
-    line = f"{sys.executable} -m adapttoken_jax.cli answer --help {where}"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (status, words)
-
-
-def test_a_flag_file_is_text(tmp_path, capsys):
-    (tmp_path / "flags").write_bytes(b"--question=caf\xe9\n")
-    assert "--flagfile: holds no UTF-8 text" in one_line(capsys, ["answer", f"--flagfile={tmp_path / 'flags'}"])
-
-
 def test_the_program_as_a_process():
     done = subprocess_cli("answer", "--budgte=3")
     assert (done.returncode, done.stdout) == (2, "")

@@ -195,22 +195,12 @@ def test_vision_costs_the_published_flops_per_merged_token():
         ({"bottom_fraction": 1.5}, "--bottom_fraction=1.5"), ({"temperature": float("nan")}, "--temperature=nan"),
         ({"reference_layer": 4}, "--reference_layer=4"), ({"colour": 1}, "colour"),
         ({"over_selection": float("inf")}, "--over_selection=inf: must be a finite number"),
-        ({"budget": float("inf")}, "--budget=inf: must be a whole number"),
-        ({"max_frames": 2.5}, "--max_frames=2.5: must be a whole number"),
-        ({"debias": "no"}, "--debias=no: must be true or false"),
-        ({"max_answer_tokens": 2**31}, "--max_answer_tokens=2147483648: must be at most 2147483647"),
-        ({"seed": 2**63}, "--seed=9223372036854775808: must be at most"),
-        ({"sampling_temperature": 1e-7}, "--sampling_temperature=1e-07: must be 0"),
+        ({"budget": float("inf")}, "--budget=inf: must be a finite number"),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_bounds_names_its_flag(given, words):
     with pytest.raises(UserError, match=words):
         AdaptTokenConfig.for_model(small(), **given)
-
-
-def test_whole_numbers_of_any_kind_are_kept_as_python_has_them():
-    config = AdaptTokenConfig(budget=np.int64(8))
-    assert type(config.budget) is int and config.budget == 8
 
 
 def test_the_defaults_are_the_documented_ones():

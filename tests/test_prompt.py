@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.prompt import Ask, ChatTokenizer, build_prompt, check_question, parse_option, plain_ask
+from adapttoken_jax.prompt import Ask, ChatTokenizer, build_prompt, parse_option, plain_ask
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 CORPUS = ["What is the colour of the car?\nA. red\nB. blue\n", "system user assistant helpful " * 3, "Where?\n" * 5]
@@ -274,13 +274,6 @@ def test_ids_in_the_nested_config_are_checked_too(tmp_path):
     write_checkpoint(tmp_path, text_config={"vocab_size": 300}, vocab_size=None)
     with pytest.raises(UserError, match="vocab_size 300"):
         ChatTokenizer.from_directory(tmp_path)
-
-
-@pytest.mark.parametrize("options", ["red", ["red", "blue"]])
-def test_options_are_lists_of_texts(options):
-    with pytest.raises(UserError, match="options: 'red' is one text"):
-        for each in [options] if isinstance(options, str) else options:  # one entry for each question
-            check_question("Which?", each)
 
 
 def test_broken_checkpoints_are_user_errors(tmp_path):

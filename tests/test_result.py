@@ -278,17 +278,6 @@ def test_two_containers_on_one_file_system_whose_processes_have_the_same_id_do_n
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_pipe_is_written_to_under_the_name_that_the_shell_gives_it():
-    read, write = os.pipe()
-    try:
-        with atomic_file(f"/dev/fd/{write}") as file:  # a link to something like pipe:[1234], which is no path
-            file.write(b"content")
-        assert os.read(read, 100) == b"content"
-    finally:
-        os.close(read)
-        os.close(write)
-
-
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")

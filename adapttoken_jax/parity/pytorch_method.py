@@ -22,7 +22,6 @@ T slots, K slots per group, G groups (here, not query heads).
 import contextlib
 import dataclasses
 import math
-import sys
 from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
@@ -71,8 +70,6 @@ class MethodInputs:
 
 def load_model(directory) -> transformers.Qwen2_5_VLForConditionalGeneration:
     """A checkpoint directory in transformers: float32, eager attention, evaluation mode, on the CPU."""
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
         str(directory), dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )

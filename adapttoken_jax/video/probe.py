@@ -107,15 +107,12 @@ def probe(source: str | os.PathLike | Frames | VideoInfo) -> VideoInfo:
     usable timestamps (AVI, raw streams) are the frames counted by decoding them.
 
     Raises:
-      UserError: neither a path nor frames, no such file, not a video, audio only, no frames, or a file that ends before
-        its last frame.
+      UserError: no such file, not a video, audio only, no frames, or a file that ends before its last frame.
     """
     if isinstance(source, VideoInfo):
         return source
     if isinstance(source, Frames):
         return _probe_frames(source)
-    if not isinstance(source, (str, os.PathLike)):
-        raise UserError(f"video: {type(source).__name__} is neither a file's path nor Frames(images, fps)")
     path = os.fspath(source)
     with open_video(path) as (container, stream):
         packets = _scan(container, stream)
@@ -191,7 +188,7 @@ def _scan(container, stream) -> _Packets:
     # Matroska says how long the longest track is, so the others are needed to see whether the file is complete.
     tracks = container.demux() if "matroska" in _formats(container) else container.demux(stream)
     ends = {}  # of each track, in its own unit: fractions of a second would take longer than reading the packets
-    for packet in _demuxed(tracks):
+    for packet in tracks:
         track, pts = packet.stream_index, packet.pts
         if track == stream.index:
             _collect(packet, found)
@@ -199,12 +196,6 @@ def _scan(container, stream) -> _Packets:
             ends[track] = max(ends.get(track, 0), pts + (packet.duration or 0))
     found.end_s = max((float(end * container.streams[track].time_base) for track, end in ends.items()), default=0.0)
     return found
-
-
-def _demuxed(packets):
-    """The packets. PyAV fails at the very end where tracks appeared that it did not know of at the start."""
-    with contextlib.suppress(IndexError):
-        yield from packets
 
 
 def _collect(packet, found: _Packets) -> None:

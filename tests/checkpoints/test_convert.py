@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import shutil
 
 import jax
 import numpy as np
@@ -181,18 +180,6 @@ def test_bad_source_leaves_nothing_behind(tmp_path):
     with pytest.raises(UserError, match=r"missing key 'model\.norm\.weight'"):
         convert(source, tmp_path / "out")
     assert _names(tmp_path) == {"source"}
-
-
-def test_the_bundled_model_goes_by_its_name(tmp_path):
-    convert("needle", tmp_path / "out")
-    assert (tmp_path / "out" / "orbax").is_dir()
-
-
-def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda directory: shutil._ntuple_diskusage(9, 8, 1))
-    with pytest.raises(UserError, match="out: not written, the disk is full"):
-        convert(source, tmp_path / "out")
-    assert "out" not in _names(tmp_path) and not any(name.endswith(".partial") for name in _names(tmp_path))
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError, SystemExit])
