@@ -249,8 +249,8 @@ def build_prompt(
     message. `system` replaces the default system message.
 
     Raises:
-      UserError: an empty question or option, one option alone, more than 26, text that is not valid Unicode, or options
-        or a system message beside an `Ask`.
+      UserError: an empty question or option, one option alone, more than 26, options that are one text, text that is
+        not valid Unicode, or options or a system message beside an `Ask`.
     """
     if isinstance(question, Ask):
         ask = question
@@ -275,6 +275,8 @@ def check_question(question: str, options: Sequence[str] | None = None) -> None:
     """Raises `UserError` for a question or options from which no prompt can be built."""
     if not question.strip():
         raise UserError("--question: the question is empty; write what you want to know about the video")
+    if isinstance(options, str):  # a sequence of letters, each of which would become an option
+        raise UserError(f"options: {options!r} is one text; give a list of texts, and for several questions one list each")
     options = options or ()
     if len(options) == 1:
         raise UserError("--option: one option leaves nothing to choose; give at least two, or none")

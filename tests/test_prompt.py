@@ -178,6 +178,8 @@ def test_twenty_six_options_have_letters_to_z(chat):
         ("", None, "--question"),
         (" \n\t", None, "--question"),
         ("Which?", ["red"], "at least two"),
+        ("Which?", "red", "'red' is one text; give a list of texts"),
+        (Ask("Which?", options="red"), None, "'red' is one text; give a list of texts"),
         ("Which?", ["red", "  "], "option B is empty"),
         ("Which?", ["x"] * 27, "27 options"),
         ("\udcff", None, "UTF-8"),
