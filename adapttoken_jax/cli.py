@@ -793,7 +793,9 @@ def _check_outputs(values: flags.FlagValues, names: Sequence[str]) -> None:
 
 def check_output(flag: str, path: str) -> None:
     """Raises `UserError` unless a file can be written at `path`."""
-    target = pathlib.Path(os.path.realpath(path))
+    from adapttoken_jax.result import real_path
+
+    target = real_path(path)
     if not path or target.is_dir():
         raise UserError(f"--{flag}={path}: is a directory; name a file in it")
     if not target.parent.is_dir():

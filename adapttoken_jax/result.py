@@ -360,6 +360,12 @@ def _check_trace_shapes(arrays: Mapping[str, np.ndarray]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def real_path(path) -> pathlib.Path:
+    """`path` with links followed; itself where they lead to no name, as those of /dev/stdout do when it is a pipe."""
+    real = pathlib.Path(os.path.realpath(path))
+    return pathlib.Path(path) if os.path.exists(path) and not real.exists() else real
+
+
 @contextlib.contextmanager
 def atomic_file(path) -> Iterator[typing.BinaryIO]:
     """Opens a binary file that replaces `path` when the block ends well and leaves nothing behind when it does not.
@@ -369,7 +375,7 @@ def atomic_file(path) -> Iterator[typing.BinaryIO]:
     Raises:
       OSError: it cannot be written; names the file, also where the disk is full.
     """
-    path = pathlib.Path(os.path.realpath(path))
+    path = real_path(path)
     if path.exists() and not path.is_file():
         with naming(path), open(path, "wb") as file:
             yield file

@@ -246,6 +246,10 @@ def test_devices_are_outputs_too(tmp_path):
     cli.check_output("json", str(tmp_path / "new.json"))
     (tmp_path / "old.json").write_text("{}")
     cli.check_output("json", str(tmp_path / "old.json"))
+    read, write = os.pipe()
+    cli.check_output("json", f"/dev/fd/{write}")
+    os.close(read)
+    os.close(write)
 
 
 # Exit codes

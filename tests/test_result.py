@@ -314,3 +314,9 @@ def test_links_are_followed_and_pipes_written_to(tmp_path):
     with atomic_file(os.devnull) as file:
         file.write(b"x")
     assert not os.path.isfile(os.devnull)
+    read, write = os.pipe()  # the link of such a path leads to a name that no file has
+    with atomic_file(f"/dev/fd/{write}") as file:
+        file.write(b"x")
+    assert os.read(read, 2) == b"x"
+    os.close(read)
+    os.close(write)
