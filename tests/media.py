@@ -111,6 +111,17 @@ def with_audio(path, count: int = 50, seconds: float = 2.0) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def with_late_track(source, path) -> pathlib.Path:
+    """A transport stream whose last picture became a track of its own."""
+    content = bytearray(pathlib.Path(source).read_bytes())
+    track = lambda at: int.from_bytes(content[at + 1 : at + 3]) & 0x1FFF
+    begins = lambda at: content[at + 1] & 0x40
+    last = max(at for at in range(0, len(content), 188) if begins(at) and track(at) == 0x100)
+    content[last + 1 : last + 3] = (0x4200).to_bytes(2)
+    pathlib.Path(path).write_bytes(content)
+    return pathlib.Path(path)
+
+
 def song_with_cover(path) -> pathlib.Path:
     """A sound track with one picture attached, which is not a video."""
     with av.open(str(path), "w") as container:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.video.probe import Orientation, VideoInfo, open_video
+from adapttoken_jax.video.probe import Orientation, VideoInfo, open_video, to_the_end
 
 if TYPE_CHECKING:
     import av
@@ -146,7 +146,7 @@ class FrameReader:
         skips, skipping = context.name == "h264" and not counted, None
         started = not len(self._info.keyframes)
         try:
-            for packet in packets:
+            for packet in to_the_end(packets):
                 started = started or packet.is_keyframe
                 if not started:
                     continue

@@ -188,7 +188,7 @@ def _scan(container, stream) -> _Packets:
     # Matroska says how long the longest track is, so the others are needed to see whether the file is complete.
     tracks = container.demux() if "matroska" in _formats(container) else container.demux(stream)
     ends = {}  # of each track, in its own unit: fractions of a second would take longer than reading the packets
-    for packet in tracks:
+    for packet in to_the_end(tracks):
         track, pts = packet.stream_index, packet.pts
         if track == stream.index:
             _collect(packet, found)
@@ -196,6 +196,15 @@ def _scan(container, stream) -> _Packets:
             ends[track] = max(ends.get(track, 0), pts + (packet.duration or 0))
     found.end_s = max((float(end * container.streams[track].time_base) for track, end in ends.items()), default=0.0)
     return found
+
+
+def to_the_end(demuxed: Iterator) -> Iterator:
+    """The packets or frames that PyAV reads; it fails after the last where tracks came that it did not know at first.
+
+    A transport stream shows its tracks only as they come, and a damaged one may show tracks that it has not.
+    """
+    with contextlib.suppress(IndexError):
+        yield from demuxed
 
 
 def _collect(packet, found: _Packets) -> None:
@@ -257,7 +266,7 @@ def _timing(path: str, stream, pts: np.ndarray | None, packets: _Packets) -> tup
 def _count_frames(path: str) -> int:
     with open_video(path) as (container, stream):
         stream.thread_type = "AUTO"
-        return sum(1 for _ in container.decode(stream))
+        return sum(1 for _ in to_the_end(container.decode(stream)))
 
 
 def _orientation(frame: av.VideoFrame) -> Orientation:

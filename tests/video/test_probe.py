@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.video import Frames, probe
+from adapttoken_jax.video import FrameReader, Frames, probe
 from tests import media
 
 
@@ -89,6 +89,14 @@ def test_sound_of_another_length_changes_nothing(tmp_path):
         info = probe(media.with_audio(tmp_path / name, 50, seconds))
         assert info.total == 50
         assert info.duration_s == pytest.approx(2.0)
+
+
+def test_a_track_that_comes_late(tmp_path):
+    path = media.with_late_track(media.write(tmp_path / "a.ts", 50), tmp_path / "b.ts")
+    info = probe(path)
+    assert info.total == 49
+    with FrameReader(info, range(49)) as reader:
+        assert [media.read_stamp(image) for _, image in reader.read(range(49))] == list(range(49))
 
 
 def test_frames_in_memory():
