@@ -78,6 +78,14 @@ def test_an_entry_grows(model, path, cache):
     assert features_of(model, path, cache)[1] == 0
 
 
+def change_at(content, mark, offset, byte):
+    """The content with another byte so far after the first `mark`."""
+    at = content.index(mark) + offset
+    return content[:at] + bytes([byte]) + content[at + 1 :]
+
+
+_DIRECTORY = b"PK\x01\x02"  # begins an entry of the zip file's directory
+
 DAMAGES = {
     "changed byte": lambda content: (
         content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
@@ -85,6 +93,9 @@ DAMAGES = {
     "cut off": lambda content: content[: len(content) // 3],
     "empty": lambda content: b"",
     "another file": lambda content: b"not an archive at all",
+    "encrypted": lambda content: change_at(content, _DIRECTORY, 8, 1),
+    "unknown compression": lambda content: change_at(content, _DIRECTORY, 10, 99),
+    "header without an end": lambda content: change_at(content, b", }", 2, ord(" ")),
 }
 
 
