@@ -68,7 +68,7 @@ class Entry:
             there[slots] = True
         except FileNotFoundError:
             pass
-        except Exception as error:  # NumPy, zip and tokenize have many for changed bytes; zip checks a sum over each array
+        except Exception as error:  # NumPy and zip, which checks a sum over each array, have many for changed bytes
             print(f"{self.path}: damaged ({error}); its features are computed again", file=sys.stderr)
         return there
 

@@ -276,7 +276,7 @@ def check_question(question: str, options: Sequence[str] | None = None) -> None:
     if not question.strip():
         raise UserError("--question: the question is empty; write what you want to know about the video")
     if isinstance(options, str):  # a sequence of letters, each of which would become an option
-        raise UserError(f"options: {options!r} is one text; give a list of texts, and for several questions one list each")
+        raise UserError(f"options: {options!r} is one text; give a list of texts, one list per question")
     options = options or ()
     if len(options) == 1:
         raise UserError("--option: one option leaves nothing to choose; give at least two, or none")

@@ -366,12 +366,6 @@ def real_path(path) -> pathlib.Path:
     return pathlib.Path(path) if os.path.exists(path) and not real.exists() else real
 
 
-def real_path(path) -> pathlib.Path:
-    """`path` with links followed; itself where they lead to no name, as those of /dev/stdout do when it is a pipe."""
-    real = pathlib.Path(os.path.realpath(path))
-    return pathlib.Path(path) if os.path.exists(path) and not real.exists() else real
-
-
 @contextlib.contextmanager
 def atomic_file(path) -> Iterator[typing.BinaryIO]:
     """Opens a binary file that replaces `path` when the block ends well and leaves nothing behind when it does not.

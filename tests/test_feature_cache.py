@@ -79,8 +79,8 @@ def test_an_entry_grows(model, path, cache):
 
 
 def change_at(content, mark, offset, byte):
-    """The content with another byte so far after the first `mark`."""
-    at = content.index(mark) + offset
+    """The content with another byte so far after the last `mark`."""
+    at = content.rindex(mark) + offset
     return content[:at] + bytes([byte]) + content[at + 1 :]
 
 
@@ -95,7 +95,7 @@ DAMAGES = {
     "another file": lambda content: b"not an archive at all",
     "encrypted": lambda content: change_at(content, _DIRECTORY, 8, 1),
     "unknown compression": lambda content: change_at(content, _DIRECTORY, 10, 99),
-    "header without an end": lambda content: change_at(content, b", }", 2, ord(" ")),
+    "header without its end": lambda content: change_at(content, b"NUMPY", 7, 32),
 }
 
 
