@@ -394,8 +394,11 @@ def _write_report(values: flags.FlagValues, result) -> None:
 
 def _print_answer(result, as_json: bool) -> None:
     """The answer or its JSON on stdout, and one line about the run on stderr."""
-    sys.stdout.write(result.to_json() if as_json else f"{result.answer}\n")
-    sys.stdout.flush()
+    from adapttoken_jax.result import naming
+
+    with naming("stdout"):
+        sys.stdout.write(result.to_json() if as_json else f"{result.answer}\n")
+        sys.stdout.flush()
     print(summary_line(result), file=sys.stderr)
 
 
@@ -617,24 +620,35 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
 
 
 def exit_status(name: str, argv: Sequence[str], run: Callable[[], int]) -> int:
-    """Runs a program to its exit status, also where a signal, or a reader of stdout that leaves, ends it early.
+    """Runs a program to its exit status, also where a signal, a full disk or a reader of stdout that leaves ends it.
 
     Args:
       name: of the program, before what it says on stderr.
       argv: its arguments; `--debug` among them shows where a signal found it.
     """
+    # Python has None for a stream that the shell closed (`>&-`): who wants no output gets none.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    status = OK
     try:
         with Unwinding():
             status = run()
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         status = CLOSED_PIPE
+    except OSError as error:  # of stdout: the others are caught where the program runs
+        _drop(sys.stdout)
+        status = status or _fail(name, f"stdout: {error.strerror or error}")
     except KeyboardInterrupt as error:
         word, status = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
         _fail(name, word, traceback.format_exc() if "--debug" in argv else "")
     return hosts.leave(status)
+
+
+def _drop(stream) -> None:
+    """Gives a stream that cannot be written to somewhere to go: Python flushes it once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _main(argv: Sequence[str], commands: Sequence[Command]) -> int:
@@ -711,7 +725,10 @@ def _keep_compilations() -> None:
 
 def _fail(name: str, message: str, trace: str = "", status: int = USAGE) -> int:
     """Prints one line on stderr, after the traceback if there is one."""
-    print(f"{trace}{name}: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
+    try:
+        print(f"{trace}{name}: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
+    except OSError:  # the status still says it
+        _drop(sys.stderr)
     return status
 
 

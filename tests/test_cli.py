@@ -410,6 +410,37 @@ def test_a_reader_that_leaves_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize(
+    ("redirected", "status", "said"),
+    [
+        (">/dev/full", 2, "adapttoken --version: stdout: No space left on device\n"),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">/dev/full 2>/dev/full", 2, ""),
+    ],
+)
+def test_streams_that_cannot_be_written_to(redirected, status, said):
+    line = f"{sys.executable} -m adapttoken_jax.cli --version {redirected}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+@pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-", ">&- 2>&-"])
+def test_a_mistake_that_cannot_be_said_has_its_status(redirected):
+    line = f"{sys.executable} -m adapttoken_jax.cli answer --budgte=3 {redirected}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_an_answer_that_cannot_be_printed_names_stdout(monkeypatch):
+    with open("/dev/full", "w") as full, pytest.raises(OSError, match="No space left on device: 'stdout'"):
+        monkeypatch.setattr(sys, "stdout", full)
+        try:
+            cli._print_answer(make_result(), as_json=False)
+        finally:
+            cli._drop(full)
+
+
 def test_the_program_as_a_process():
     done = subprocess_cli("answer", "--budgte=3")
     assert (done.returncode, done.stdout) == (2, "")
