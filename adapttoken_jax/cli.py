@@ -627,8 +627,8 @@ def exit_status(name: str, argv: Sequence[str], run: Callable[[], int]) -> int:
       argv: its arguments; `--debug` among them shows where a signal found it.
     """
     # Python has None for a stream that the shell closed (`>&-`): who wants no output gets none.
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     status = OK
     try:
         with Unwinding():
@@ -772,6 +772,8 @@ def read_flags(program: str, values: flags.FlagValues, argv: Sequence[str]) -> l
         raise UserError(f"--{error.flagname}: unknown flag; {meant}") from None
     except flags.Error as error:
         raise UserError(_flag_error(error)) from None
+    except UnicodeDecodeError:
+        raise UserError("--flagfile: the file is not UTF-8 text; save it as UTF-8") from None
 
 
 def _flag_error(error: flags.Error) -> str:

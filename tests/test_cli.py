@@ -143,6 +143,12 @@ def test_flags_set_and_unset_switches_and_repeat_lists():
     assert values.option == ["a, b", "-5", "--"]
 
 
+def test_a_flag_file_of_another_encoding_is_one_line(capsys, tmp_path):
+    (tmp_path / "flags").write_bytes("--question=Où ?\n".encode("latin-1"))
+    line = one_line(capsys, ["answer", f"--flagfile={tmp_path / 'flags'}"])
+    assert line == "adapttoken answer: --flagfile: the file is not UTF-8 text; save it as UTF-8"
+
+
 def test_a_flag_file_sets_flags(tmp_path):
     inner, outer = tmp_path / "inner", tmp_path / "outer"
     inner.write_text("# a comment\n--budget=12\n--option=a b\n")

@@ -102,7 +102,7 @@ def write(path, entries: Sequence[ReportEntry], title: str | None = None) -> Non
     """
     page = render(entries, title)
     with atomic_file(path) as file:
-        file.write(page.encode("utf-8"))
+        file.write(page.encode("utf-8", "replace"))  # a video's name need not be UTF-8
 
 
 def render(entries: Sequence[ReportEntry], title: str | None = None) -> str:

@@ -1,5 +1,7 @@
 """`adapttoken answer --report`, from files to a file."""
 
+import os
+
 import pytest
 
 from adapttoken_jax import cli
@@ -28,6 +30,12 @@ def test_answer_writes_a_report(checkpoint, tmp_path, method, capsys):
     assert page.count("data:image/png") >= 3 and ("Group passes" in page)
     assert ("The groups as a table" in page) == (method == "lite")
     assert capsys.readouterr().out.count("\n") == 1  # the answer alone
+
+
+def test_the_name_of_a_video_need_not_be_utf_8(checkpoint, tmp_path):
+    video = media.write(tmp_path / "v.mp4", 50).rename(tmp_path / os.fsdecode(b"caf\xe9.mp4"))
+    assert answer(checkpoint, video, f"--report={tmp_path}/r.html", f"--json={tmp_path}/r.json") == 0
+    assert "caf?.mp4" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
