@@ -5,8 +5,12 @@ orbax/                           the nested dictionary of the parameter table, e
 provenance.json                  where the weights come from
 """
 
+import concurrent.futures
 import contextlib
+import errno
+import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import jax
@@ -44,11 +48,20 @@ def write(directory, config: ModelConfig, params: dict, companions=None) -> None
 
 
 def write_weights(directory: pathlib.Path, config: ModelConfig, params: dict) -> None:
-    """Writes the `orbax` subdirectory of `write` into an existing directory."""
+    """Writes the `orbax` subdirectory of `write` into an existing directory; an interruption waits for its end.
+
+    Raises:
+      OSError: too little space on the disk.
+    """
     tree = parameters.tree(config, dict(parameters.leaves(config, params)).__getitem__)
     chunks = parameters.tree(config, lambda p: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
-    with _checkpointer(max(array.nbytes for array in jax.tree.leaves(tree))) as checkpointer:
-        checkpointer.save(directory.absolute() / ORBAX_DIRECTORY, args=ocp.args.PyTreeSave(tree, chunks))
+    sizes = [array.nbytes for array in jax.tree.leaves(tree)]
+    if sum(sizes) > shutil.disk_usage(directory).free:  # Orbax fails late, in many threads with a message each
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    place, content = directory.absolute() / ORBAX_DIRECTORY, ocp.args.PyTreeSave(tree, chunks)
+    # In a thread, so that a signal is heard only when Orbax has ended: its own threads would write on.
+    with _checkpointer(max(sizes)) as checkpointer, concurrent.futures.ThreadPoolExecutor(1) as thread:
+        thread.submit(checkpointer.save, place, args=content).result()
     # Orbax puts the absolute path it wrote to into its marker of success; only the marker's presence means anything.
     marker = directory / ORBAX_DIRECTORY / "commit_success.txt"
     if marker.exists():

@@ -2,10 +2,15 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
+import signal
+import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 
@@ -189,4 +194,32 @@ def test_interruption_leaves_nothing_behind(tmp_path, interruption):
         (partial / "deep" / "file").write_text("half", encoding="utf-8")
         assert _names(tmp_path) == {partial.name}
         raise interruption
+    assert not _names(tmp_path)
+
+
+def test_an_interrupted_save_ends_before_it_is_removed(tmp_path, source, monkeypatch):
+    real, ended = ocp.Checkpointer.save, []
+
+    def save(*args, **kwargs):
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        real(*args, **kwargs)
+        ended.append(True)
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", save)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended and not _names(tmp_path)
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2000, 1000, 1000))
+    monkeypatch.setattr(ocp.Checkpointer, "save", None)
+    with pytest.raises(UserError, match="out: not written, the disk is full; free some space"):
+        convert(source, tmp_path / "out")
     assert not _names(tmp_path)
