@@ -425,7 +425,7 @@ def summary_line(result) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _CONVERT_FLAGS = (
-    Flag("source", str, "checkpoint to read", "Input", "DIR", required=True),
+    Flag("source", str, "checkpoint to read, or needle: the bundled model", "Input", "DIR", required=True),
     Flag("target", str, "directory to write; it must not exist yet", "Output", "DIR", required=True),
     Flag("to", str, "format to write", "Output", "NAME", "orbax", choices=("orbax", "huggingface")),
     _DEBUG,

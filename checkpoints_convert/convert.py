@@ -4,7 +4,7 @@ import pathlib
 
 import jax
 
-from adapttoken_jax.config import read_model_config
+from adapttoken_jax.config import checkpoint_directory, read_model_config
 from adapttoken_jax.errors import UserError
 from checkpoints_convert import huggingface, load, orbax_checkpoint, target
 
@@ -12,7 +12,7 @@ FORMATS = ("orbax", "huggingface")
 
 
 def convert(source, target_directory, to: str = "orbax") -> None:
-    """Converts the checkpoint `source` into the new directory `target_directory`.
+    """Converts the checkpoint `source`, a directory or a bundled model, into the new directory `target_directory`.
 
     The companion files are copied byte for byte, every parameter keeps its dtype and its bits, and `provenance.json`
     records the source's files by SHA-256. `lm_head.weight` of a tied checkpoint, a copy of the embedding, is dropped.
@@ -22,7 +22,7 @@ def convert(source, target_directory, to: str = "orbax") -> None:
       UserError: a source that cannot be read, is already of format `to`, or stacks layers of different dtypes; a
         target that exists or cannot be written. Nothing is left at the target then, nor after an interruption.
     """
-    source = pathlib.Path(source)
+    source = checkpoint_directory(source)
     if to not in FORMATS:
         raise UserError(f"--to={to}: choose one of {', '.join(FORMATS)}")
     config = read_model_config(source)

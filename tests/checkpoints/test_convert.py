@@ -173,6 +173,13 @@ def test_unknown_format_is_refused(tmp_path, source):
         convert(source, tmp_path / "out", to="flax")
 
 
+def test_a_bundled_model_is_a_source(tmp_path):
+    convert("needle", tmp_path / "out")
+    bundled = read_model_config("needle")
+    assert read_model_config(tmp_path / "out") == bundled
+    assert load.load_parameters(tmp_path / "out", bundled).keys() == {"text", "vision"}
+
+
 def test_missing_source_is_refused(tmp_path):
     with pytest.raises(UserError, match="absent: no such model directory"):
         convert(tmp_path / "absent", tmp_path / "out")
