@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import numbers
+import operator
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -246,12 +248,32 @@ def _switch(default: bool, *, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def _plain(field: dataclasses.Field, value):
+    """A setting as a plain Python value of its field's type: NumPy's numbers are welcome, numbers as text are not."""
+    try:
+        if field.type is int:
+            return operator.index(value)
+        if field.type is float and isinstance(value, numbers.Real):
+            return float(value)
+        if field.type is bool and value in (True, False):
+            return bool(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    if field.type is str:
+        return value
+    kind = {int: "a whole number", float: "a number", bool: "true or false"}[field.type]
+    raise UserError(f"--{field.name}={value}: must be {kind}")
+
+
+_INT32 = 2**31 - 1  # largest number of the compiled loops
+
+
 @dataclasses.dataclass(frozen=True)
 class AdaptTokenConfig:
     """Every open choice of the method. A field's name is its command-line flag and its key in `result.json`.
 
     Raises:
-      UserError: on construction, for a value outside the field's choices or bounds, or a number that is not finite.
+      UserError: on construction, for a value of another type, outside the field's choices or bounds, or not finite.
     """
 
     preset: str = _choice("qwen-vl-utils", "flexselect", "hf", help="rules for sampling, size, resizer and time ids")
@@ -289,20 +311,25 @@ class AdaptTokenConfig:
     group_positions: str = _choice("compact", "real_time", help="time ids inside a group pass")
     final_positions: str = _choice("original", "compact", help="time ids of the surviving tokens")
     stop_rule: str = _choice("groups", "rerun", help="lite: what must be certain: groups, or an answer over all so far")
-    stop_groups: int = _number(3, low=1, help="lite: certain groups needed to stop; rule rerun: groups between checks")
+    stop_groups: int = _number(
+        3, low=1, high=_INT32, help="lite: certain groups needed to stop; rule rerun: groups between checks"
+    )
     stop_entropy: float = _number(0.25, low=0.0, help="lite: an answer is certain at or below this entropy, nats")
     stop_agreement: bool = _switch(True, help="lite: the certain groups must agree on the answer")
     stop_gain: float = _number(
         0.0, low=0.0, help="lite: nats that certainty must gain over the question without the video; 0: off"
     )
-    give_up_groups: int = _number(0, low=0, help="lite: stop after this many groups without a more certain one; 0: off")
-    max_answer_tokens: int = _number(16, low=1, help="most tokens of an answer")
+    give_up_groups: int = _number(
+        0, low=0, high=_INT32, help="lite: stop after this many groups without a more certain one; 0: off"
+    )
+    max_answer_tokens: int = _number(16, low=1, high=2**20, help="most tokens of an answer")
     sampling_temperature: float = _number(0.0, low=0.0, help="temperature of the final answer; 0 is greedy")
     top_p: float = _number(1.0, low=1e-6, high=1.0, help="sample from the likeliest tokens that hold this probability")
-    seed: int = _number(0, low=0, help="seed of sampling")
+    seed: int = _number(0, low=0, high=2**63 - 1, help="seed of sampling")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(field, getattr(self, field.name)))
             value, meta = getattr(self, field.name), field.metadata
             if "choices" in meta and value not in meta["choices"]:
                 raise UserError(f"--{field.name}={value}: choose one of {', '.join(meta['choices'])}")
@@ -314,6 +341,8 @@ class AdaptTokenConfig:
                 raise UserError(f"--{field.name}={value}: must be at most {meta['high']}")
         if 0 < self.temperature_target < 1:
             raise UserError(f"--temperature_target={self.temperature_target}: must be 0 (off) or at least 1")
+        if 0 < self.sampling_temperature < 1e-6:  # logits that are divided by less leave the range of a float32
+            raise UserError(f"--sampling_temperature={self.sampling_temperature}: must be 0 (greedy) or at least 1e-06")
 
     @classmethod
     def for_model(cls, model: ModelConfig, paper: bool = False, **given) -> "AdaptTokenConfig":

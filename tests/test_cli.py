@@ -200,6 +200,11 @@ def test_a_mistake_in_the_flags_is_one_line(capsys, argv, words):
         ("compare", INPUT[:4], "--question is required"),
         ("compare", [*INPUT, "--tolerance=-1"], "--tolerance=-1: must be at least 0.0"),
         ("compare", [*INPUT, "--json=x"], "--json: unknown flag"),
+        (
+            "plan",
+            ["--model=m", "--topology=v5e:2x2", "--duration=1e300"],
+            "--duration=1e300: must be at most 1000000.0",
+        ),
     ],
 )
 def test_the_other_commands_check_their_flags(capsys, name, argv, words):

@@ -195,12 +195,27 @@ def test_vision_costs_the_published_flops_per_merged_token():
         ({"bottom_fraction": 1.5}, "--bottom_fraction=1.5"), ({"temperature": float("nan")}, "--temperature=nan"),
         ({"reference_layer": 4}, "--reference_layer=4"), ({"colour": 1}, "colour"),
         ({"over_selection": float("inf")}, "--over_selection=inf: must be a finite number"),
-        ({"budget": float("inf")}, "--budget=inf: must be a finite number"),
+        ({"budget": float("inf")}, "--budget=inf: must be a whole number"),
+        ({"max_frames": 2.5}, "--max_frames=2.5: must be a whole number"),
+        ({"fps": "4"}, "--fps=4: must be a number"),
+        ({"debias": "no"}, "--debias=no: must be true or false"),
+        ({"seed": 2**63}, "--seed=9223372036854775808: must be at most 9223372036854775807"),
+        ({"stop_groups": 2**31}, "--stop_groups=2147483648: must be at most 2147483647"),
+        ({"give_up_groups": 2**31}, "--give_up_groups=2147483648: must be at most 2147483647"),
+        ({"max_answer_tokens": 2**20 + 1}, "--max_answer_tokens=1048577: must be at most 1048576"),
+        ({"sampling_temperature": 1e-7}, "--sampling_temperature=1e-07: must be 0 .greedy. or at least"),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_bounds_names_its_flag(given, words):
     with pytest.raises(UserError, match=words):
         AdaptTokenConfig.for_model(small(), **given)
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    config = AdaptTokenConfig(budget=np.int64(8), fps=np.float32(0.5), temperature=1, debias=np.bool_(True))
+    assert [type(value) for value in (config.budget, config.fps, config.temperature)] == [int, float, float]
+    assert (config.budget, config.fps, config.temperature, config.debias) == (8, 0.5, 1.0, True)
+    jax.random.key(AdaptTokenConfig(seed=2**63 - 1).seed)
 
 
 def test_the_defaults_are_the_documented_ones():
