@@ -4,12 +4,14 @@ Each stage gets the same input on both sides (the PyTorch one's output of the st
 where it arises. The last rows run the whole method on both sides.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import transformers
 
 from adapttoken_jax import pipeline
 from adapttoken_jax.config import AdaptTokenConfig
@@ -44,6 +46,8 @@ def compare(directory, video, question: str, options, overrides: dict, tolerance
     config = AdaptTokenConfig.for_model(model.config, **overrides)
     result = pipeline.answer(model, video, question, options, config, trace=True)
     plan = pipeline.plan_run(model.config, video, config, "adapttoken")
+    if not sys.stderr.isatty():  # a bar in a log is noise
+        transformers.utils.logging.disable_progress_bar()
     torch_model = oracle.load_model(model.path)
     inputs = method_inputs(model, plan.clip, result.trace, question, options)
     rows = [_row("patches", result.trace["patches"], torch_patches(plan.clip), 1.01 * _LEVEL, relative=False)]
