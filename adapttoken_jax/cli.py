@@ -301,6 +301,7 @@ def _answer(values: flags.FlagValues) -> int:
     plan = pipeline.dry_run(values.model, values.video, settings, method, values.question, values.option)
     if values.dry_run:
         return _show_plan(values, plan) if hosts.leads() else OK
+    pipeline.check_feature_cache(values.feature_cache, bool(values.trace))
     result = _run(values, method, settings, certificate)
     if hosts.leads():
         _write_outputs(values, result)

@@ -16,7 +16,7 @@ import numpy as np
 
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.loading import Model
-from adapttoken_jax.result import atomic_file, library_versions
+from adapttoken_jax.result import atomic_file, library_versions, made_directory
 from adapttoken_jax.video import PRESETS, Clip
 
 _VERSION = 2  # 1: pixels were normalised on the host, which rounds otherwise
@@ -30,13 +30,7 @@ class FeatureCache:
     """
 
     def __init__(self, directory: str | os.PathLike, model: Model):
-        self._directory = pathlib.Path(directory)
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--feature_cache={directory}: {error.strerror}; name another directory") from None
-        if not os.access(self._directory, os.W_OK):
-            raise UserError(f"--feature_cache={directory}: cannot be written to; name another directory")
+        self._directory = made_directory("feature_cache", directory)
         if jax.process_count() > 1:
             raise UserError("--feature_cache: works on one host only; drop it")
         self._model = _model_hash(model)

@@ -127,6 +127,7 @@ def answer(
     config = AdaptTokenConfig.for_model(model.config) if config is None else config.resolve(model.config)
     prompts = [build_prompt(model.tokenizer, q, o, system) for q, o in zip(questions, choices, strict=True)]
     _check_limits(abstain_above, deadline)
+    check_feature_cache(feature_cache, trace)
     if loop not in LOOPS:
         raise UserError(f"loop={loop}: choose one of {', '.join(LOOPS)}")
     plan = plan_run(model.config, video, config, method)
@@ -147,6 +148,14 @@ def _check_limits(abstain_above: float | None, deadline: float | None) -> None:
             raise UserError(f"--{name}={value}: must be at least 0")
 
 
+def check_feature_cache(cache: str | os.PathLike | FeatureCache | None, trace: bool) -> None:
+    """Raises `UserError` for a cache that a run cannot use; makes the directory if it is missing."""
+    if cache is not None and trace:
+        raise UserError("--feature_cache: a trace needs every frame decoded; drop one of --feature_cache and --trace")
+    if cache is not None and not isinstance(cache, FeatureCache):
+        result.made_directory("feature_cache", cache)
+
+
 def slot_order(
     model: Model, plan: Plan, config: AdaptTokenConfig, method: str, deadline: float | None = None
 ) -> list[Part]:
@@ -162,10 +171,6 @@ def slot_order(
 def _open_tokens(model, plan, order, trace, cache, on_progress) -> contextlib.AbstractContextManager[VisualTokens]:
     """All tokens at once where the trace wants every array, else as they are asked for."""
     if trace:
-        if cache is not None:
-            raise UserError(
-                "--feature_cache: a trace needs every frame decoded; drop one of --feature_cache and --trace"
-            )
         return contextlib.nullcontext(encode_video(model, plan.clip, trace, on_progress))
     if cache is not None and not isinstance(cache, FeatureCache):
         cache = FeatureCache(cache, model)

@@ -401,8 +401,10 @@ def made_directory(flag: str, path) -> pathlib.Path:
     """The directory of a flag, made if missing.
 
     Raises:
-      UserError: it cannot be made or written to.
+      UserError: it has no name, or cannot be made or written to.
     """
+    if not str(path):  # which would be the current directory
+        raise UserError(f"--{flag}: the name is empty; give a directory")
     path = pathlib.Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

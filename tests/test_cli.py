@@ -586,6 +586,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path, capsys, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"feature_cache": ""}, "--feature_cache: the name is empty"),
+        ({"feature_cache": "v.mp4"}, "--feature_cache=v.mp4: File exists; choose a directory"),
+        ({"feature_cache": "c", "trace": "t.npz"}, "drop one of --feature_cache and --trace"),
+    ],
+)
+def test_the_feature_cache_is_checked_before_weights_are_loaded(inputs, capsys, monkeypatch, flags, words):
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(cli, "_run", None)
+    assert words in one_line(capsys, answer(inputs, question="Where?", **flags))
+    assert not (inputs / "c").exists()
+
+
 # Progress
 
 

@@ -201,8 +201,10 @@ def test_a_full_disk_costs_the_entry_only(tmp_path, capsys):
 
 
 def test_a_directory_that_cannot_be_used_is_refused(model, path):
-    with pytest.raises(UserError, match=r"^--feature_cache=.*a\.mp4: .*; name another directory$"):
+    with pytest.raises(UserError, match=r"^--feature_cache=.*a\.mp4: File exists; choose a directory"):
         FeatureCache(path, model)
+    with pytest.raises(UserError, match=r"^--feature_cache: the name is empty; give a directory$"):
+        FeatureCache("", model)
 
 
 def test_answers_are_the_same_from_disk(model, path, tmp_path):

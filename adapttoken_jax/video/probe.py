@@ -107,12 +107,15 @@ def probe(source: str | os.PathLike | Frames | VideoInfo) -> VideoInfo:
     usable timestamps (AVI, raw streams) are the frames counted by decoding them.
 
     Raises:
-      UserError: no such file, not a video, audio only, no frames, or a file that ends before its last frame.
+      UserError: neither a path nor frames, no such file, not a video, audio only, no frames, or a file that ends before
+        its last frame.
     """
     if isinstance(source, VideoInfo):
         return source
     if isinstance(source, Frames):
         return _probe_frames(source)
+    if not isinstance(source, str | bytes | os.PathLike):
+        raise UserError(f"video: {type(source).__name__} is no path; give one, or images as adapttoken_jax.Frames")
     path = os.fspath(source)
     with open_video(path) as (container, stream):
         packets = _scan(container, stream)

@@ -158,3 +158,8 @@ def test_mistakes_are_one_line_that_names_the_file(tmp_path):
 def test_cover_picture_is_not_a_video(tmp_path):
     with pytest.raises(UserError, match="audio only"):
         probe(media.song_with_cover(tmp_path / "song.mp4"))
+
+
+def test_images_without_a_rate_are_no_video():
+    with pytest.raises(UserError, match=r"^video: ndarray is no path; give one, or images as adapttoken_jax\.Frames$"):
+        probe(np.zeros((4, 8, 8, 3), np.uint8))
