@@ -191,6 +191,19 @@ def test_an_interrupted_log_goes_on(tmp_path):
         assert path.read_bytes() == whole
 
 
+def test_a_log_whose_first_line_was_interrupted_begins_anew_and_another_file_stays(tmp_path):
+    path = tmp_path / "log"
+    LogWriter(path, FINGERPRINT)
+    whole = path.read_bytes()
+    for cut in range(1, len(whole) + 1):
+        path.write_bytes(whole[:-cut])
+        assert LogWriter(path, FINGERPRINT).done == set() and path.read_bytes() == whole
+    path.write_text("notes")
+    with pytest.raises(UserError, match="log: damaged"):
+        LogWriter(path, FINGERPRINT)
+    assert path.read_text() == "notes"
+
+
 def test_a_log_goes_on_under_the_same_settings_only(tmp_path):
     path = tmp_path / "log"
     LogWriter(path, FINGERPRINT).append(VIDEO)

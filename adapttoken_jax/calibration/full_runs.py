@@ -155,9 +155,10 @@ class LogWriter:
     def __init__(self, path, fingerprint: Mapping[str, Any]):
         self._path = pathlib.Path(path)
         header = json.dumps({"version": LOG_VERSION, "fingerprint": fingerprint}) + "\n"
-        if not self._path.is_file() or not self._path.stat().st_size:
+        self._path.touch()
+        self._drop_partial_line(header.encode())
+        if not self._path.stat().st_size:
             self._path.write_text(header, encoding="utf-8")
-        self._drop_partial_line()
         log = read_log(self._path)
         difference = first_difference(log.fingerprint, json.loads(header)["fingerprint"])
         if difference:
@@ -169,10 +170,10 @@ class LogWriter:
         _append(self._path, video.to_json())
         self.done[video.video] = video
 
-    def _drop_partial_line(self) -> None:
-        """An interrupted `append` may have left the beginning of a line."""
+    def _drop_partial_line(self, header: bytes) -> None:
+        """An interruption may have left the beginning of a line, of the header too; any other file stays as it is."""
         content = self._path.read_bytes()
-        if not content.endswith(b"\n"):
+        if not content.endswith(b"\n") and (b"\n" in content or header.startswith(content)):
             with open(self._path, "r+b") as file:
                 file.truncate(content.rfind(b"\n") + 1)
 
