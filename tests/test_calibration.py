@@ -197,7 +197,7 @@ def test_a_log_whose_first_line_was_interrupted_begins_anew_and_another_file_sta
     whole = path.read_bytes()
     for cut in range(1, len(whole) + 1):
         path.write_bytes(whole[:-cut])
-        assert LogWriter(path, FINGERPRINT).done == set() and path.read_bytes() == whole
+        assert LogWriter(path, FINGERPRINT).done == {} and path.read_bytes() == whole
     path.write_text("notes")
     with pytest.raises(UserError, match="log: damaged"):
         LogWriter(path, FINGERPRINT)

@@ -291,16 +291,15 @@ class TextDecoder(Block):
         valid, mask = _masks(context.valid, suffixes.valid, pieces)
         spread = kernel.spread(rows, pieces, self.config)
 
-        def run(carry, index, first=0):
+        def run(carry, index, first=0, spread=spread):
             rows, kept, observed = carry
-            lay = EVERYWHERE if first else spread
-            rows = row_by_row(lay.own(split_rows(rows, kernel.mesh)))
+            rows = row_by_row(spread.own(split_rows(rows, kernel.mesh)))
             layer = gathered(self.layer(index), kernel.mesh, B)
-            h = lay.whole(rms_norm(rows, layer.norm1, self.config.eps))
+            h = spread.whole(rms_norm(rows, layer.norm1, self.config.eps))
             k, v = (_of_context_and_suffixes(x, Q, t, pieces) for x in layer.keys_and_values(h, turn))
             past, tail = zip(k, v, (valid, mask), strict=True)
             with jax.named_scope("rows"):
-                rows, q, lse = layer.read(rows, h, turn, past, tail, kernel, first, pieces, lay)
+                rows, q, lse = layer.read(rows, h, turn, past, tail, kernel, first, pieces, spread)
             if keep_layer is not None:
                 kept = jnp.where(index == keep_layer, rows[:, :s], kept)
             observed = _observe(probe, index, observed, lambda: _looks(q, past, lse, pieces, S, T))
@@ -311,7 +310,7 @@ class TextDecoder(Block):
         carry, past = jax.lax.scan(run, start_from, jnp.arange(layers.start, layers.stop - ends))
         if ends:
             rows, *seen = carry
-            carry, own = run((spread.whole(rows), *seen), last, first=s)
+            carry, own = run((spread.whole(rows), *seen), last, s, EVERYWHERE)
             past = jax.tree.map(lambda stack, more: jnp.concatenate([stack, more[None]]), past, own)
         rows, kept, observed = carry
         found = {}

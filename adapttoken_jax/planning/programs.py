@@ -129,10 +129,8 @@ def group_pass(model: Model, work: Work) -> Program:
 
 def final_pass(model: Model, work: Work) -> Program:
     """`passes.run_prompts` on the tokens that were selected, one question at a time."""
-    tokens = context_size(work.final_tokens)
-    spec = PassSpec.answering(work.config, work.config.max_answer_tokens, _END_IDS, tpu_kernel(model)).final(
-        work.config
-    )
+    tokens, config = context_size(work.final_tokens), work.config
+    spec = PassSpec.answering(config, config.max_answer_tokens, _END_IDS, tpu_kernel(model)).final(config)
     return _prompts("final", model, work, spec, 1, tokens, 1, work.questions)
 
 
