@@ -33,6 +33,8 @@ TPU_OPTIONS = {
     "xla_tpu_scoped_vmem_limit_kib": str(2**16),
     "xla_tpu_dot_dot_fusion": "false",
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
 }
 
 # Products are cuBLAS'. XLA's autotuner would take kernels of its own for some: a chunk of a 7B model's frames then took

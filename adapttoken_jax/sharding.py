@@ -202,7 +202,7 @@ def gathered(layer, mesh: Mesh | None, contexts: int):
         return layer
 
     # Gathered once for all that use them: a TPU's compiler would gather some a second time.
-    return jax.lax.optimization_barrier(_laid_out(layer, mesh))
+    return jax.tree.map(jax.lax.optimization_barrier, _laid_out(layer, mesh))
 
 
 def _laid_out(layer, mesh: Mesh, further: tuple[str, ...] = ()):

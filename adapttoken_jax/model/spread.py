@@ -4,17 +4,22 @@
 places, each would normalise and add up all rows. Each gets the sums of rows of its own instead, and they are gathered
 again before the next product: as many bytes travel, and what lies between products is shared.
 
+Nothing but attention ties rows to each other. They go through the rest of a layer in parts, so that one part travels
+while another is multiplied.
+
 Letters: P contexts or pieces of them, R rows of each.
 """
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adapttoken_jax.model.block import product
+from adapttoken_jax.model.block import product, row_by_row
 
 TILE_ROWS = 16  # of bfloat16: every place gets whole tiles
+PART_ROWS = 2048  # at most; fewer take longer to multiply by the same weights, more wait longer for the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +29,41 @@ class Spread:
     Attributes:
       mesh: the mesh; None where every place of `model` has all rows.
       axes: its axes that split P.
+      cuts: the rows at which a new part begins.
     """
 
     mesh: Mesh | None = None
     axes: tuple[str, ...] = ()
+    cuts: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, mesh: Mesh, axes: tuple[str, ...], rows: int, *split: int) -> "Spread":
         """Of so many rows; `split` are the sizes of the axes that products sum over, which `model` must divide."""
         places = mesh.shape["model"]
-        shared = places > 1 and rows % (places * TILE_ROWS) == 0 and all(size % places == 0 for size in split)
-        return cls(mesh, axes) if shared else EVERYWHERE
+        tile = places * TILE_ROWS
+        if places == 1 or rows % tile or any(size % places for size in split):
+            return EVERYWHERE
+        parts = -(-rows // PART_ROWS)
+        return cls(mesh, axes, tuple(rows // tile * part // parts * tile for part in range(1, parts)))
+
+    def split(self, tree) -> list:
+        """Arrays [P, R, ...] -> their parts."""
+        leaves, form = jax.tree.flatten(tree)
+        return [form.unflatten(part) for part in zip(*(jnp.split(x, self.cuts, 1) for x in leaves), strict=True)]
+
+    def join(self, parts):
+        """The inverse of `split`."""
+        return jax.tree.map(lambda *part: jnp.concatenate(part, 1), *parts)
+
+    def together(self, parts: list[jax.Array], first: int = 0) -> jax.Array:
+        """The rows from `first` on, all on every place, of parts [P, R, D] that lie in either way."""
+        begins = (0, *self.cuts)
+        needed = sum(cut <= first for cut in self.cuts)
+        return self.join(map(self.whole, parts[needed:]))[:, first - begins[needed] :]
 
     def own(self, x: jax.Array) -> jax.Array:
         """Rows [P, R, D] with each on one place."""
-        return self._lay(x, "model")
+        return row_by_row(x) if self.mesh is None else self._lay(x, "model")
 
     def whole(self, x: jax.Array) -> jax.Array:
         """Rows [P, R, D] with all on every place."""
@@ -59,9 +84,9 @@ class Spread:
         places = self.mesh.shape["model"]
 
         def own_sums(x, y):
-            parts = product(spec, x, y)
-            parts = parts.reshape(parts.shape[0], places, -1, parts.shape[-1])
-            return jax.lax.psum_scatter(parts, "model", scatter_dimension=1)
+            summands = product(spec, row_by_row(x), y)
+            summands = summands.reshape(summands.shape[0], places, -1, summands.shape[-1])
+            return jax.lax.psum_scatter(summands, "model", scatter_dimension=1)
 
         over = self.axes or None
         return jax.shard_map(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from adapttoken_jax.model.attention import probabilities_from_lse, two_part_attention
-from adapttoken_jax.model.block import Block, merge_axes, pad_end, product, rms_norm, row_by_row, wide_product
+from adapttoken_jax.model.block import Block, merge_axes, pad_end, product, rms_norm, wide_product
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.pieces import WHOLE, Pieces
 from adapttoken_jax.model.rotary import rotate, text_angles, turns
@@ -103,10 +103,18 @@ class TextLayer(Block):
         """Queries [..., T, N, H] of the normalised x[..., T, D], still to be rotated."""
         return product("...TD,DNH->...TNH", x, self.q_kernel[...]) + self.q_bias[...]
 
-    def keys_and_values(self, x, turn):
-        """Rotated keys and values, [..., T, K, H] each, of the normalised x[..., T, D]."""
-        k = product("...TD,DKH->...TKH", x, self.k_kernel[...]) + self.k_bias[...]
-        return rotate(k, turn), product("...TD,DKH->...TKH", x, self.v_kernel[...]) + self.v_bias[...]
+    def keys_and_values(self, x, turn, at_once=False):
+        """Rotated keys and values, [..., T, K, H] each, of the normalised x[..., T, D].
+
+        `at_once` reads x once for both, for a copy of their weights.
+        """
+        kernels = self.k_kernel[...], self.v_kernel[...]
+        if at_once:
+            both = product("...TD,DCKH->...TCKH", x, jnp.stack(kernels, 1))
+            k, v = both[..., 0, :, :], both[..., 1, :, :]
+        else:
+            k, v = (product("...TD,DKH->...TKH", x, kernel) for kernel in kernels)
+        return rotate(k + self.k_bias[...], turn), v + self.v_bias[...]
 
     def finish(self, x, mixed, spread=EVERYWHERE):
         """Adds the attention's output and the feed-forward block to the residual stream, whose rows are `spread`."""
@@ -132,18 +140,20 @@ class TextLayer(Block):
         return self.finish(x, shared_rows(mixed, kernel.mesh)), (k, v), q, lse
 
     def read(self, rows, h, turn, past, tail, kernel, first, pieces=WHOLE, spread=EVERYWHERE):
-        """The output half of one layer of `TextDecoder.read`, of the rows from `first` on; the others stay as they are.
+        """The output half of one layer of `TextDecoder.read`, of the rows from `first` on.
 
         Args:
-          rows: [P, s + Q x t, D] of contexts and suffixes, or of `pieces` of them, `spread`; h, the same normalised.
+          rows: [P, s + Q x t, D] of contexts and suffixes, or of `pieces` of them, in parts of `spread`; h: the same
+            normalised, all on every place.
           past: (k, v, valid) of the contexts, [P, S or more, K, H] and bool; what is more is not valid.
           tail: (k, v, mask) of the suffixes, [P, Q, T, K, H] and bool[P, Q, t, T].
 
         Returns:
-          The rows; the suffixes' queries [P, Q, t, N, H] and the log-sum-exp of their scores [P, Q, N, t].
+          Those rows, in parts; the suffixes' queries [P, Q, t, N, H] and the log-sum-exp of their scores [P, Q, N, t].
         """
-        own = lambda x: x[:, first:]
-        q, turn = self.queries(own(h)), jax.tree.map(own, turn)
+        if first:
+            rows, h, spread = [spread.together(rows, first)], [spread.together(h, first)], EVERYWHERE
+        q, turn = spread.join(map(self.queries, h)), jax.tree.map(lambda x: x[:, first:], turn)
         with jax.named_scope("question"):
             Q, t, T = tail[2].shape[1:]
             # The few suffixes' are rotated by themselves: of all rows nothing then needs the queries but `causal`, and
@@ -156,7 +166,8 @@ class TextLayer(Block):
         if first == 0:
             with jax.named_scope("context"):
                 mixed = kernel.causal(rotate(q, turn), *past, rest=mixed, pieces=pieces)
-        return rows.at[:, first:].set(self.finish(own(rows), mixed, spread)), asked, lse
+        finish = functools.partial(self.finish, spread=spread)
+        return list(map(finish, rows, spread.split(mixed))), asked, lse
 
 
 class TextDecoder(Block):
@@ -291,35 +302,37 @@ class TextDecoder(Block):
         valid, mask = _masks(context.valid, suffixes.valid, pieces)
         spread = kernel.spread(rows, pieces, self.config)
 
-        def run(carry, index, first=0, spread=spread):
+        def run(carry, index, first=0):
             rows, kept, observed = carry
-            rows = row_by_row(spread.own(split_rows(rows, kernel.mesh)))
+            rows = [spread.own(split_rows(part, kernel.mesh)) for part in rows]
             layer = gathered(self.layer(index), kernel.mesh, B)
-            h = spread.whole(rms_norm(rows, layer.norm1, self.config.eps))
-            k, v = (_of_context_and_suffixes(x, Q, t, pieces) for x in layer.keys_and_values(h, turn))
+            h = [spread.whole(rms_norm(part, layer.norm1, self.config.eps)) for part in rows]
+            keys_and_values = functools.partial(layer.keys_and_values, at_once=len(h) > 1)
+            new = spread.join(map(keys_and_values, h, spread.split(turn)))
+            k, v = (_of_context_and_suffixes(x, Q, t, pieces) for x in new)
             past, tail = zip(k, v, (valid, mask), strict=True)
             with jax.named_scope("rows"):
                 rows, q, lse = layer.read(rows, h, turn, past, tail, kernel, first, pieces, spread)
-            if keep_layer is not None:
-                kept = jnp.where(index == keep_layer, rows[:, :s], kept)
+            if kept is not None:
+                kept = [jnp.where(index == keep_layer, *pair) for pair in zip(rows, kept, strict=True)]
             observed = _observe(probe, index, observed, lambda: _looks(q, past, lse, pieces, S, T))
             return (rows, kept, observed), jax.tree.map(pieces.merge, (k, v)) if room else None
 
-        kept = None if keep_layer is None else rows[:, :s]
-        start_from = (rows, kept, self.unobserved(probe, (len(rows), Q, T, S)))
-        carry, past = jax.lax.scan(run, start_from, jnp.arange(layers.start, layers.stop - ends))
+        parts = list(map(spread.whole, spread.split(spread.whole(rows))))
+        start_from = (parts, None if keep_layer is None else parts, self.unobserved(probe, (len(rows), Q, T, S)))
+        in_loop = jnp.arange(layers.start, layers.stop - ends)
+        (rows, kept, observed), past = jax.lax.scan(run, start_from, in_loop)
         if ends:
-            rows, *seen = carry
-            carry, own = run((spread.whole(rows), *seen), last, s, EVERYWHERE)
+            (rows, _, observed), own = run((rows, None, observed), last, first=s)
             past = jax.tree.map(lambda stack, more: jnp.concatenate([stack, more[None]]), past, own)
-        rows, kept, observed = carry
         found = {}
         if keep_layer is not None:
-            found["kept"] = pieces.join(kept, 1)[:, :S]
+            found["kept"] = pieces.join(spread.together(kept)[:, :s], 1)[:, :S]
         if probe is not None:
             found["observed"] = jax.tree.map(pieces.merge, observed)
         if room:
             past = _left_behind(*past, pieces.merge(valid[:, : s * pieces.count]), suffixes.valid, pieces, room, layers)
+        rows = rows[0] if ends else spread.together(rows, s)
         return pieces.join(_by_suffix(rows, Q, t), 2)[:, :, :T], past, found
 
     def unobserved(self, probe, shape: tuple[int, int, int, int]):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from adapttoken_jax import sharding
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.planning.chips import Topology
+from adapttoken_jax.planning.chips import Chip, Topology
 from adapttoken_jax.planning.hlo import Cost, program_cost
 from adapttoken_jax.planning.programs import Program
 
@@ -65,8 +65,8 @@ def make_tpu_mesh(topology: Topology, shape: sharding.MeshShape) -> Mesh:
     return sharding.make_mesh(shape, slice_.devices)
 
 
-def compile_program(program: Program) -> Compiled:
-    """Compiles; a program that is too large for the chip is an answer, not an error."""
+def compile_program(program: Program, chip: Chip) -> Compiled:
+    """Compiles for such chips; a program that is too large for the chip is an answer, not an error."""
     try:
         compiled = program.lower().compile(compiler_options=dict(program.options))
     except jax.errors.JaxRuntimeError as error:
@@ -80,7 +80,7 @@ def compile_program(program: Program) -> Compiled:
         outputs=memory.output_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         peak=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
-        cost=program_cost(compiled.as_text(), program.trips, program.shares, program.visited),
+        cost=program_cost(compiled.as_text(), chip, program.trips, program.shares, program.visited),
     )
 
 

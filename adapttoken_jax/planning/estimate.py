@@ -41,8 +41,8 @@ class ProgramEstimate:
       missing: bytes by which it does not fit.
       flops: operations compiled, per chip; `model_flops` is what the model needs on all chips together.
       collectives: kind -> {"times", "bytes"} per chip and run.
-      seconds: one run: "compiler", and of this "kernels" and "collectives"; "roofline", the longest of "arithmetic",
-        "memory" and "links".
+      seconds: one run: "compiler", and of this "kernels" and "collectives", which is waiting for links; "roofline", the
+        longest of "arithmetic", "memory" and "links".
       share_of_peak: model_flops / (chips x peak x seconds by the compiler).
       limit: what the roofline is made of, and `longest`: scopes of the program with most cycles and their share.
     """
@@ -223,7 +223,7 @@ class _Planner:
         own = parameter_bytes(model, {"text": "vision", "vision": "text"}[program.absent])
         # Weights that leave no room need no compiler to say so.
         too_large = own + beside > self.topology.chip.hbm
-        compiled = Compiled(peak=own) if too_large else compile_program(program)
+        compiled = Compiled(peak=own) if too_large else compile_program(program, self.topology.chip)
         return estimate_program(program, compiled, beside, self.topology.chip, self.topology.chips)
 
     def best_mesh(self) -> tuple[MeshShape, dict[str, str]]:
@@ -301,11 +301,13 @@ def estimate_program(program: Program, compiled: Compiled, beside: int, chip: Ch
     missing, cost = max(0, memory["peak"] - chip.hbm), compiled.cost
     if cost is None:
         return ProgramEstimate(program.name, program.runs, program.groups, memory, missing)
-    links = cost.sent / chip.link
-    kernels = max(cost.kernel_flops / chip.flops, cost.kernel_bytes / chip.bandwidth)
-    bounds = {"arithmetic": cost.flops / chip.flops, "memory": cost.bytes / chip.bandwidth, "links": links}
-    total = cost.cycles / chip.clock + kernels + links
-    seconds = {"compiler": total, "kernels": kernels, "collectives": links, "roofline": max(bounds.values())}
+    bounds = {
+        "arithmetic": cost.flops / chip.flops,
+        "memory": cost.bytes / chip.bandwidth,
+        "links": cost.sent / chip.link,
+    }
+    cycles = {"compiler": cost.time, "kernels": cost.kernels, "collectives": cost.waits}
+    seconds = {name: count / chip.clock for name, count in cycles.items()} | {"roofline": max(bounds.values())}
     return ProgramEstimate(
         name=program.name,
         runs=program.runs,

@@ -3,6 +3,9 @@
 XLA's own `cost_analysis` counts the body of a loop once. Here every computation counts as often as it runs: the body of
 a `while` by its trip count, which is the constant that a scan's counter is compared with, and a branch of a
 `conditional` by the share of times that it is taken, which only the caller knows.
+
+The text is in the order in which a chip runs it. A collective that it starts and ends apart travels while it does what
+stands between; it waits for what is then still under way, and for all of any other collective. One travels at a time.
 """
 
 import dataclasses
@@ -13,10 +16,17 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from adapttoken_jax.planning.chips import Chip
+
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$", re.DOTALL)
 _SHAPE = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c\d+)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
+
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+
+# Fusions may carry a collective on while they compute; the first of them starts it, and in the last it is done.
+_FUSED_STEP = re.compile(r'custom_call_target="AsyncCollective(Start|Done)"')
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -70,24 +80,29 @@ class Cost:
 
     Attributes:
       flops: operations of matrix products and convolutions, two per multiply-add.
-      cycles: the compiler's estimate, without the collectives, which it does not estimate.
+      cycles: the compiler's estimate, without collectives and kernels (Pallas), which it does not estimate.
+      kernels: cycles of kernels at the chip's published rates.
+      waits: cycles of nothing but waiting for links.
       bytes: read from and written to memory.
       sent: bytes that leave over the busiest ICI link, one direction. Rings of more than two chips turn both ways at
         once, each with half of the bytes, as the compiler's schedules of gathers, sums and scattered sums do.
-      kernel_flops, kernel_bytes: the parts of `flops` and `bytes` that lie in kernels (Pallas), of which the compiler
-        knows nothing: none of their cycles are in `cycles`.
       collectives: kind -> (times, bytes of the results).
       by_scope: scope -> cycles.
     """
 
     flops: float = 0.0
     cycles: float = 0.0
+    kernels: float = 0.0
+    waits: float = 0.0
     bytes: float = 0.0
     sent: float = 0.0
-    kernel_flops: float = 0.0
-    kernel_bytes: float = 0.0
     collectives: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     by_scope: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def time(self) -> float:
+        """All cycles from beginning to end."""
+        return self.cycles + self.kernels + self.waits
 
     def plus(self, other: "Cost", times: float = 1.0) -> "Cost":
         """This and `times` the other."""
@@ -106,11 +121,12 @@ class Cost:
         )
 
 
-_SUMS = ("flops", "cycles", "bytes", "sent", "kernel_flops", "kernel_bytes")
+_SUMS = ("flops", "cycles", "kernels", "waits", "bytes", "sent")
 
 
 def program_cost(
     text: str,
+    chip: Chip,
     trips: Mapping[str, float] | None = None,
     shares: Mapping[str, float] | None = None,
     visited: Mapping[str, float] | None = None,
@@ -119,6 +135,7 @@ def program_cost(
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
+      chip: that it was compiled for.
       trips: last part of a loop's scope -> how often its body runs, where no constant of the program says so.
       shares: part of a conditional's scope -> share of the times that its second branch (true) is taken; else a half.
       visited: part of an attention kernel's scope -> share of the pairs of a row and a key that it computes; else all.
@@ -127,7 +144,7 @@ def program_cost(
       ValueError: a loop whose trip count is neither in the program nor given.
     """
     module, entry = parse(text)
-    return _Walk(module, trips or {}, shares or {}, visited or {}).computation(entry)
+    return _Walk(module, chip, trips or {}, shares or {}, visited or {}).computation(entry)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,15 +212,39 @@ def _shape(kind: str, dims: str, layout: str) -> Shape:
 class _Walk:
     """Adds up the instructions of a module."""
 
-    def __init__(self, module: Mapping[str, Computation], trips, shares, visited):
-        self.module, self.trips, self.shares, self.visited, self._known = module, trips, shares, visited, {}
+    def __init__(self, module: Mapping[str, Computation], chip: Chip, trips, shares, visited):
+        self.module, self.chip, self._known = module, chip, {}
+        self.trips, self.shares, self.visited = trips, shares, visited
 
     def computation(self, name: str) -> Cost:
         if name not in self._known:
-            within = self.module[name]
-            costs = (self.instruction(it, within) for it in within.values())
-            self._known[name] = functools.reduce(Cost.plus, costs, Cost())
+            self._known[name] = self.in_order(self.module[name])
         return self._known[name]
+
+    def in_order(self, instructions: Computation) -> Cost:
+        """Instructions one after the other; collectives beside them, from where they start to where they are done."""
+        total, arrives, links_free = Cost(), {}, 0.0
+        for it in instructions.values():
+            cost, (step, which) = self.instruction(it, instructions), self.step(it)
+            if step == "start" and cost.waits:
+                arrives[which] = links_free = max(total.time, links_free) + cost.waits
+                cost = dataclasses.replace(cost, waits=0.0)
+            elif step == "done" or cost.waits:
+                there = arrives.get(which, 0.0) if step == "done" else links_free
+                cost = dataclasses.replace(cost, waits=cost.waits + max(0.0, there - total.time))
+            total = total.plus(cost)
+        return total
+
+    def step(self, it: Instruction) -> tuple[str, str]:
+        """Whether something asynchronous has its "start" here or is "done", and what; ("", "") of anything else."""
+        if it.opcode == "fusion":
+            inside = " ".join(each.attributes for each in self.module[it.called("calls")].values())
+            found = _FUSED_STEP.search(inside)
+            return (found[1].lower(), _CHANNEL.search(inside)[1]) if found else ("", "")
+        kind = it.opcode.rpartition("-")[2]
+        if kind == "start":
+            return kind, it.name
+        return (kind, it.operands[0]) if kind == "done" else ("", "")
 
     def instruction(self, it: Instruction, within: Computation) -> Cost:
         if it.opcode == "while":
@@ -211,7 +252,7 @@ class _Walk:
             return Cost().plus(once, self.trip_count(it))
         if it.opcode == "conditional":
             return self.conditional(it)
-        if it.opcode in ("call", "async-start"):
+        if it.opcode in ("call", "call-start", "async-start"):
             return self.computation(it.called("to_apply") or it.called("calls"))
         if it.opcode in _FREE or it.opcode.endswith("-done"):
             return Cost()
@@ -222,15 +263,16 @@ class _Walk:
         inner = self.computation(it.called("calls")) if it.opcode == "fusion" else Cost()
         estimate = re.search(r'"estimated_cycles":"(\d+)"', it.attributes)
         cycles = float(estimate[1]) if estimate else 0.0
-        kind, size, sent = _collective(it)
+        kind, size, sent = _collective(it, within)
         moved, kernel = traffic(it, within, self.module), self.kernel_flops(it, within)
+        seconds = max(kernel / self.chip.flops, moved / self.chip.bandwidth) if kernel else 0.0
         return Cost(
             flops=product_flops(it, within) + inner.flops + kernel,
             cycles=cycles,
+            kernels=seconds * self.chip.clock,
+            waits=(sent + inner.sent) / self.chip.link * self.chip.clock,
             bytes=moved,
             sent=sent + inner.sent,
-            kernel_flops=kernel,
-            kernel_bytes=moved if kernel else 0.0,
             collectives={**inner.collectives, **({kind: (1.0, size)} if kind else {})},
             by_scope={it.scope: cycles} if cycles else {},
         )
@@ -322,17 +364,24 @@ def _products_along(data: int, kernel: int, result: int, window: Mapping[str, st
     return int(np.sum((place >= 0) & (place <= (data - 1) * spread) & (place % spread == 0)))
 
 
-def _collective(it: Instruction) -> tuple[str, float, float]:
+def _collective(it: Instruction, within: Computation) -> tuple[str, float, float]:
     """(kind, bytes of the result, bytes over the busiest link) of a collective; ("", 0, 0) of anything else."""
     kind = it.opcode.removesuffix("-start")
-    if kind not in _COLLECTIVES:
+    carried_on = "chain_id=" in it.attributes and not any(
+        "CollectiveStart" in each.attributes for each in within.values()
+    )
+    if kind not in _COLLECTIVES or carried_on:
         return "", 0.0, 0.0
     # The start of an asynchronous one returns its operand beside its result.
     size = float(max(s.bytes for s in it.shapes) if it.opcode != kind else sum(s.bytes for s in it.shapes))
     chips = group_size(it.attributes)
-    once_round = (chips - 1) / chips / (2 if chips > 2 else 1)
-    factor = {"all-reduce": 2 * once_round, "reduce-scatter": chips * once_round, "collective-permute": 1.0}
-    return kind, size, size * factor.get(kind, once_round)
+    whole = size * chips if kind == "reduce-scatter" else size
+    root = next((each for each in within.values() if each.is_root), it)
+    if kind == "all-reduce" and root.opcode == "dynamic-slice" and it.name in root.operands:
+        kind, size = "reduce-scatter", float(root.shapes[0].bytes)  # a fusion of both: a chip gets no sums but its own
+    once_round = whole * (chips - 1) / chips / (2 if chips > 2 else 1) if chips < math.inf else whole / 2
+    sent = {"all-reduce": 2 * once_round, "collective-permute": size}
+    return kind, size, sent.get(kind, once_round)
 
 
 def group_size(attributes: str) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from adapttoken_jax import parameters, sharding
 from adapttoken_jax.config import model_config
-from adapttoken_jax.model import Probe, Qwen25VL
+from adapttoken_jax.model import Probe, Qwen25VL, spread
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.spread import EVERYWHERE, Spread
 from adapttoken_jax.model.text import Rows
@@ -59,22 +59,23 @@ def read(mesh=None, keep_layer=1):
     return [np.asarray(each) for each in run(text, context, suffixes)], lowered.as_text().count("reduce_scatter")
 
 
-# The two sums of a layer of the loop. None where `model` splits nothing, or where fewer contexts than places of `fsdp`
-# leave the weights in parts.
+# The two sums of a layer of the loop, in so many parts. None where `model` splits nothing, or where fewer contexts than
+# places of `fsdp` leave the weights in parts.
 @pytest.mark.parametrize(
     ("mesh", "scattered"),
     [
-        ("data=2,model=2", 2),
-        ("data=2,model=4", 2),
-        ("data=1,model=4", 2),
-        ("fsdp=2,model=2", 2),
-        ("data=2,context=2,model=2", 2),
+        ("data=2,model=2", 6),
+        ("data=2,model=4", 6),
+        ("data=1,model=4", 6),
+        ("fsdp=2,model=2", 6),
+        ("data=2,context=2,model=2", 6),
         ("data=2,context=2,model=1", 0),
         ("fsdp=4,model=2", 0),
     ],
 )
 @pytest.mark.parametrize("keep_layer", [1, 2])
-def test_spread_rows_are_the_rows(mesh, scattered, keep_layer):
+def test_spread_rows_are_the_rows(mesh, scattered, keep_layer, monkeypatch):
+    monkeypatch.setattr(spread, "PART_ROWS", 160)
     ours, count = read(on(mesh), keep_layer)
     theirs, none = read(None, keep_layer)
     assert (count, none) == (scattered, 0)
@@ -90,17 +91,18 @@ def test_spread_rows_are_the_rows(mesh, scattered, keep_layer):
 def test_rows_are_spread_only_where_every_place_gets_whole_tiles():
     mesh = on("data=2,model=4")
     of = lambda *sizes: Spread.of(mesh, ("data",), *sizes)
-    assert of(64, 8, 96) == of(128, 4, 4) == Spread(mesh, ("data",))
+    assert of(64, 8, 96) == of(2048, 4, 4) == Spread(mesh, ("data",))
+    assert of(2048 + 64, 8, 96) == Spread(mesh, ("data",), cuts=(1024,))  # 16 and 17 tiles of four places
     assert of(63, 8, 96) == of(32, 8, 96) == of(64, 8, 98) == of(64, 6, 96) == EVERYWHERE
     assert Spread.of(on("data=8,model=1"), ("data",), 64, 8, 96) == EVERYWHERE
 
 
 def test_each_place_adds_up_its_own_rows():
     mesh = on("data=2,model=4")
-    spread = Spread(mesh, ("data",))
+    laid = Spread(mesh, ("data",))
     random = np.random.default_rng(2)
     x, y = random.normal(size=(2, 64, 8, 3)).astype(np.float32), random.normal(size=(8, 3, 5)).astype(np.float32)
-    run = jax.jit(lambda x, y: spread.sums("...TNH,NHD->...TD", x, y))
+    run = jax.jit(lambda x, y: laid.sums("...TNH,NHD->...TD", x, y))
     sums = run(x, y)
     np.testing.assert_allclose(sums, np.einsum("btnh,nhd->btd", x, y), atol=1e-5)
     assert sums.sharding.spec == jax.sharding.PartitionSpec("data", "model")
