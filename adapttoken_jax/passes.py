@@ -28,7 +28,8 @@ from adapttoken_jax.video import normalised
 # tower within 2 % of what it has with any. The compiler may also compute one product inside another, tile by tile, to
 # keep what lies between them out of memory: where arithmetic limits, that is slower. Where chips share a product it may
 # pass the parts on in rounds, which for an answer's token costs more than it hides: not below 1 MiB (7B on v5e:2x4,
-# fsdp=8: the final pass takes 0.48 s in place of 0.53).
+# fsdp=8: the final pass takes 0.48 s in place of 0.53). Sparse cores, where a chip has them, gather and add up over the
+# links while the others compute.
 TPU_OPTIONS = {
     "xla_tpu_scoped_vmem_limit_kib": str(2**16),
     "xla_tpu_dot_dot_fusion": "false",

@@ -201,7 +201,7 @@ def gathered(layer, mesh: Mesh | None, contexts: int):
     if not gathers(mesh, contexts):
         return layer
 
-    # Gathered once for all that use them: a TPU's compiler would gather some a second time.
+    # Each gathered once for all that use it: a TPU's compiler would gather some a second time.
     return jax.tree.map(jax.lax.optimization_barrier, _laid_out(layer, mesh))
 
 

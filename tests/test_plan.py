@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapttoken_jax import cli, passes, scan, sharding
+from adapttoken_jax import cli, parameters, passes, scan, sharding
 from adapttoken_jax.config import SIZES, AdaptTokenConfig, ModelConfig, TextConfig, VisionConfig
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.model.block import product
@@ -730,8 +730,28 @@ def test_places_that_split_layers_share_the_rows_between_products():
     assert cost.flops > per_cycle * (0.5 * cost.cycles + cost.kernels)
     rows = 2 * 14336 * 3584  # bytes
     times, scattered = cost.collectives["reduce-scatter"]
-    assert (times, scattered) == (3 * 2, 3 * 2 * rows / 4), "of the last layer only the question's rows are summed"
+    # In seven parts of 2048 rows; of the last layer only the question's rows are summed.
+    assert (times, scattered) == (3 * 2 * 7, 3 * 2 * rows / 4)
+    assert cost.waits < 0.5 * travelling(cost, planner), "one part travels while another is multiplied"
     assert cost.collectives["all-reduce"][1] < 0.2 * rows
+
+
+@NEEDS_LIBTPU
+def test_gathered_weights_travel_while_the_layer_computes_and_once():
+    """Four layers of the 7B model, their weights on four chips."""
+    planner, work = _four_layers("v6e:2x2")
+    group = programs.group_pass(planner.model(sharding.MeshShape(4, fsdp=True)), work)
+    cost = compiler.compile_program(group, planner.topology.chip).cost
+    layers = 2 * sum(
+        math.prod(p.shape) for p in parameters.parameters(planner.config) if p.path[:2] == ("text", "layers")
+    )
+    assert layers <= cost.collectives["all-gather"][1] < 1.1 * layers
+    assert cost.waits < 0.5 * travelling(cost, planner)
+
+
+def travelling(cost, planner):
+    """Cycles that the links are busy."""
+    return cost.sent / planner.topology.chip.link * planner.topology.chip.clock
 
 
 @NEEDS_LIBTPU

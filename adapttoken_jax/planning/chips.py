@@ -1,7 +1,7 @@
 """TPU chips and the slices of them that can be rented.
 
 Peaks and bandwidths are Google's published figures per chip (cloud.google.com/tpu/docs); memory is what the compiler of
-libtpu 0.0.52 lets a program use, from its own error for a program that is too large. An ICI link is one of a chip's
+libtpu lets a program use, from its own error for a program that is too large. An ICI link is one of a chip's
 links to its neighbours, one direction: published bidirectional bandwidth / links / 2.
 """
 

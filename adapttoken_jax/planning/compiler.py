@@ -61,7 +61,10 @@ def make_tpu_mesh(topology: Topology, shape: sharding.MeshShape) -> Mesh:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    slice_ = topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **dict(topology.chip.options))
+    options = dict(topology.chip.options)
+    if topology.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # by default a host has four, which a lone chip is not
+    slice_ = topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **options)
     return sharding.make_mesh(shape, slice_.devices)
 
 

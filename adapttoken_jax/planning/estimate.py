@@ -1,9 +1,8 @@
 """From what the compiler says to memory, seconds and the best mesh.
 
 Two estimates stand side by side. `compiler` is the compiler's own count of cycles, every loop body as often as it runs,
-plus what it does not count: kernels at the chip's published rates, and collectives on their links, as if nothing
-overlapped. `roofline` is the least that the published rates allow: the longest of arithmetic, memory traffic and links,
-as if everything overlapped.
+plus what it does not count: kernels at the chip's published rates, and waiting for links. `roofline` is the least that
+the published rates allow: the longest of arithmetic, memory traffic and links, as if everything overlapped.
 """
 
 import collections
