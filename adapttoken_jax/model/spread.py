@@ -47,7 +47,7 @@ class Spread:
         return cls(mesh, axes, tuple(rows // tile * part // parts * tile for part in range(1, parts)))
 
     def split(self, tree) -> list:
-        """Arrays [P, R, ...] -> their parts."""
+        """A tree of arrays [P, R, ...] -> one for each part of the rows."""
         leaves, form = jax.tree.flatten(tree)
         return [form.unflatten(part) for part in zip(*(jnp.split(x, self.cuts, 1) for x in leaves), strict=True)]
 
@@ -62,7 +62,7 @@ class Spread:
         return self.join(map(self.whole, parts[needed:]))[:, first - begins[needed] :]
 
     def own(self, x: jax.Array) -> jax.Array:
-        """Rows [P, R, D] with each on one place."""
+        """Rows [P, R, D] with each on one place; where they are not spread, row by row in memory."""
         return row_by_row(x) if self.mesh is None else self._lay(x, "model")
 
     def whole(self, x: jax.Array) -> jax.Array:

@@ -318,6 +318,7 @@ class TextDecoder(Block):
             observed = _observe(probe, index, observed, lambda: _looks(q, past, lse, pieces, S, T))
             return (rows, kept, observed), jax.tree.map(pieces.merge, (k, v)) if room else None
 
+        # Cut before they are spread: places would pass on to each other what is another's by the cuts.
         parts = list(map(spread.whole, spread.split(spread.whole(rows))))
         start_from = (parts, None if keep_layer is None else parts, self.unobserved(probe, (len(rows), Q, T, S)))
         in_loop = jnp.arange(layers.start, layers.stop - ends)
