@@ -693,10 +693,11 @@ def _four_layers(topology):
 
 
 @NEEDS_LIBTPU
-def test_pieces_of_a_group_pass_on_keys_and_values_alone():
+@pytest.mark.parametrize(("slice_", "mesh"), [("v6e:2x2", "context=4"), ("v5p:2x2x2", "data=2,context=4")])
+def test_pieces_of_a_group_pass_on_keys_and_values_alone(slice_, mesh):
     """Four layers of the 7B model, a group on four chips."""
-    planner, work = _four_layers("v6e:2x2")
-    shape = sharding.MeshShape.parse("context=4")
+    planner, work = _four_layers(slice_)
+    shape = sharding.MeshShape.parse(mesh)
     model = planner.model(shape)
     group = next(p for p in programs.programs(model, work) if p.name == "group")
     sent = planner.estimate(group, shape, model).collectives

@@ -27,13 +27,15 @@ class Spread:
     """How rows [P, R, D] lie between products; hashable.
 
     Attributes:
-      mesh: the mesh; None where every place of `model` has all rows.
+      mesh: the mesh; None for one device, and where the compiler may lay them as it likes.
       axes: its axes that split P.
+      over: its axes that split R; none where every place of `model` has all rows.
       cuts: the rows at which a new part begins.
     """
 
     mesh: Mesh | None = None
     axes: tuple[str, ...] = ()
+    over: tuple[str, ...] = ()
     cuts: tuple[int, ...] = ()
 
     @classmethod
@@ -42,9 +44,9 @@ class Spread:
         places = mesh.shape["model"]
         tile = places * TILE_ROWS
         if places == 1 or rows % tile or any(size % places for size in split):
-            return EVERYWHERE
+            return cls(mesh, axes)
         parts = -(-rows // PART_ROWS)
-        return cls(mesh, axes, tuple(rows // tile * part // parts * tile for part in range(1, parts)))
+        return cls(mesh, axes, ("model",), tuple(rows // tile * part // parts * tile for part in range(1, parts)))
 
     def split(self, tree) -> list:
         """A tree of arrays [P, R, ...] -> one for each part of the rows."""
@@ -62,24 +64,25 @@ class Spread:
         return self.join(map(self.whole, parts[needed:]))[:, first - begins[needed] :]
 
     def own(self, x: jax.Array) -> jax.Array:
-        """Rows [P, R, D] with each on one place; where they are not spread, row by row in memory."""
-        return row_by_row(x) if self.mesh is None else self._lay(x, "model")
+        """Rows [P, R, D] with each on one place, if they are spread, and row by row in memory."""
+        if self.mesh is None:
+            return row_by_row(x)
+        # By hand: a TPU's compiler may take an array whose layout is asked for to all places of the mesh.
+        lie = PartitionSpec(self.axes or None, self.over or None)
+        return jax.shard_map(row_by_row, mesh=self.mesh, in_specs=lie, out_specs=lie, check_vma=False)(x)
 
     def whole(self, x: jax.Array) -> jax.Array:
         """Rows [P, R, D] with all on every place."""
-        return self._lay(x, None)
-
-    def _lay(self, x, rows):
-        if self.mesh is None:
+        if not self.over:
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.axes or None, rows)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.axes or None, None)))
 
     def sums(self, spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """`product` of x[P, R, split, ...] and y[split, ..., D], whose axis `split` lies on `model`: its `own` rows.
 
         By hand: left to itself the compiler sums all rows on all places first, in rounds of their own number of rows.
         """
-        if self.mesh is None:
+        if not self.over:
             return product(spec, x, y)
         places = self.mesh.shape["model"]
 
@@ -88,10 +91,10 @@ class Spread:
             summands = summands.reshape(summands.shape[0], places, -1, summands.shape[-1])
             return jax.lax.psum_scatter(summands, "model", scatter_dimension=1)
 
-        over = self.axes or None
+        axes = self.axes or None
         return jax.shard_map(
-            own_sums, mesh=self.mesh, in_specs=(PartitionSpec(over, None, "model"), PartitionSpec("model")),
-            out_specs=PartitionSpec(over, "model"), check_vma=False,
+            own_sums, mesh=self.mesh, in_specs=(PartitionSpec(axes, None, "model"), PartitionSpec("model")),
+            out_specs=PartitionSpec(axes, "model"), check_vma=False,
         )(x, y)  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from adapttoken_jax import parameters, sharding
 from adapttoken_jax.config import model_config
 from adapttoken_jax.model import Probe, Qwen25VL, spread
 from adapttoken_jax.model.kernels import XLA, Kernel
-from adapttoken_jax.model.spread import EVERYWHERE, Spread
+from adapttoken_jax.model.spread import Spread
 from adapttoken_jax.model.text import Rows
 from tests import tiny
 
@@ -91,15 +91,16 @@ def test_spread_rows_are_the_rows(mesh, scattered, keep_layer, monkeypatch):
 def test_rows_are_spread_only_where_every_place_gets_whole_tiles():
     mesh = on("data=2,model=4")
     of = lambda *sizes: Spread.of(mesh, ("data",), *sizes)
-    assert of(64, 8, 96) == of(2048, 4, 4) == Spread(mesh, ("data",))
-    assert of(2048 + 64, 8, 96) == Spread(mesh, ("data",), cuts=(1024,))  # 16 and 17 tiles of four places
-    assert of(63, 8, 96) == of(32, 8, 96) == of(64, 8, 98) == of(64, 6, 96) == EVERYWHERE
-    assert Spread.of(on("data=8,model=1"), ("data",), 64, 8, 96) == EVERYWHERE
+    assert of(64, 8, 96) == of(2048, 4, 4) == Spread(mesh, ("data",), ("model",))
+    assert of(2048 + 64, 8, 96) == Spread(mesh, ("data",), ("model",), cuts=(1024,))  # 16 and 17 tiles of four places
+    assert of(63, 8, 96) == of(32, 8, 96) == of(64, 8, 98) == of(64, 6, 96) == Spread(mesh, ("data",))
+    mesh = on("data=8,model=1")
+    assert of(64, 8, 96) == Spread(mesh, ("data",))
 
 
 def test_each_place_adds_up_its_own_rows():
     mesh = on("data=2,model=4")
-    laid = Spread(mesh, ("data",))
+    laid = Spread(mesh, ("data",), ("model",))
     random = np.random.default_rng(2)
     x, y = random.normal(size=(2, 64, 8, 3)).astype(np.float32), random.normal(size=(8, 3, 5)).astype(np.float32)
     run = jax.jit(lambda x, y: laid.sums("...TNH,NHD->...TD", x, y))
