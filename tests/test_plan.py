@@ -693,9 +693,9 @@ def _four_layers(topology):
 
 
 @NEEDS_LIBTPU
-@pytest.mark.parametrize(("slice_", "mesh"), [("v6e:2x2", "context=4"), ("v5p:2x2x2", "data=2,context=4")])
+@pytest.mark.parametrize(("slice_", "mesh"), [("v6e:2x2", "context=4"), ("v5p:4x8x8", "data=32,context=8")])
 def test_pieces_of_a_group_pass_on_keys_and_values_alone(slice_, mesh):
-    """Four layers of the 7B model, a group on four chips."""
+    """Four layers of the 7B model, a group on four or eight chips."""
     planner, work = _four_layers(slice_)
     shape = sharding.MeshShape.parse(mesh)
     model = planner.model(shape)
