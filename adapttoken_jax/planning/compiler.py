@@ -83,8 +83,16 @@ def compile_program(program: Program, chip: Chip) -> Compiled:
         outputs=memory.output_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         peak=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
-        cost=program_cost(compiled.as_text(), chip, program.trips, program.shares, program.visited),
+        cost=program_cost(_text(compiled), chip, program.trips, program.shares, program.visited),
     )
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        found = " with ".join(f"{name} {version}" for name, version in versions().items())
+        raise UserError(f"plan: {found}: they do not belong together; run: pip install 'jax[tpu]'") from error
 
 
 def needed_bytes(message: str) -> int:
