@@ -296,9 +296,8 @@ class TextDecoder(Block):
         context = _in_runs(context, pieces, kernel.run)
         suffixes = _in_runs(suffixes, pieces, functools.partial(kernel.suffix_run, questions=Q))
         s, t = (rows.valid.shape[-1] // pieces.count for rows in (context, suffixes))
-        rows = jnp.concatenate([pieces.cut(context.x, 1), merge_axes(pieces.cut(suffixes.x, 2), 1)], 1)
-        later = pieces.cut(jnp.swapaxes(suffixes.position_ids, 1, 2), 3)
-        turn = self.turns(jnp.concatenate([pieces.cut(context.position_ids, 2), merge_axes(later, 2)], 2))
+        rows, position_ids = _side_by_side(context, suffixes, pieces)
+        turn = self.turns(position_ids)
         valid, mask = _masks(context.valid, suffixes.valid, pieces)
         spread = kernel.spread(rows, pieces, self.config)
 
@@ -356,6 +355,13 @@ def _in_runs(rows: Rows, pieces: Pieces, run: Callable[[int], int]) -> Rows:
         return rows
     length = rows.valid.shape[-1]
     return rows.padded(pieces.runs * run(-(-length // pieces.runs)) - length)
+
+
+def _side_by_side(context: Rows, suffixes: Rows, pieces: Pieces) -> tuple[jax.Array, jax.Array]:
+    """Rows [P, s + Q x t, D] of contexts and then their suffixes, and position ids [P, 3, s + Q x t]."""
+    rows = [pieces.cut(context.x, 1), merge_axes(pieces.cut(suffixes.x, 2), 1)]
+    later = pieces.cut(jnp.swapaxes(suffixes.position_ids, 1, 2), 3)
+    return jnp.concatenate(rows, 1), jnp.concatenate([pieces.cut(context.position_ids, 2), merge_axes(later, 2)], 2)
 
 
 def _masks(context_valid, suffix_valid, pieces: Pieces) -> tuple[jax.Array, jax.Array]:

@@ -379,7 +379,7 @@ def _collective(it: Instruction, within: Computation) -> tuple[str, float, float
     root = next((each for each in within.values() if each.is_root), it)
     if kind == "all-reduce" and root.opcode == "dynamic-slice" and it.name in root.operands:
         kind, size = "reduce-scatter", float(root.shapes[0].bytes)  # a fusion of both: a chip gets no sums but its own
-    once_round = whole * (chips - 1) / chips / (2 if chips > 2 else 1) if chips < math.inf else whole / 2
+    once_round = whole * (1 - 1 / chips) / (2 if chips > 2 else 1)
     sent = {"all-reduce": 2 * once_round, "collective-permute": size}
     return kind, size, sent.get(kind, once_round)
 
