@@ -204,8 +204,8 @@ class RunFiles:
     def _whole_videos(self, videos: Sequence[Video]) -> dict[str, dict]:
         """Samples of the videos whose every question has one."""
         found = read_all(self._directory, "samples")
-        ids = [{item.id for _, item in video.questions} for video in videos]
-        return {name: found[name] for own in ids if own <= found.keys() for name in own}
+        ids = [[item.id for _, item in video.questions] for video in videos]
+        return {name: found[name] for own in ids if found.keys() >= {*own} for name in own}
 
     def has(self, video: Video) -> bool:
         """Whether all questions of a video are answered."""
