@@ -14,16 +14,10 @@ Design decisions:
 
 import dataclasses
 import difflib
-import errno
-import json
-import math
 import os
 import pathlib
-import shutil
 import sys
-import textwrap
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -31,164 +25,31 @@ from absl import flags
 from adapttoken_jax import config as configs
 from adapttoken_jax import hosts
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.signals import Terminated, Unwinding
-
-OK, DIFFERENT, USAGE, INTERNAL, INTERRUPTED, CLOSED_PIPE, TERMINATED = 0, 1, 2, 3, 130, 141, 143
-
-PROGRAM = "adapttoken"
+from adapttoken_jax.terminal import (
+    DIFFERENT,
+    OK,
+    PROGRAM,
+    Command,
+    Flag,
+    aligned,
+    check_output,
+    check_outputs,
+    check_required,
+    exit_status,
+    fail,
+    failed,
+    given_settings,
+    help_text,
+    overview,
+    parse,
+    setting_flags,
+    table,
+    write_json,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Flags
+# Flags that several commands have
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Number(flags.ArgumentParser):
-    """A finite number between two bounds, either of which may be None."""
-
-    def __init__(self, kind: type, low=None, high=None):
-        self._kind, self._low, self._high = kind, low, high
-
-    def parse(self, argument):
-        try:
-            value = self._kind(argument)
-        except ValueError:
-            raise ValueError(f"must be a {'whole ' if self._kind is int else ''}number") from None
-        if not math.isfinite(value):
-            raise ValueError("must be a finite number")
-        if self._low is not None and value < self._low:
-            raise ValueError(f"must be at least {self._low}")
-        if self._high is not None and value > self._high:
-            raise ValueError(f"must be at most {self._high}")
-        return value
-
-
-class _Choice(flags.ArgumentParser):
-    """One of a few words."""
-
-    def __init__(self, choices: Sequence[str]):
-        self._choices = tuple(choices)
-
-    def parse(self, argument):
-        if argument not in self._choices:
-            raise ValueError(f"choose one of {', '.join(self._choices)}")
-        return argument
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """One flag. `kind` is str, int, float, bool or list (a text that may be repeated); not given means `default`.
-
-    `metavar` stands for the value in the help text, and `shown_default` for a default that is not a value.
-    """
-
-    name: str
-    kind: type
-    help: str
-    section: str
-    metavar: str = ""
-    default: Any = None
-    required: bool = False
-    choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    shown_default: str = ""
-
-    def define(self, values: flags.FlagValues) -> None:
-        """Adds the flag to a command's flags."""
-        if self.kind is bool:
-            flags.DEFINE_boolean(self.name, self.default, self.help, flag_values=values)
-        elif self.kind is list:
-            flags.DEFINE_multi_string(self.name, self.default, self.help, flag_values=values)
-        elif self.choices:
-            flags.DEFINE(_Choice(self.choices), self.name, self.default, self.help, flag_values=values)
-        elif self.kind in (int, float):
-            parser = _Number(self.kind, self.low, self.high)
-            flags.DEFINE(parser, self.name, self.default, self.help, flag_values=values)
-        else:
-            flags.DEFINE_string(self.name, self.default, self.help, flag_values=values)
-
-    def usage(self) -> str:
-        """The flag as the help text's left column shows it."""
-        if self.kind is bool:
-            return f"--[no]{self.name}" if self.shown_default == "true" else f"--{self.name}"
-        return f"--{self.name} {self.metavar or self.kind.__name__.upper()}"
-
-    def description(self) -> str:
-        """The flag as the help text's right column shows it."""
-        if self.required:
-            return f"{self.help} (required)"
-        choices = f": {', '.join(self.choices)}" if self.choices else ""
-        default = self.shown_default or (_shown(self.default) if self.default not in (None, False) else "")
-        return f"{self.help}{choices}{f' (default {default})' if default else ''}"
-
-
-# The sections of the help text for the method's settings; a field that is in none of them goes to the last.
-_SECTIONS = {
-    "Sampling the video": ("preset", "fps", "max_frames", "max_pixels", "mrope"),
-    "Groups": ("slots_per_group", "group_order", "group_positions", "keep_after_reference"),
-    "Relevance of a token": ("reference_layer", "relevance_heads", "relevance_text", "relevance_queries", "debias"),
-    "Certainty of a group and its budget": (
-        "certainty",
-        "bottom_fraction",
-        "temperature",
-        "temperature_target",
-        "min_tokens_per_group",
-        "budget",
-        "over_selection",
-        "coverage",
-    ),
-    "Redundancy": ("similarity", "proximity", "proximity_scale"),
-    "Stopping early (lite)": (
-        "stop_rule",
-        "stop_groups",
-        "stop_entropy",
-        "stop_agreement",
-        "stop_gain",
-        "give_up_groups",
-    ),
-    "Final answer": ("final_positions", "max_answer_tokens", "sampling_temperature", "top_p", "seed"),
-    "Other settings": (),
-}
-
-
-def _setting_flag(field: dataclasses.Field) -> Flag:
-    """The flag of one field of `AdaptTokenConfig`."""
-    section = next((name for name, fields in _SECTIONS.items() if field.name in fields), list(_SECTIONS)[-1])
-    shown = _shown(field.default)
-    if field.name in set().union(*configs.MODEL_PRESETS.values()) and field.default != -1:
-        shown = f"the model's preset, else {shown}"
-    bounds = {key: field.metadata.get(key) for key in ("low", "high")}
-    return Flag(
-        field.name,
-        type(field.default),
-        field.metadata["help"],
-        section,
-        metavar={int: "N", float: "X", str: "NAME"}.get(type(field.default), ""),
-        choices=field.metadata.get("choices", ()),
-        shown_default=shown,
-        **bounds,
-    )
-
-
-def _shown(default) -> str:
-    if isinstance(default, bool):
-        return str(default).lower()
-    return f"{default:g}" if isinstance(default, float) else str(default)
-
-
-_PAPER = Flag("paper", bool, "the paper's values where the model's preset has others", "Method")
-
-
-def setting_flags() -> tuple[Flag, ...]:
-    """One flag per field of `AdaptTokenConfig`, not given by default, and `--paper`."""
-    return (*(_setting_flag(field) for field in dataclasses.fields(configs.AdaptTokenConfig)), _PAPER)
-
-
-def given_settings(values: flags.FlagValues) -> dict[str, Any]:
-    """The settings that the user wrote."""
-    names = [*(field.name for field in dataclasses.fields(configs.AdaptTokenConfig)), _PAPER.name]
-    return {name: values[name].value for name in names if values[name].value is not None}
-
 
 _DEBUG = Flag("debug", bool, "show a traceback with an error", "General")
 _MODEL = Flag(
@@ -291,7 +152,7 @@ def _answer(values: flags.FlagValues) -> int:
     """`adapttoken answer`. What can be wrong is checked before weights are loaded."""
     method = _method(values)
     if hosts.leads():
-        _check_outputs(values, ("json", "report", "trace"))
+        check_outputs(values, ("json", "report", "trace"))
     if values.question is None and not values.dry_run:
         raise UserError("--question is required: what to ask about the video")
     from adapttoken_jax import pipeline
@@ -339,7 +200,7 @@ def _certificate(values: flags.FlagValues, method: str, settings: Mapping[str, A
 
 
 def _show_plan(values: flags.FlagValues, plan: Mapping[str, Any]) -> int:
-    _write_json(values.json, plan)
+    write_json(values.json, plan)
     if values.json != "-":
         sys.stdout.write(aligned(plan))
     return OK
@@ -504,7 +365,7 @@ def _plan(values: flags.FlagValues) -> int:
         video_size=command.parse_size(values.video_size), duration=values.duration, questions=values.questions,
         question_tokens=values.question_tokens, on_progress=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
-    _write_json(values.json, command.as_json(plan))
+    write_json(values.json, command.as_json(plan))
     if values.json != "-":
         lines = [command.summary(plan), *(command.details(program) for program in plan.programs)]
         sys.stdout.write(f"{aligned(lines[0])}\n{table(command.rows(plan))}")
@@ -512,18 +373,6 @@ def _plan(values: flags.FlagValues) -> int:
     if plan.advice:
         print(f"{PROGRAM} plan: {plan.advice}", file=sys.stderr)
     return OK if plan.fits else DIFFERENT
-
-
-def _write_json(target: str | None, content: Mapping[str, Any]) -> None:
-    """Writes JSON where `--json` says: to a file, to stdout for "-", nowhere for None."""
-    from adapttoken_jax.result import atomic_file, plain_json
-
-    text = json.dumps(plain_json(content), indent=2) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-    elif target:
-        with atomic_file(target) as file:
-            file.write(text.encode("utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -595,16 +444,6 @@ def _evaluate(values: flags.FlagValues) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """One command: its name, what it does in a line, its flags, and the function that runs it and gives a status."""
-
-    name: str
-    summary: str
-    flags: tuple[Flag, ...]
-    run: Callable[[flags.FlagValues], int]
-
-
 COMMANDS = (
     Command("demo", "answers questions about a generated video", _DEMO_FLAGS, _demo),
     Command("answer", "answers a question about a video", _ANSWER_FLAGS, _answer),
@@ -621,38 +460,6 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     return exit_status(" ".join([PROGRAM, *argv[:1]]), argv, lambda: _main(argv, commands))
 
 
-def exit_status(name: str, argv: Sequence[str], run: Callable[[], int]) -> int:
-    """Runs a program to its exit status, also where a signal, a full disk or a reader of stdout that leaves ends it.
-
-    Args:
-      name: of the program, before what it says on stderr.
-      argv: its arguments; `--debug` among them shows where a signal found it.
-    """
-    # Python has None for a stream that the shell closed (`>&-`): who wants no output gets none.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    status = OK
-    try:
-        with Unwinding():
-            status = run()
-            sys.stdout.flush()
-    except BrokenPipeError:
-        _drop(sys.stdout)
-        status = CLOSED_PIPE
-    except OSError as error:  # of stdout: the others are caught where the program runs
-        _drop(sys.stdout)
-        status = status or _fail(name, f"stdout: {error.strerror or error}")
-    except KeyboardInterrupt as error:
-        word, status = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
-        _fail(name, word, traceback.format_exc() if "--debug" in argv else "")
-    return hosts.leave(status)
-
-
-def _drop(stream) -> None:
-    """Gives a stream that cannot be written to somewhere to go: Python flushes it once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
 def _main(argv: Sequence[str], commands: Sequence[Command]) -> int:
     known = {command.name: command for command in commands}
     if not argv or argv[0] in ("--help", "-h", "help"):
@@ -662,7 +469,7 @@ def _main(argv: Sequence[str], commands: Sequence[Command]) -> int:
         print(f"{PROGRAM} {_version()}")
         return OK
     if argv[0] not in known:
-        return _fail(PROGRAM, f"{_unknown_command(argv[0], known)}; see {PROGRAM} --help")
+        return fail(PROGRAM, f"{_unknown_command(argv[0], known)}; see {PROGRAM} --help")
     return _run_command(known[argv[0]], argv[1:])
 
 
@@ -683,33 +490,12 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
         if values.help:
             sys.stdout.write(help_text(command))
             return OK
-        _check_required(command, values)
+        check_required(command, values)
         _keep_compilations()
         _join(name, values)
         return command.run(values)
     except Exception as error:
         return failed(name, error, debug)
-
-
-def failed(name: str, error: Exception, debug: bool) -> int:
-    """Says in one line what went wrong, after the traceback with `debug`; to be called where `error` was caught.
-
-    Returns:
-      The exit status. A `BrokenPipeError` is raised again: `exit_status` knows what it means.
-    """
-    trace = traceback.format_exc() if debug else ""
-    if isinstance(error, BrokenPipeError):
-        raise error
-    if isinstance(error, UserError):
-        return _fail(name, str(error), trace)
-    if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
-        return _fail(name, f"{place}{error.strerror or error}", trace)
-    if hosts.lost(error) and not debug:
-        hosts.end(name)
-    first_line = str(error).strip().partition("\n")[0]
-    hint = "" if debug else " (run again with --debug for a traceback)"
-    return _fail(name, f"internal error: {type(error).__name__}: {first_line}{hint}", trace, status=INTERNAL)
 
 
 def _join(name: str, values: flags.FlagValues) -> None:
@@ -725,15 +511,6 @@ def _keep_compilations() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
-def _fail(name: str, message: str, trace: str = "", status: int = USAGE) -> int:
-    """Prints one line on stderr, after the traceback if there is one."""
-    try:
-        print(f"{trace}{name}: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
-    except OSError:  # the status still says it
-        _drop(sys.stderr)
-    return status
-
-
 def _version() -> str:
     import importlib.metadata  # a third of the start-up time, and nothing else needs it
 
@@ -741,167 +518,6 @@ def _version() -> str:
         return importlib.metadata.version("adapttoken-jax")
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def parse(command: Command, argv: Sequence[str]) -> flags.FlagValues:
-    """The command's flags, read from the arguments after its name and from the files that `--flagfile` names.
-
-    Raises:
-      UserError: an unknown flag, a bad or missing value, a flag file that cannot be read, or a word that is no flag.
-    """
-    values = flags.FlagValues()
-    for flag in command.flags:
-        flag.define(values)
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    words = read_flags(f"{PROGRAM} {command.name}", values, argv)
-    if words:
-        raise UserError(f"{words[0]!r} belongs to no flag; put quotes around values with spaces")
-    return values
-
-
-def read_flags(program: str, values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
-    """Reads a program's flags from its arguments; the words among these that belong to no flag.
-
-    Raises:
-      UserError: an unknown flag, a bad or missing value, or a flag file that cannot be read.
-    """
-    values.set_gnu_getopt(True)
-    try:
-        return values([program, *argv])[1:]
-    except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, list(values), 1)
-        meant = f"did you mean --{near[0]}?" if near else f"see {program} --help"
-        raise UserError(f"--{error.flagname}: unknown flag; {meant}") from None
-    except flags.Error as error:
-        raise UserError(_flag_error(error)) from None
-    except UnicodeDecodeError:
-        raise UserError("--flagfile: the file is not UTF-8 text; save it as UTF-8") from None
-
-
-def _flag_error(error: flags.Error) -> str:
-    """absl's message in our words."""
-    text = str(error)
-    if isinstance(error, flags.CantOpenFlagFileError):
-        reason, _, path = text.partition("] ")[2].partition(": ")
-        return f"--flagfile={path.strip(chr(39))}: {reason}"
-    if text.startswith("Missing value for flag "):
-        return f"{text.removeprefix('Missing value for flag ')}: a value must follow"
-    if "Non-boolean argument" in text:
-        return f"{text.removeprefix('flag ').partition(':')[0]}: must be true or false"
-    if text.endswith(" must have a value other than None."):
-        return f"{text.removeprefix('flag ').partition('=')[0]} is required"
-    return text.removeprefix("flag ")
-
-
-def _check_required(command: Command, values: flags.FlagValues) -> None:
-    for flag in command.flags:
-        if flag.required and not values[flag.name].value:
-            raise UserError(f"--{flag.name} is required: {flag.help}")
-
-
-def _check_outputs(values: flags.FlagValues, names: Sequence[str]) -> None:
-    """Refuses, before any work, a file that could not be written at its end, or that would replace another."""
-    taken = {os.path.realpath(values.video): "--video"}
-    for name in names:
-        path = values[name].value
-        if path is None or (name == "json" and path == "-"):
-            continue
-        check_output(name, path)
-        other = taken.setdefault(os.path.realpath(path), f"--{name}")
-        if other != f"--{name}":
-            raise UserError(f"--{name}={path}: the same file as {other}; choose another")
-
-
-def check_output(flag: str, path: str) -> None:
-    """Raises `UserError` unless a file can be written at `path`."""
-    from adapttoken_jax.result import real_path
-
-    target = real_path(path)
-    if not path or target.is_dir():
-        raise UserError(f"--{flag}={path}: is a directory; name a file in it")
-    if not target.parent.is_dir():
-        raise UserError(f"--{flag}={path}: the directory {target.parent} does not exist; create it first")
-    # A plain file is replaced, which needs the directory; anything else, as /dev/null, is written to.
-    if not os.access(target if target.exists() and not target.is_file() else target.parent, os.W_OK):
-        raise UserError(f"--{flag}={path}: {os.strerror(errno.EACCES)}; choose a directory that you can write to")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _width() -> int:
-    return max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
-
-
-def _columns(rows: Iterable[tuple[str, str]], left: int) -> str:
-    """Two columns; a left cell that is too wide gets a line of its own."""
-    lines = []
-    for label, text in rows:
-        wrapped = textwrap.wrap(text, _width() - left - 4) or [""]
-        if len(label) > left:
-            lines.append(f"  {label}")
-            label = ""
-        lines += [f"  {label:<{left}}  {wrapped[0]}".rstrip(), *(f"{'':{left + 4}}{line}" for line in wrapped[1:])]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def overview(commands: Sequence[Command] = COMMANDS) -> str:
-    """What `adapttoken --help` prints."""
-    rows = [(command.name, command.summary) for command in commands]
-    return (
-        f"usage: {PROGRAM} COMMAND --flags\n\n"
-        "Answers questions about long videos with the tokens that matter.\n\n"
-        f"Commands\n{_columns(rows, 10)}\n"
-        f"{PROGRAM} COMMAND --help shows a command's flags; {PROGRAM} --version the version.\n"
-    )
-
-
-def help_text(command: Command) -> str:
-    """What `adapttoken COMMAND --help` prints: its flags, by section."""
-    required = " ".join(flag.usage() for flag in command.flags if flag.required)
-    general = dataclasses.replace(_DEBUG, name="flagfile", kind=str, metavar="FILE", help="read flags from a file")
-    sections: dict[str, list[tuple[str, str]]] = {}
-    for flag in [*command.flags, general]:
-        sections.setdefault(flag.section, []).append((flag.usage(), flag.description()))
-    # The command's own sections in the order of its flags, then the settings, then what every command has.
-    settings = [name for name in _SECTIONS if name in sections]
-    order = [*(name for name in sections if name not in (*settings, "General")), *settings, "General"]
-    blocks = [f"\n{section}\n{_columns(sections[section], 27)}" for section in order]
-    return f"usage: {PROGRAM} {command.name} {required} [--flags]\n\nThis command {command.summary}.\n{''.join(blocks)}"
-
-
-def aligned(content: Mapping[str, Any]) -> str:
-    """Names and values as lines; the values stand under each other."""
-    width = max(map(len, content))
-    return "".join(f"{key:<{width}}  {_cell(value)}\n" for key, value in content.items())
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as a table; numbers stand on the right."""
-    if not rows:
-        return ""
-    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [isinstance(value, int | float) and not isinstance(value, bool) for value in rows[0].values()]
-    lines = []
-    for line in cells:
-        padded = [f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(line, widths, right, strict=True)]
-        lines.append("  ".join(padded).rstrip() + "\n")
-    return "".join(lines)
-
-
-def _cell(value) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_cell(item) for item in value)
-    return str(value)
 
 
 if __name__ == "__main__":

@@ -393,8 +393,11 @@ def atomic_file(path) -> Iterator[typing.BinaryIO]:
 
 
 def partial_path(path: pathlib.Path) -> pathlib.Path:
-    """A name beside a file under which to write it first: no other process has it, on no host and in no container."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    """A name beside a file under which to write it first: no other process has it, on no host and in no container.
+
+    It does not hold the file's own name, which may be as long as the file system allows.
+    """
+    return path.with_name(f".{uuid.uuid4().hex}.part")
 
 
 def made_directory(flag: str, path) -> pathlib.Path:

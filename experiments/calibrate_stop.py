@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 
 import adapttoken_jax as at
-from adapttoken_jax import calibration, cli
+from adapttoken_jax import calibration, terminal
 from adapttoken_jax.calibration.record import record_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import DIFFICULTIES, SPLITS, TASKS, scene
@@ -53,7 +53,7 @@ _SIGNALS = flags.DEFINE_bool("signals", False, "Print the AUROC of the stop sign
 _RESAMPLES = flags.DEFINE_integer("resamples", 0, "Calibrate so often on resampled videos and count broken promises.")
 _RESAMPLE_SIZE = flags.DEFINE_integer("resample_size", 0, "Videos per resampled calibration; 0: half of the log.")
 _JSON = flags.DEFINE_string("json", None, "Write the tables here as JSON; - for stdout.")
-for _setting in cli.setting_flags():
+for _setting in terminal.setting_flags():
     _setting.define(flags.FLAGS)
 
 
@@ -163,14 +163,14 @@ def calibrate() -> None:
     outputs = [("log", _LOG), ("certificate", _CERTIFICATE), ("json", _JSON)]
     for name, flag in outputs:
         if flag.value not in (None, "-"):
-            cli.check_output(name, flag.value)
+            terminal.check_output(name, flag.value)
     thresholds = command.numbers(_THRESHOLDS, float)
     calibration.check_levels(_ALPHA.value, _DELTA.value)
     items = needle_items() if _NEEDLE.value else read_items()
     if _CERTIFICATE.value:
         calibration.check_enough(len(items), _ALPHA.value, _DELTA.value)
     model = at.load(_MODEL.value)
-    config = at.AdaptTokenConfig.for_model(model.config, **cli.given_settings(flags.FLAGS))
+    config = at.AdaptTokenConfig.for_model(model.config, **terminal.given_settings(flags.FLAGS))
     if _CERTIFICATE.value:
         calibration.check_unpruned(config)
     short = log_runs(model, items, config, thresholds)
@@ -192,7 +192,7 @@ def calibrate() -> None:
 
 def show(content: dict[str, list]) -> None:
     """Prints the tables, or writes them as JSON."""
-    command.show(content, _JSON.value, "\n".join(map(cli.table, content.values())))
+    command.show(content, _JSON.value, "\n".join(map(terminal.table, content.values())))
 
 
 def describe(certificate) -> str:

@@ -1,6 +1,5 @@
 """How an experiment starts and ends: with the statuses and the one line on stderr of the `adapttoken` commands."""
 
-import json
 import math
 import pathlib
 import sys
@@ -8,9 +7,8 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from adapttoken_jax import cli
+from adapttoken_jax import terminal
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.result import atomic_file, plain_json
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show a traceback with an error.")
 
@@ -24,7 +22,7 @@ def start(name: str, run: Callable[..., int | None], words: bool = False) -> Non
       words: whether there may be such words.
     """
     argv = sys.argv[1:]
-    sys.exit(cli.exit_status(name, argv, lambda: _run(name, argv, run, words)))
+    sys.exit(terminal.exit_status(name, argv, lambda: _run(name, argv, run, words)))
 
 
 def _run(name: str, argv: Sequence[str], run: Callable[..., int | None], words: bool) -> int:
@@ -33,15 +31,15 @@ def _run(name: str, argv: Sequence[str], run: Callable[..., int | None], words: 
     app.define_help_flags()
     try:
         try:
-            given = cli.read_flags(f"python -m experiments.{name}", flags.FLAGS, argv)
+            given = terminal.read_flags(f"python -m experiments.{name}", flags.FLAGS, argv)
         except SystemExit:  # absl has printed the help, and would leave with status 1
-            return cli.OK
+            return terminal.OK
         debug = _DEBUG.value
         if given and not words:
             raise UserError(f"{given[0]!r} belongs to no flag")
-        return (run(given) if words else run()) or cli.OK
+        return (run(given) if words else run()) or terminal.OK
     except Exception as error:
-        return cli.failed(name, error, debug)
+        return terminal.failed(name, error, debug)
 
 
 def numbers(flag: flags.FlagHolder, kind: type = int, low: float = 0, high: float = math.inf) -> list:
@@ -75,8 +73,6 @@ def data_lines(flag: flags.FlagHolder) -> list[tuple[str, str]]:
 
 def show(content: dict, target: str | None, text: str) -> None:
     """Prints the text, and writes the content as JSON to the file `target`; "-" prints that in place of the text."""
-    whole = json.dumps(plain_json(content), indent=2) + "\n"
-    if target and target != "-":
-        with atomic_file(target) as file:
-            file.write(whole.encode("utf-8"))
-    sys.stdout.write(whole if target == "-" else text)
+    terminal.write_json(target, content)
+    if target != "-":
+        sys.stdout.write(text)

@@ -19,7 +19,7 @@ import jax
 from absl import flags
 
 import adapttoken_jax as at
-from adapttoken_jax import cli, result
+from adapttoken_jax import result, terminal
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import DIFFICULTIES
 from adapttoken_jax.needle.study import cells, document, lab, layers, plots, sections, targets
@@ -43,7 +43,7 @@ _SECTIONS = flags.DEFINE_list(
 )  # fmt: skip
 _QUICK = flags.DEFINE_bool("quick", False, "Fewer lengths and questions: a look in minutes, no evidence.")
 _PROCESSES = flags.DEFINE_integer("processes", 0, "Processes that measure; 0: one per core on a CPU.", lower_bound=0)
-for _setting in cli.setting_flags():
+for _setting in terminal.setting_flags():
     if _setting.name != "seed":  # of sampling, which a study does not do
         _setting.define(flags.FLAGS)
 
@@ -182,11 +182,11 @@ def run() -> None:
     if unknown or not _ARMS.value:
         raise UserError(f"--arms={','.join(_ARMS.value)}: choose from {', '.join(sections.ARMS)}")
     if _JSON.value not in (None, "-"):
-        cli.check_output("json", _JSON.value)
+        terminal.check_output("json", _JSON.value)
     if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).is_dir():
         raise UserError(f"--output={_OUTPUT.value}: no such directory; create it first")
     model = at.load(_MODEL.value)
-    config = at.AdaptTokenConfig.for_model(model.config, **(cli.given_settings(flags.FLAGS) | {"seed": 0}))
+    config = at.AdaptTokenConfig.for_model(model.config, **(terminal.given_settings(flags.FLAGS) | {"seed": 0}))
     processes = _PROCESSES.value or lab.default_processes()
     with Progress() as progress, lab.Lab(model, processes, progress) as own:
         if _OUTPUT.value:
@@ -205,7 +205,7 @@ def show(rows: list[dict], found: dict) -> None:
     short = [
         {name: round(row[name], 4) if isinstance(row[name], float) else row[name] for name in names} for row in rows
     ]
-    command.show({**found, "rows": rows}, _JSON.value, cli.table(short))
+    command.show({**found, "rows": rows}, _JSON.value, terminal.table(short))
 
 
 if __name__ == "__main__":

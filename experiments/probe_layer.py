@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from absl import flags
 
 import adapttoken_jax as at
-from adapttoken_jax import cli
+from adapttoken_jax import terminal
 from adapttoken_jax.encoding import encode_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import DIFFICULTIES, SPLITS, TASKS
@@ -43,7 +43,7 @@ _LAYERS = flags.DEFINE_list("layers", None, "Layers to try; all by default.")
 _TAKEN = flags.DEFINE_list("taken", ["4", "8", "16"], "Tokens taken per group, beside as many as show the needle.")
 _JSON = flags.DEFINE_string("json", None, "Write the numbers here; - for stdout.")
 _PLOT = flags.DEFINE_string("plot", None, "Write the figure here, as PNG.")
-for _setting in cli.setting_flags():
+for _setting in terminal.setting_flags():
     if _setting.name != "seed":  # of sampling, which a probe does not do
         _setting.define(flags.FLAGS)
 
@@ -88,12 +88,12 @@ def probe() -> None:
     """The whole run, from flags to files."""
     for name, flag in (("json", _JSON), ("plot", _PLOT)):
         if flag.value not in (None, "-"):
-            cli.check_output(name, flag.value)
+            terminal.check_output(name, flag.value)
     taken = command.numbers(_TAKEN)
     model = at.load(_MODEL.value)
     last = model.config.text.layers - 1
     tried = command.numbers(_LAYERS, high=last) if _LAYERS.value else list(range(last + 1))
-    settings = cli.given_settings(flags.FLAGS) | {"seed": 0}
+    settings = terminal.given_settings(flags.FLAGS) | {"seed": 0}
     config = at.AdaptTokenConfig.for_model(model.config, **settings)
     with Progress() as progress:
         questions = (given if _DATA.value else generated)(model, config, progress)
@@ -107,7 +107,7 @@ def show(rows: list[dict], best: int) -> None:
     """Prints the table or writes the files."""
     if _PLOT.value:
         plots.draw_layers(rows, _PLOT.value)
-    text = f"{cli.table(rows)}\nproposed reference layer: {best}\n"
+    text = f"{terminal.table(rows)}\nproposed reference layer: {best}\n"
     command.show({"proposed": best, "rows": rows}, _JSON.value, text)
 
 

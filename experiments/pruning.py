@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 import adapttoken_jax as at
-from adapttoken_jax import cli
+from adapttoken_jax import terminal
 from adapttoken_jax.needle import SPLITS, TASKS
 from adapttoken_jax.needle.study import cells, measures, replay
 from adapttoken_jax.progress import Progress
@@ -26,7 +26,7 @@ _QUESTIONS = flags.DEFINE_integer("questions", 200, "Number of questions.", lowe
 _SPLIT = flags.DEFINE_enum("split", "validation", list(SPLITS), "Split of the videos.")
 _KEEP = flags.DEFINE_list("keep", ["0.5", "0.2", "0.1"], "Shares of a group's tokens that later layers see.")
 _JSON = flags.DEFINE_string("json", None, "Write the rows here; - for stdout.")
-for _setting in cli.setting_flags():
+for _setting in terminal.setting_flags():
     _setting.define(flags.FLAGS)
 
 
@@ -76,14 +76,14 @@ def row(found: cells.CellResult, name: str, moved: np.ndarray) -> dict:
 def run() -> None:
     """The whole run, from flags to files."""
     if _JSON.value not in (None, "-"):
-        cli.check_output("json", _JSON.value)
+        terminal.check_output("json", _JSON.value)
     shares = command.numbers(_KEEP, float, 0, 1)
     model = at.load(_MODEL.value)
-    config = at.AdaptTokenConfig.for_model(model.config, **cli.given_settings(flags.FLAGS))
+    config = at.AdaptTokenConfig.for_model(model.config, **terminal.given_settings(flags.FLAGS))
     cell = cells.Cell(_TASK.value, _FRAMES.value, _QUESTIONS.value, split=_SPLIT.value)
     with Progress() as progress:
         rows = measure(model, cell, pruning_arms(config, shares), progress)
-    command.show({"rows": rows}, _JSON.value, cli.table(rows))
+    command.show({"rows": rows}, _JSON.value, terminal.table(rows))
 
 
 if __name__ == "__main__":

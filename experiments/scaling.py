@@ -24,11 +24,11 @@ from absl import flags
 
 import adapttoken_jax as at
 from adapttoken_jax import needle
-from adapttoken_jax.cli import table
 from adapttoken_jax.encoding import chunk_slots
 from adapttoken_jax.parity.shapes import SHAPES, random_model
 from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.result import atomic_file, made_directory
+from adapttoken_jax.terminal import table
 from adapttoken_jax.video import read_patches
 from experiments import command
 

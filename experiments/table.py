@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from adapttoken_jax import cli
+from adapttoken_jax import terminal
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import tables
 from experiments import command
@@ -32,7 +32,7 @@ def run(directories: list[str]) -> None:
     if not directories:
         raise UserError("give the work directories of finished evaluations")
     if _PLOT.value:
-        cli.check_output("plot", _PLOT.value)
+        terminal.check_output("plot", _PLOT.value)
     runs = [tables.read_finished(directory) for directory in directories]
     found = [tables.accuracy_table(runs, _RULE.value), tables.cost_table(runs, _RULE.value)]
     found.append(tables.localisation_table(runs))

@@ -17,7 +17,7 @@ import av
 import numpy as np
 import pytest
 
-from adapttoken_jax import cli
+from adapttoken_jax import cli, terminal
 from adapttoken_jax.config import METHODS, AdaptTokenConfig
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.progress import Progress
@@ -30,7 +30,7 @@ INPUT = ["--model", "m", "--video", "v.mp4", "--question", "Where?"]
 
 def command(run, flags=()):
     """A command table with one command, `try`, that runs `run`."""
-    return [cli.Command("try", "tries something", (*flags, cli.Flag("debug", bool, "", "General")), run)]
+    return [terminal.Command("try", "tries something", (*flags, terminal.Flag("debug", bool, "", "General")), run)]
 
 
 def one_line(capsys, argv, commands=cli.COMMANDS):
@@ -115,8 +115,8 @@ def test_an_unknown_command_is_one_line(capsys, word, words):
 
 
 def given(argv):
-    values = cli.parse(ANSWER, argv)
-    return cli.given_settings(values)
+    values = terminal.parse(ANSWER, argv)
+    return terminal.given_settings(values)
 
 
 def test_every_setting_is_a_flag_that_is_not_given_by_default():
@@ -139,7 +139,7 @@ def test_flags_set_and_unset_switches_and_repeat_lists():
     assert given(["--stop_agreement"]) == {"stop_agreement": True}
     assert given(["--budget", "5", "--budget", "6"]) == {"budget": 6}
     assert given(["--fps", "4"]) == {"fps": 4.0}
-    values = cli.parse(ANSWER, ["--option", "a, b", "--option=-5", "--option", "--"])
+    values = terminal.parse(ANSWER, ["--option", "a, b", "--option=-5", "--option", "--"])
     assert values.option == ["a, b", "-5", "--"]
 
 
@@ -153,7 +153,7 @@ def test_a_flag_file_sets_flags(tmp_path):
     inner, outer = tmp_path / "inner", tmp_path / "outer"
     inner.write_text("# a comment\n--budget=12\n--option=a b\n")
     outer.write_text(f"--flagfile={inner}\n--lite\n")
-    values = cli.parse(ANSWER, [f"--flagfile={outer}", "--budget=13", "--option", "c"])
+    values = terminal.parse(ANSWER, [f"--flagfile={outer}", "--budget=13", "--option", "c"])
     assert (values.budget, values.lite, values.option) == (13, True, ["a b", "c"])
 
 
@@ -212,9 +212,9 @@ def test_the_other_commands_check_their_flags(capsys, name, argv, words):
 
 
 def test_lite_is_a_method_and_lite_twice_is_no_contradiction():
-    methods = [cli._method(cli.parse(ANSWER, argv)) for argv in ([], ["--lite"], ["--lite", "--method=lite"])]
+    methods = [cli._method(terminal.parse(ANSWER, argv)) for argv in ([], ["--lite"], ["--lite", "--method=lite"])]
     assert methods == ["adapttoken", "lite", "lite"]
-    assert [cli._method(cli.parse(ANSWER, [f"--method={name}"])) for name in METHODS] == list(METHODS)
+    assert [cli._method(terminal.parse(ANSWER, [f"--method={name}"])) for name in METHODS] == list(METHODS)
 
 
 # Output files
@@ -249,16 +249,25 @@ def test_a_directory_without_write_permission_is_refused(tmp_path, monkeypatch):
     # Root may write anywhere, so the system's answer is asked for rather than provoked.
     monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) != str(tmp_path))
     with pytest.raises(UserError, match=r"--json=.*: Permission denied"):
-        cli.check_output("json", str(tmp_path / "out"))
+        terminal.check_output("json", str(tmp_path / "out"))
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path, capsys):
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX")
+    terminal.check_output("json", str(tmp_path / ("x" * longest)))
+    terminal.write_json(str(tmp_path / ("x" * longest)), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * longest]
+    line = one_line(capsys, ["answer", *INPUT, f"--json={tmp_path / ('x' * (longest + 1))}"])
+    assert line.endswith(": File name too long")
 
 
 def test_devices_are_outputs_too(tmp_path):
-    cli.check_output("json", os.devnull)
-    cli.check_output("json", str(tmp_path / "new.json"))
+    terminal.check_output("json", os.devnull)
+    terminal.check_output("json", str(tmp_path / "new.json"))
     (tmp_path / "old.json").write_text("{}")
-    cli.check_output("json", str(tmp_path / "old.json"))
+    terminal.check_output("json", str(tmp_path / "old.json"))
     read, write = os.pipe()
-    cli.check_output("json", f"/dev/fd/{write}")
+    terminal.check_output("json", f"/dev/fd/{write}")
     os.close(read)
     os.close(write)
 
@@ -310,9 +319,9 @@ def test_an_interrupt_is_130(capsys):
 
 def test_ctrl_c_ends_the_process_with_130_and_no_traceback():
     code = (
-        "import sys, time; from adapttoken_jax import cli;"
+        "import sys, time; from adapttoken_jax import cli, terminal as t;"
         "run = lambda values: (print('ready', flush=True), time.sleep(60));"
-        "sys.exit(cli.main(['try'], [cli.Command('try', '', (cli.Flag('debug', bool, '', 'General'),), run)]))"
+        "sys.exit(cli.main(['try'], [t.Command('try', '', (t.Flag('debug', bool, '', 'General'),), run)]))"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     # Whoever runs the tests in the background has Ctrl-C ignored, and a child would inherit that.
@@ -449,7 +458,7 @@ def test_an_answer_that_cannot_be_printed_names_stdout(monkeypatch):
         try:
             cli._print_answer(make_result(), as_json=False)
         finally:
-            cli._drop(full)
+            terminal.ending._drop(full)
 
 
 def test_the_program_as_a_process():
@@ -487,10 +496,10 @@ def test_the_summary_leaves_out_what_there_is_not():
 
 def test_outputs_are_written_where_they_were_asked_for(tmp_path, capsys):
     argv = [*INPUT, f"--json={tmp_path}/r.json", f"--trace={tmp_path}/t.npz"]
-    cli._write_outputs(cli.parse(ANSWER, argv), make_result(trace=make_trace()))
+    cli._write_outputs(terminal.parse(ANSWER, argv), make_result(trace=make_trace()))
     assert json.loads((tmp_path / "r.json").read_text())["answer"] == "B"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "t.npz"]
-    cli._write_outputs(cli.parse(ANSWER, [*INPUT, "--json=-"]), make_result())
+    cli._write_outputs(terminal.parse(ANSWER, [*INPUT, "--json=-"]), make_result())
     assert len(list(tmp_path.iterdir())) == 2 and capsys.readouterr() == ("", "")
 
 
@@ -498,12 +507,12 @@ PLAN = {"duration_s": 12.5, "grid": [3, 4, 6], "groups": 2, "method": "lite", "p
 
 
 def test_a_plan_is_aligned_text_or_json(tmp_path, capsys):
-    assert cli._show_plan(cli.parse(ANSWER, []), PLAN) == 0
+    assert cli._show_plan(terminal.parse(ANSWER, []), PLAN) == 0
     text = "duration_s  12.5\ngrid        3, 4, 6\ngroups      2\nmethod      lite\npath        -\n"
     assert capsys.readouterr().out == text
-    cli._show_plan(cli.parse(ANSWER, ["--json=-"]), PLAN)
+    cli._show_plan(terminal.parse(ANSWER, ["--json=-"]), PLAN)
     assert json.loads(capsys.readouterr().out) == PLAN
-    cli._show_plan(cli.parse(ANSWER, [f"--json={tmp_path}/plan.json"]), PLAN)
+    cli._show_plan(terminal.parse(ANSWER, [f"--json={tmp_path}/plan.json"]), PLAN)
     assert capsys.readouterr().out == text and json.loads((tmp_path / "plan.json").read_text()) == PLAN
 
 
@@ -512,8 +521,8 @@ def test_a_table_has_its_numbers_on_the_right():
         {"stage": "patches", "max_rel": 0.0, "ok": True},
         {"stage": "layer 12", "max_rel": 1.25e-6, "ok": False},
     ]
-    assert cli.table(rows) == "stage      max_rel  ok\npatches          0  yes\nlayer 12  1.25e-06  no\n"
-    assert cli.table([]) == ""
+    assert terminal.table(rows) == "stage      max_rel  ok\npatches          0  yes\nlayer 12  1.25e-06  no\n"
+    assert terminal.table([]) == ""
 
 
 # Bad input and dry runs: as much of `answer` as needs no weights

@@ -214,7 +214,7 @@ def test_a_signal_stops_the_decoders_and_leaves_one_line(tmp_path, sent, word, s
     path = media.long_clip(tmp_path / "a.mp4", minutes=10)
     code = f"""
 import signal, sys
-from adapttoken_jax import cli, video
+from adapttoken_jax import cli, terminal, video
 from adapttoken_jax.config import SIZES
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
 def run(values):
@@ -224,7 +224,7 @@ def run(values):
         with video.SlotPatches(clip, range(clip.grid[0])) as reader:
             while len(reader.take_slots(10)):
                 print("ready", flush=True)
-sys.exit(cli.main(["try"], [cli.Command("try", "", (cli.Flag("debug", bool, "", "General"),), run)]))
+sys.exit(cli.main(["try"], [terminal.Command("try", "", (terminal.Flag("debug", bool, "", "General"),), run)]))
 """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as process:

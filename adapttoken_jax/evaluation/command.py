@@ -7,14 +7,14 @@ from typing import Any
 
 from absl import flags
 
-from adapttoken_jax import cli
+from adapttoken_jax import terminal
 from adapttoken_jax.evaluation import session
 
 
 def check(values: flags.FlagValues) -> int:
     """`--check`: prints what the data directory holds and lacks."""
     print(session.check(values.benchmark, values.data, values.strict).table())
-    return cli.OK
+    return terminal.OK
 
 
 def evaluate(values: flags.FlagValues, settings: Mapping[str, Any]) -> int:
@@ -24,9 +24,9 @@ def evaluate(values: flags.FlagValues, settings: Mapping[str, Any]) -> int:
     asked = session.Evaluation(settings=settings, **given)
     results = session.evaluate(asked)
     if results is not None:
-        sys.stdout.write(cli.table(score_rows(results)))
+        sys.stdout.write(terminal.table(score_rows(results)))
         print(summary_line(results), file=sys.stderr)
-    return cli.OK
+    return terminal.OK
 
 
 def score_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

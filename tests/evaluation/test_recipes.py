@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from adapttoken_jax import cli, config
+from adapttoken_jax import cli, config, terminal
 from adapttoken_jax.evaluation.published import published
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "experiments" / "configs"
@@ -15,13 +15,13 @@ EVALUATE = next(command for command in cli.COMMANDS if command.name == "evaluate
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_flagfile_is_read(path):
     words = [f"--flagfile={path}", "--data=d", "--workdir=w"]
-    values = cli.parse(
+    values = terminal.parse(
         EVALUATE, words if path.parent.name == "needle" else [*words, "--benchmark=lvbench", "--model=m"]
     )
     assert values.method == {"base": "full"}.get(path.stem, path.stem.partition("_")[0])
     if path.parent.name != "needle":
         sizes = config.SIZES[path.parent.name]
-        settings = config.AdaptTokenConfig.for_model(sizes, **cli.given_settings(values))
+        settings = config.AdaptTokenConfig.for_model(sizes, **terminal.given_settings(values))
         frames = path.stem.partition("_")[2]
         assert settings.max_frames == (int(frames) if frames else 768 if path.stem == "base" else 4096)
         if path.stem not in ("base", "uniform") and "72b/lite" not in str(path):

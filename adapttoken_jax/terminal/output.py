@@ -1,0 +1,51 @@
+"""The files that a command is asked to write."""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from adapttoken_jax.errors import UserError
+
+
+def check_outputs(values: flags.FlagValues, names: Sequence[str]) -> None:
+    """Refuses, before any work, a file that could not be written at its end, or that would replace another."""
+    taken = {os.path.realpath(values.video): "--video"}
+    for name in names:
+        path = values[name].value
+        if path is None or (name == "json" and path == "-"):
+            continue
+        check_output(name, path)
+        other = taken.setdefault(os.path.realpath(path), f"--{name}")
+        if other != f"--{name}":
+            raise UserError(f"--{name}={path}: the same file as {other}; choose another")
+
+
+def check_output(flag: str, path: str) -> None:
+    """Raises `UserError` unless a file can be written at `path`."""
+    from adapttoken_jax.result import real_path
+
+    target = real_path(path)
+    if not path or target.is_dir():
+        raise UserError(f"--{flag}={path}: is a directory; name a file in it")
+    if not target.parent.is_dir():
+        raise UserError(f"--{flag}={path}: the directory {target.parent} does not exist; create it first")
+    # A plain file is replaced, which needs the directory; anything else, as /dev/null, is written to.
+    if not os.access(target if target.exists() and not target.is_file() else target.parent, os.W_OK):
+        raise UserError(f"--{flag}={path}: {os.strerror(errno.EACCES)}; choose a directory that you can write to")
+
+
+def write_json(target: str | None, content: Mapping[str, Any]) -> None:
+    """Writes JSON where `--json` says: to a file, to stdout for "-", nowhere for None."""
+    from adapttoken_jax.result import atomic_file, plain_json
+
+    text = json.dumps(plain_json(content), indent=2) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    elif target:
+        with atomic_file(target) as file:
+            file.write(text.encode("utf-8"))
