@@ -77,12 +77,6 @@ def token_position_ids(start: int, times: np.ndarray, rows: np.ndarray, cols: np
     return (start + np.stack([times, rows, cols])).astype(np.int32)
 
 
-def grid_position_ids(start: int, times: np.ndarray, height: int, width: int, merge: int) -> np.ndarray:
-    """M-RoPE ids int32[3, T M] of whole slots: `times[T]` are their temporal ids, `height` x `width` is in patches."""
-    grid = np.meshgrid(times, np.arange(height // merge), np.arange(width // merge), indexing="ij")
-    return token_position_ids(start, *(axis.reshape(-1) for axis in grid))
-
-
 def text_start(rule: str, start: int, visual_ids: np.ndarray, height: int, width: int, merge: int) -> int:
     """Position of the first text token after the video.
 
@@ -92,11 +86,6 @@ def text_start(rule: str, start: int, visual_ids: np.ndarray, height: int, width
     if rule == "hf5":
         return start + max(height, width) // merge
     return int(visual_ids.max(initial=start - 1)) + 1
-
-
-def suffix_position_ids(first: int, length: int) -> np.ndarray:
-    """M-RoPE ids int32[3, length] of text that starts at position `first`."""
-    return np.broadcast_to(np.arange(first, first + length, dtype=np.int32), (3, length))
 
 
 def round_up(number: int, step: int) -> int:

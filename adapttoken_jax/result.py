@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import platform
+import subprocess
 import typing
 import uuid
 from collections.abc import Iterator, Mapping
@@ -275,6 +276,18 @@ def library_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree that this package runs from, "-dirty" if files differ from it; None without."""
+    place = pathlib.Path(__file__).parent
+    run = lambda *words: subprocess.run(["git", *words], cwd=place, capture_output=True, text=True, check=True).stdout
+    try:
+        # Only a tree that has this very file under version control is the source tree.
+        run("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
+        return run("rev-parse", "HEAD").strip() + ("-dirty" if run("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

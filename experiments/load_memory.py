@@ -22,6 +22,7 @@ from absl import flags
 
 from adapttoken_jax import parameters
 from adapttoken_jax.config import SIZES, ModelConfig, read_model_config
+from adapttoken_jax.needle.export import write_companions
 from adapttoken_jax.result import made_directory
 from checkpoints_convert import convert, huggingface, load
 from experiments import command
@@ -39,39 +40,12 @@ def generated_config(text_layers: int) -> ModelConfig:
     return dataclasses.replace(config, text=dataclasses.replace(config.text, layers=text_layers))
 
 
-def config_json(config: ModelConfig) -> dict:
-    """The content of a flat `config.json` from which `config` can be read back."""
-    text, vision = config.text, config.vision
-    return {
-        "model_type": config.model_type,
-        "hidden_size": text.width,
-        "num_hidden_layers": text.layers,
-        "num_attention_heads": text.heads,
-        "num_key_value_heads": text.kv_heads,
-        "intermediate_size": text.ff,
-        "vocab_size": text.vocab,
-        "tie_word_embeddings": text.tied,
-        "rms_norm_eps": text.eps,
-        "rope_theta": text.rope_theta,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_sections)},
-        "vision_config": {
-            "depth": vision.layers,
-            "hidden_size": vision.width,
-            "num_heads": vision.heads,
-            "intermediate_size": vision.ff,
-            "out_hidden_size": vision.out_width,
-            "fullatt_block_indexes": list(vision.full_attention_layers),
-            "tokens_per_second": vision.tokens_per_second,
-        },
-    }
-
-
 def generate(workdir: pathlib.Path, text_layers: int, shard_bytes: int) -> pathlib.Path:
     """Writes the random checkpoint and returns its directory."""
     config = generated_config(text_layers)
     companions, directory = workdir / "companions", workdir / "huggingface"
     companions.mkdir()
-    (companions / "config.json").write_text(json.dumps(config_json(config)), encoding="utf-8")
+    write_companions(companions, config)
     params = jax.jit(parameters.initialise, static_argnums=(0, 2))(config, jax.random.key(0), jnp.bfloat16)
     huggingface.write(directory, config, params, companions=companions, max_shard_bytes=shard_bytes)
     return directory

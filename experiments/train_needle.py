@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +27,8 @@ from adapttoken_jax.needle import training
 from adapttoken_jax.needle.clips import ClipMaker, ClipSettings
 from adapttoken_jax.needle.export import export
 from adapttoken_jax.needle.tokenizer import chat_tokenizer
-from adapttoken_jax.result import atomic_file, library_versions, made_directory
+from adapttoken_jax.result import git_commit, library_versions, made_directory
+from adapttoken_jax.terminal import write_json
 from experiments import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints and metrics; made if missing", required=True)
@@ -235,11 +235,11 @@ def note_start(workdir: pathlib.Path) -> dict:
         "command": " ".join([line, *given]),
         "seed": _SEED.value,
         "phases": _PHASES.value,
-        "commit": commit(),
+        "commit": git_commit(),
         "versions": library_versions(),
     }
     if not path.exists():
-        write_json(path, note)
+        write_json(str(path), note)
     begun = json.loads(path.read_text(encoding="utf-8"))
     phases = [[f"--phase={text}" for text in each["phases"]] for each in (note, begun)]
     ours, theirs = (each["command"].split() + own for each, own in zip((note, begun), phases, strict=True))
@@ -247,23 +247,6 @@ def note_start(workdir: pathlib.Path) -> dict:
         if now != then:
             raise UserError(f"{now}: the run in {workdir} began with {then}; give that, or another --workdir")
     return begun
-
-
-def commit() -> str | None:
-    """The commit of the code that runs, with "+changes" if files differ from it; None outside of a repository."""
-    git = lambda *words: subprocess.run(
-        ["git", *words], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def write_json(path: pathlib.Path, content: dict) -> None:
-    """Writes a file of indented JSON."""
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode("utf-8"))
 
 
 def start() -> None:
@@ -282,7 +265,7 @@ def start() -> None:
     if _EXPORT.value:
         export(_EXPORT.value, run.config, values)
         last = json.loads(_lines(workdir / "metrics.jsonl")[-1])
-        write_json(pathlib.Path(_EXPORT.value) / "training.json", note | {"last": last})
+        write_json(f"{_EXPORT.value}/training.json", note | {"last": last})
 
 
 if __name__ == "__main__":

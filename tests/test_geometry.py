@@ -7,6 +7,7 @@ import pytest
 
 from adapttoken_jax import geometry
 from adapttoken_jax.config import SIZES
+from tests import tiny
 
 VISION = SIZES["qwen2.5-vl-7b"].vision
 
@@ -63,17 +64,16 @@ def test_time_ids_are_float32_products():
 
 
 def test_position_ids_of_a_small_prompt_literally():
-    ids = geometry.grid_position_ids(2, np.array([0, 2]), 2, 4, 2)
-    assert ids.tolist() == [[2, 2, 4, 4], [2, 2, 2, 2], [2, 3, 2, 3]]
+    ids = geometry.token_position_ids(2, np.array([0, 0, 2, 2]), np.zeros(4), np.array([0, 1, 0, 1]))
+    assert ids.tolist() == [[2, 2, 4, 4], [2, 2, 2, 2], [2, 3, 2, 3]] and ids.dtype == np.int32
     assert geometry.text_start("legacy", 2, ids, 2, 4, 2) == 5
     assert geometry.text_start("hf5", 2, ids, 2, 4, 2) == 4
     assert geometry.text_start("legacy", 2, ids[:, :0], 2, 4, 2) == 2
 
 
 def test_the_rules_on_32_slots_as_published():
-    ids = geometry.grid_position_ids(4, geometry.time_ids(range(32), 1.0, 2), 4, 6, 2)
-    starts = [geometry.text_start(rule, 4, ids, 4, 6, 2) for rule in ("legacy", "hf5")]
-    assert starts == [67, 7]
+    starts = [tiny.position_ids((32, 4, 6), 4, 1, rule, seconds_per_slot=1.0)[:, -1] for rule in ("legacy", "hf5")]
+    assert [start.tolist() for start in starts] == [[67] * 3, [7] * 3]
 
 
 @pytest.mark.parametrize("grid", [(3, 4, 6), (5, 10, 4), (1, 2, 18)])
@@ -88,9 +88,7 @@ def test_hf5_ids_are_those_of_transformers(grid):
     theirs, _ = model.get_rope_index(
         torch.zeros_like(kinds), kinds, video_grid_thw=torch.tensor([grid]), second_per_grid_ts=torch.tensor([1.5])
     )
-    ids = geometry.grid_position_ids(4, geometry.time_ids(range(grid[0]), 1.5, 2), *grid[1:], 2)
-    start = geometry.text_start("hf5", 4, ids, *grid[1:], 2)
-    ours = np.concatenate([geometry.suffix_position_ids(0, 4), ids, geometry.suffix_position_ids(start, 5)], 1)
+    ours = tiny.position_ids(grid, 4, 5, "hf5")
     np.testing.assert_array_equal(ours, theirs[:, 0].numpy())
 
 

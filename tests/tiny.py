@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from adapttoken_jax import geometry
 from adapttoken_jax.parity import pytorch_method
 
 # At these sizes a second thread only adds overhead, and test workers share the cores.
@@ -324,6 +325,15 @@ def write_tokenizer(directory) -> None:
             "temporal_patch_size": 2,
         },
     )
+
+
+def position_ids(grid, before: int, after: int, rule: str, seconds_per_slot=1.5, ids_per_second=2.0) -> np.ndarray:
+    """M-RoPE ids int32[3, S] of `before` tokens of text, a video of `grid` patches merged by two, `after` tokens."""
+    slot, row, col = np.indices((grid[0], grid[1] // 2, grid[2] // 2)).reshape(3, -1)
+    visual = geometry.token_position_ids(before, geometry.time_ids(slot, seconds_per_slot, ids_per_second), row, col)
+    start = geometry.text_start(rule, before, visual, *grid[1:], 2)
+    text = lambda first, length: np.tile(np.arange(first, first + length), (3, 1))
+    return np.concatenate([text(0, before), visual, text(start, after)], 1)
 
 
 def _write_json(path: pathlib.Path, content: dict) -> None:

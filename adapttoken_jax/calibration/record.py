@@ -12,7 +12,7 @@ import numpy as np
 
 from adapttoken_jax.calibration.full_runs import QuestionLog, Said, VideoLog
 from adapttoken_jax.config import AdaptTokenConfig
-from adapttoken_jax.encoding import Progress, encode_video
+from adapttoken_jax.encoding import encode_video
 from adapttoken_jax.loading import Model
 from adapttoken_jax.pipeline import conclude, plan_run, scan_video
 from adapttoken_jax.prompt import Prompt, build_prompt
@@ -28,7 +28,6 @@ def record_video(
     options: Sequence[Sequence[str] | None],
     config: AdaptTokenConfig,
     points: Callable[[QuestionLog], Iterable[int]] | None = None,
-    on_progress: Progress | None = None,
 ) -> VideoLog | None:
     """Runs the full method on all questions of a video.
 
@@ -47,9 +46,9 @@ def record_video(
     plan = plan_run(model.config, video, config, "adapttoken")
     if not plan.groups:
         return None
-    tokens = encode_video(model, plan.clip, on_progress=on_progress)
+    tokens = encode_video(model, plan.clip)
     blind = blind_replies(model, tokens, prompts, config)
-    runs = scan_video(model, plan, tokens, prompts, config, "adapttoken", on_progress=on_progress)
+    runs = scan_video(model, plan, tokens, prompts, config, "adapttoken")
     logs = [_question_log(*each, points) for each in zip(questions, options, runs, blind, strict=True)]
     return VideoLog(name, tuple(logs))
 

@@ -150,7 +150,7 @@ def _answer(asked: Evaluation, model: Model, config, files: RunFiles, videos: Se
     with Outlook(todo, config, done) as outlook:
 
         def write(video, records):
-            files.write(video, records)
+            files.write(records)
             outlook.video_done(video)
 
         run_videos(model, todo, wording(asked), config, asked.method, write, answerer=answerer, strict=asked.strict)

@@ -16,7 +16,6 @@ import datetime
 import json
 import os
 import pathlib
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ import jax
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation.journal import Journal, json_line, read_lines
 from adapttoken_jax.evaluation.runner import Records, Video
-from adapttoken_jax.result import atomic_file, library_versions, made_directory, partial_path
+from adapttoken_jax.result import atomic_file, git_commit, library_versions, made_directory, partial_path
 
 RUN_VERSION = 1
 
@@ -75,18 +74,6 @@ def describe_run(
         "git_commit": git_commit(),
         "begun": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def git_commit() -> str | None:
-    """The commit of the source tree that this package runs from, "-dirty" if files differ from it; None without."""
-    place = pathlib.Path(__file__).parent
-    run = lambda *words: subprocess.run(["git", *words], cwd=place, capture_output=True, text=True, check=True).stdout
-    try:
-        # Only a tree that has this very file under version control is the source tree.
-        run("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
-        return run("rev-parse", "HEAD").strip() + ("-dirty" if run("status", "--porcelain", "-uno").strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def check_run(directory, description: Mapping[str, Any], resume: bool = True) -> bool:
@@ -212,8 +199,8 @@ class RunFiles:
         own = [self.samples.get(item.id) for _, item in video.questions]
         return all(sample is not None and "error" not in sample for sample in own)
 
-    def write(self, video: Video, records: Records) -> None:
-        """Adds a video. It is on the disk when this returns."""
+    def write(self, records: Records) -> None:
+        """Adds what a video gave. It is on the disk when this returns."""
         self._journals["selections"].append(records.selections)
         self._journals["costs"].append(records.costs)
         self._journals["samples"].append(records.samples)

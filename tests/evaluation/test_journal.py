@@ -31,7 +31,7 @@ def test_a_run_cut_at_any_byte_of_its_samples_goes_on_to_the_same_files(tmp_path
     names = ("samples", "selections", "costs")
     with open_files(tmp_path, videos) as files:
         for video in videos:
-            files.write(video, records(video))
+            files.write(records(video))
     whole = {name: (tmp_path / f"{name}.jsonl").read_bytes() for name in names}
     ends = [i + 1 for i, byte in enumerate(whole["samples"]) if byte == ord("\n")]
     for size in range(len(whole["samples"]) + 1):
@@ -41,7 +41,7 @@ def test_a_run_cut_at_any_byte_of_its_samples_goes_on_to_the_same_files(tmp_path
             assert len(done) == sum(end <= size for end in ends) // 2
             assert len(files.samples) == 2 * len(done)
             for video in videos[len(done) :]:
-                files.write(video, records(video))
+                files.write(records(video))
         assert {name: (tmp_path / f"{name}.jsonl").read_bytes() for name in names} == whole
 
 
@@ -80,7 +80,7 @@ def test_shards_partition_the_videos_and_see_one_another(tmp_path):
     for index, part in enumerate(parts):
         with open_files(tmp_path, videos, f"{index}/2") as files:
             for video in part:
-                files.write(video, records(video))
+                files.write(records(video))
             assert len(files.samples) == (6, 10)[index]
     assert sorted(file.name for file in tmp_path.glob("samples*")) == ["samples-0-of-2.jsonl", "samples-1-of-2.jsonl"]
 
@@ -92,7 +92,7 @@ def test_an_answer_replaces_an_error_whichever_file_is_read_first(tmp_path, mend
     for part, found in (("0/1" if mended_by == "0/2" else "0/2", broken), (mended_by, records(video))):
         with open_files(tmp_path, [video], part) as files:
             assert not files.has(video)
-            files.write(video, found)
+            files.write(found)
             assert len(files.samples) == 2
     with open_files(tmp_path, [video]) as files:
         assert files.has(video) and [*files.samples.values()] == records(video).samples

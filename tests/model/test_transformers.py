@@ -73,9 +73,7 @@ def test_vision_tower_and_decoder_match_transformers(load, shape, grid):
     assert relative(features, theirs["features"]) < TOLERANCE
 
     prefix, suffix = [5, 6, 7, config.vision_start], [config.vision_end, 8, 9, 10, 11, 12]
-    visual = geometry.grid_position_ids(4, geometry.time_ids(range(grid[0]), 1.5, 2), *grid[1:], 2)
-    start = geometry.text_start("legacy", 4, visual, *grid[1:], 2)
-    ids = np.concatenate([geometry.suffix_position_ids(0, 4), visual, geometry.suffix_position_ids(start, 6)], 1)
+    ids = tiny.position_ids(grid, 4, 6, "legacy")
     embeddings = oracle.prompt_embeddings(
         torch_model, prefix, theirs["features"].reshape(-1, config.text.width), suffix
     )
