@@ -8,10 +8,10 @@ and in the exported directory says how the model came about.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
 import sys
 import time
@@ -23,11 +23,12 @@ from absl import flags
 from tqdm import tqdm
 
 from adapttoken_jax.errors import UserError
+from adapttoken_jax.evaluation.journal import Journal, read_lines
 from adapttoken_jax.needle import training
 from adapttoken_jax.needle.clips import ClipMaker, ClipSettings
 from adapttoken_jax.needle.export import export
 from adapttoken_jax.needle.tokenizer import chat_tokenizer
-from adapttoken_jax.result import git_commit, library_versions, made_directory
+from adapttoken_jax.result import git_commit, library_versions, made_directory, plain_json
 from adapttoken_jax.terminal import write_json
 from experiments import command
 
@@ -107,30 +108,18 @@ def batches(maker: ClipMaker, phases: list[Phase], start: int, clips: int) -> It
 class Metrics:
     """`metrics.jsonl`: lines of steps that a resumed run does again are dropped, every new line is on disk at once."""
 
-    def __init__(self, path: pathlib.Path, start: int):
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
-        partial = path.with_suffix(".part")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
-        self.file = path.open("a", encoding="utf-8")
-        before = json.loads(kept[-1]) if kept else {"seconds": 0.0, "cpu_seconds": 0.0}
+    def __init__(self, journal: Journal, start: int):
+        self.journal = journal
+        journal.keep_while(lambda row: row["step"] <= start)
+        before = (read_lines(journal.path) or [{"seconds": 0.0, "cpu_seconds": 0.0}])[-1]
         self.clock = time.perf_counter() - before["seconds"], time.process_time() - before["cpu_seconds"]
 
     def write(self, step: int, values: dict) -> dict:
         """Appends a line; `seconds` and `cpu_seconds` count over all parts of a resumed run."""
         spent = {"seconds": time.perf_counter() - self.clock[0], "cpu_seconds": time.process_time() - self.clock[1]}
         row = {"step": step} | {k: round(float(v), 6) for k, v in (values | spent).items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self.journal.append([plain_json(row)])
         return row
-
-
-def _lines(path: pathlib.Path) -> list[str]:
-    """Complete lines: a run that was killed may have left half a line."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,9 +184,12 @@ def make_run() -> Run:
 def train(run: Run, workdir: pathlib.Path):
     """Trains to the end of the curriculum, from the last checkpoint if there is one. Returns the parameters."""
     options = ocp.CheckpointManagerOptions(save_interval_steps=1, max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=options) as manager:
+    with (
+        contextlib.closing(Journal(workdir / "metrics.jsonl")) as journal,
+        ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=options) as manager,
+    ):
         state, start = restore(manager, training.initial_state(run.config, run.seed, run.schedule))
-        metrics = Metrics(workdir / "metrics.jsonl", start)
+        metrics = Metrics(journal, start)
         bar = tqdm(total=run.steps, initial=start, disable=not sys.stderr.isatty(), unit="step")
         for step, batch in batches(run.maker, run.phases, start, run.clips):
             state, found = run.learn(state, batch, settings_at(run.phases, step))
@@ -264,7 +256,7 @@ def start() -> None:
     values = train(run, workdir)
     if _EXPORT.value:
         export(_EXPORT.value, run.config, values)
-        last = json.loads(_lines(workdir / "metrics.jsonl")[-1])
+        last = read_lines(workdir / "metrics.jsonl")[-1]
         write_json(f"{_EXPORT.value}/training.json", note | {"last": last})
 
 
