@@ -136,6 +136,19 @@ def song_with_cover(path) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def with_picture_first(path, count: int = 50) -> pathlib.Path:
+    """A picture as an ordinary track of one frame, before the track of stamped pictures."""
+    with av.open(str(path), "w") as container:
+        picture, stream = container.add_stream("mjpeg", rate=25), container.add_stream("libx264", rate=25)
+        picture.height, picture.width, picture.pix_fmt = 48, 48, "yuvj420p"
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        packets = picture.encode(av.VideoFrame.from_ndarray(stamped(9999, 48, 48), format="rgb24")) + picture.encode()
+        for index in range(count):
+            packets += stream.encode(av.VideoFrame.from_ndarray(stamped(index), format="rgb24"))
+        container.mux(packets + stream.encode())
+    return pathlib.Path(path)
+
+
 def without_frames(path) -> pathlib.Path:
     """A video track with a description but no pictures."""
     with av.open(str(path), "w", options={"movflags": "frag_keyframe+empty_moov"}) as container:

@@ -137,7 +137,7 @@ def _probe_frames(frames: Frames) -> VideoInfo:
 
 @contextlib.contextmanager
 def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Opens a file and its first real video track (a cover picture is not one).
+    """Opens a file and its video track, of several the one that FFmpeg finds best (a cover picture is none).
 
     Raises:
       UserError: no such file, not a video, or audio only; inside the block, any error of the demuxer or decoder.
@@ -165,7 +165,9 @@ def _video_stream(path: str, container) -> av.VideoStream:
         raise UserError(f"{path}: has audio only; give a file with a video track")
     if not streams or _formats(container) & _NOT_VIDEO_FORMATS:
         raise UserError(f"{path}: not a video; give a video file")
-    return streams[0]
+    # A single picture may stand before the video as an ordinary track.
+    best = container.streams.best("video")
+    return best if best in streams else streams[0]
 
 
 def _formats(container) -> set[str]:

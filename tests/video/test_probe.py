@@ -160,6 +160,13 @@ def test_cover_picture_is_not_a_video(tmp_path):
         probe(media.song_with_cover(tmp_path / "song.mp4"))
 
 
+def test_a_picture_in_a_track_before_the_video_is_passed_over(tmp_path):
+    info = probe(media.with_picture_first(tmp_path / "a.mkv", 50))
+    assert (info.total, info.height, info.width) == (50, 64, 96)
+    with FrameReader(info, [0, 49]) as reader:
+        assert [media.read_stamp(image) for _, image in reader.read([0, 49])] == [0, 49]
+
+
 def test_images_without_a_rate_are_no_video():
     with pytest.raises(UserError, match=r"^video: ndarray is no path; give one, or images as adapttoken_jax\.Frames$"):
         probe(np.zeros((4, 8, 8, 3), np.uint8))
