@@ -9,6 +9,7 @@ import fractions
 import functools
 import pathlib
 import struct
+import types
 
 import av
 import numpy as np
@@ -99,7 +100,7 @@ def with_audio(path, count: int = 50, seconds: float = 2.0) -> pathlib.Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"g": "12"})
         stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
-        sound = container.add_stream("pcm_s16le" if str(path).endswith("mkv") else "aac", rate=16000)
+        sound = container.add_stream("aac" if str(path).endswith(("mp4", "flv")) else "pcm_s16le", rate=16000)
         for index in range(count):
             frame = av.VideoFrame.from_ndarray(stamped(index), format="rgb24")
             frame.pts = index
@@ -162,6 +163,31 @@ def truncated(source, path, share: float = 0.6) -> pathlib.Path:
     """The first `share` of a file's bytes."""
     content = pathlib.Path(source).read_bytes()
     pathlib.Path(path).write_bytes(content[: int(len(content) * share)])
+    return pathlib.Path(path)
+
+
+def with_second_chunk(source, path) -> pathlib.Path:
+    """An AVI as those beyond a gigabyte are: the pictures come once more, in a chunk of their own."""
+    content = bytearray(pathlib.Path(source).read_bytes())
+    chunk = lambda name, data: name + len(data).to_bytes(4, "little") + data
+    pictures, length = content.index(b"movi"), content.index(b"strh") + 40
+    size = int.from_bytes(content[pictures - 4 : pictures], "little")
+    content += chunk(b"RIFF", b"AVIX" + chunk(b"LIST", content[pictures : pictures + size]))
+    content[length : length + 4] = (2 * int.from_bytes(content[length : length + 4], "little")).to_bytes(4, "little")
+    pathlib.Path(path).write_bytes(content)
+    return pathlib.Path(path)
+
+
+def streamed(source, path) -> pathlib.Path:
+    """A copy whose header was written before anything was known of what follows, as into a pipe."""
+    with av.open(str(source)) as reader, open(path, "wb") as file:
+        pipe = types.SimpleNamespace(write=file.write)
+        with av.open(pipe, "w", format=reader.format.name.split(",")[0]) as writer:
+            stream = writer.add_stream_from_template(reader.streams.video[0])
+            for packet in reader.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    writer.mux(packet)
     return pathlib.Path(path)
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # AVI stores no presentation times and its key-frame flags are wrong for some codecs.
 _FORMATS_WITHOUT_PTS = {"avi"}
+# Containers whose header says how long the longest track is, unless it was written without going back to it.
+_FORMATS_WITH_DURATION = {"matroska", "flv", "mxf"}
 # Containers whose index leads to a real key frame; anything else is decoded straight through.
 _SEEKABLE_FORMATS = {"mov", "matroska"}
 # FFmpeg plays text files as a terminal recording.
@@ -190,15 +192,15 @@ class _Packets:
 
 def _scan(container, stream) -> _Packets:
     found = _Packets(timed=not _formats(container) & _FORMATS_WITHOUT_PTS)
-    # Matroska says how long the longest track is, so the others are needed to see whether the file is complete.
-    tracks = container.demux() if "matroska" in _formats(container) else container.demux(stream)
+    # The others are needed to see whether the longest track is complete.
+    tracks = container.demux() if _formats(container) & _FORMATS_WITH_DURATION else container.demux(stream)
     ends = {}  # of each track, in its own unit: fractions of a second would take longer than reading the packets
     for packet in to_the_end(tracks):
-        track, pts = packet.stream_index, packet.pts
-        if track == stream.index:
+        if packet.stream_index == stream.index:
             _collect(packet, found)
-        if pts is not None:
-            ends[track] = max(ends.get(track, 0), pts + (packet.duration or 0))
+        end = ends.get(packet.stream_index, 0)
+        start = packet.dts if packet.pts is None else packet.pts
+        ends[packet.stream_index] = max(end, (end if start is None else start) + (packet.duration or 0))
     found.end_s = max((float(end * container.streams[track].time_base) for track, end in ends.items()), default=0.0)
     return found
 
@@ -243,15 +245,31 @@ def _check(path: str, container, stream, packets: _Packets) -> None:
     got, expected, slack, unit = len(packets.pts), 0, 0, "frames"
     if "mov" in _formats(container):
         expected = len(stream.index_entries)
-    elif "matroska" in _formats(container) and container.duration:
+    elif _formats(container) & _FORMATS_WITH_DURATION and container.duration and packets.end_s:
         got, expected, unit = packets.end_s, container.duration / time_base, "seconds"
         slack = max(1, 0.01 * expected)  # such headers are not exact
+    elif "avi" in _formats(container) and _ends_inside_a_chunk(path):
+        got, expected, unit = packets.end_s, float(stream.frames * stream.time_base), "seconds"
+        slack = max(1, 0.01 * expected)  # the index alone may be missing
     if got + slack < expected:
         raise UserError(f"{path}: ends after {got:.0f} of {expected:.0f} {unit}; copy or download the file again")
     if all(packets.discard):
         raise UserError(f"{path}: has a video track without frames; give another file")
     if packets.first_frame is None:
         raise UserError(f"{path}: no frame can be decoded; the file is damaged, copy or download it again")
+
+
+def _ends_inside_a_chunk(path: str) -> bool:
+    """Whether an AVI file is shorter than its chunks say, one or, beyond a gigabyte, several."""
+    size, end = os.path.getsize(path), 0
+    with open(path, "rb") as file:
+        while end < size:
+            file.seek(end)
+            name, length = file.read(4), int.from_bytes(file.read(4), "little")
+            if name != b"RIFF" or length == 2**32 - 1:  # no chunk, or one written without going back to its start
+                return False
+            end += 8 + length
+    return end > size
 
 
 def _timing(path: str, stream, pts: np.ndarray | None, packets: _Packets) -> tuple[float, float, np.ndarray]:

@@ -85,7 +85,7 @@ def test_without_any_key_frame(tmp_path):
 
 
 def test_sound_of_another_length_changes_nothing(tmp_path):
-    for name, seconds in (("a.mkv", 2.0), ("b.mkv", 6.0), ("c.mp4", 6.0)):
+    for name, seconds in (("a.mkv", 2.0), ("b.mkv", 6.0), ("c.mp4", 6.0), ("d.avi", 6.0), ("e.flv", 6.0)):
         info = probe(media.with_audio(tmp_path / name, 50, seconds))
         assert info.total == 50
         assert info.duration_s == pytest.approx(2.0)
@@ -122,6 +122,52 @@ def test_frames_in_memory():
 def test_bad_frames_in_memory(images, fps):
     with pytest.raises(UserError, match="Frames"):
         Frames(images, fps)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.avi", "mpeg4"),
+        ("b.avi", "libx264"),
+        ("c.avi", "mjpeg"),
+        ("d.mxf", "mpeg2video"),
+        ("e.mxf", "libx264"),  # without timestamps
+        ("f.flv", "libx264"),
+    ],
+)
+def test_a_file_that_ends_before_its_header_says(tmp_path, name, codec, share):
+    path = media.write(tmp_path / name, 200, codec=codec, pix_fmt="yuvj420p" if codec == "mjpeg" else "yuv420p")
+    assert probe(path).total == 200
+    with pytest.raises(UserError, match=r": ends after \d of 8 seconds; copy or download the file again$"):
+        probe(media.truncated(path, path, share))
+
+
+def test_a_large_avi_that_ends_in_its_second_chunk(tmp_path):
+    path = media.with_second_chunk(media.write(tmp_path / "a.avi", 100, codec="mpeg4"), tmp_path / "b.avi")
+    assert probe(path).total == 200
+    with pytest.raises(UserError, match="ends after 6 of 8 seconds"):
+        probe(media.truncated(path, path, 0.85))
+
+
+def test_a_header_that_counts_too_many_frames_is_no_sign_of_a_cut(tmp_path):
+    """Pictures that repeat the one before take no bytes in an AVI, and FFmpeg does not tell of those at the end."""
+    path = media.write(tmp_path / "a.avi", 50, codec="mpeg4")
+    content = bytearray(path.read_bytes())
+    length = content.index(b"strh") + 40
+    content[length : length + 4] = (500).to_bytes(4, "little")
+    path.write_bytes(content)
+    assert probe(path).total == 50
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [("avi", "mpeg4"), ("mxf", "mpeg2video"), ("flv", "libx264"), ("mkv", "libx264")]
+)
+def test_a_recording_whose_header_was_never_completed(tmp_path, suffix, codec):
+    path = media.write(tmp_path / f"a.{suffix}", 200, codec=codec, bf="0")
+    path = media.streamed(path, tmp_path / f"b.{suffix}")
+    assert probe(path).total == 200
+    assert 50 < probe(media.truncated(path, path)).total < 200
 
 
 def _not_videos(tmp_path):
