@@ -181,6 +181,7 @@ class _Packets:
     """What the pass over the packets collects; lists run in file order over the packets of the video track."""
 
     pts: list = dataclasses.field(default_factory=list)
+    dts: list = dataclasses.field(default_factory=list)  # of a container without pts
     key: list = dataclasses.field(default_factory=list)
     discard: list = dataclasses.field(default_factory=list)
     last_duration: int = 0
@@ -196,11 +197,12 @@ def _scan(container, stream) -> _Packets:
     tracks = container.demux() if _formats(container) & _FORMATS_WITH_DURATION else container.demux(stream)
     ends = {}  # of each track, in its own unit: fractions of a second would take longer than reading the packets
     for packet in to_the_end(tracks):
-        if packet.stream_index == stream.index:
+        track, pts = packet.stream_index, packet.pts
+        if track == stream.index:
             _collect(packet, found)
-        end = ends.get(packet.stream_index, 0)
-        start = packet.dts if packet.pts is None else packet.pts
-        ends[packet.stream_index] = max(end, (end if start is None else start) + (packet.duration or 0))
+        end = ends.get(track, 0)
+        start = packet.dts if pts is None else pts
+        ends[track] = max(end, (end if start is None else start) + (packet.duration or 0))
     found.end_s = max((float(end * container.streams[track].time_base) for track, end in ends.items()), default=0.0)
     return found
 
@@ -218,6 +220,8 @@ def _collect(packet, found: _Packets) -> None:
     end_mark = packet.size == 0 and packet.pts is None
     if not end_mark:
         found.pts.append(packet.pts)
+        if not found.timed:
+            found.dts.append(packet.dts)
         found.key.append(packet.is_keyframe)
         found.discard.append(packet.is_discard)
         found.last_duration = packet.duration or found.last_duration
@@ -228,7 +232,9 @@ def _collect(packet, found: _Packets) -> None:
 
 def _displayed(packets: _Packets) -> tuple[np.ndarray | None, np.ndarray]:
     """(pts of the shown frames in display order or None, indices of key frames among them)."""
-    if not packets.timed or None in packets.pts or len(set(packets.pts)) != len(packets.pts):
+    keys = [pts for pts, key in zip(packets.pts, packets.key, strict=True) if key]
+    untimed = not packets.timed or None in packets.pts or len(set(packets.pts)) != len(packets.pts)
+    if untimed or keys != sorted(keys):  # times that start anew do not tell the frames' order
         return None, np.zeros(0, np.int64)
     order = np.argsort(packets.pts)
     pts, key = np.asarray(packets.pts, np.int64)[order], np.asarray(packets.key, bool)[order]
@@ -276,7 +282,11 @@ def _timing(path: str, stream, pts: np.ndarray | None, packets: _Packets) -> tup
     """(duration in s, frames per second, times in s)."""
     nominal = float(stream.average_rate or stream.base_rate or 0)
     if pts is None:
-        total, rate = _count_frames(path), nominal or 25.0
+        shown = _decoded_pts(path)
+        # The dts of an AVI count its frames, with those that repeat the one before and take no bytes.
+        pts = _continued(shown if packets.timed else packets.dts, len(shown))
+    if pts is None:
+        total, rate = len(shown), nominal or 25.0
         return total / rate, rate, np.arange(total) / rate
     times = (pts - pts[0]) * float(stream.time_base)
     gap = packets.last_duration * float(stream.time_base) or (float(np.median(np.diff(times))) if len(pts) > 1 else 0)
@@ -286,10 +296,24 @@ def _timing(path: str, stream, pts: np.ndarray | None, packets: _Packets) -> tup
     return duration, nominal if abs(nominal / rate - 1) < 0.01 else rate, times
 
 
-def _count_frames(path: str) -> int:
+def _decoded_pts(path: str) -> list[int | None]:
+    """The timestamp of every frame that can be decoded, in display order."""
     with open_video(path) as (container, stream):
         stream.thread_type = "AUTO"
-        return sum(1 for _ in to_the_end(container.decode(stream)))
+        return [frame.pts for frame in to_the_end(container.decode(stream))]
+
+
+def _continued(stamps: list[int | None], total: int) -> np.ndarray | None:
+    """Timestamps that start anew, where recordings were put one after the other, as if they ran on.
+
+    None where they are not those of `total` frames, two or more, or one in ten does not come after the one before.
+    """
+    if None in stamps or len(stamps) != total or total < 2:
+        return None
+    steps = np.diff(stamps)
+    if 10 * (steps <= 0).sum() > total:
+        return None
+    return np.cumsum([0, *np.where(steps < 0, np.median(steps), steps)])
 
 
 def _orientation(frame: av.VideoFrame) -> Orientation:

@@ -63,6 +63,30 @@ def test_without_timestamps_frames_are_counted(tmp_path, name, codec):
     np.testing.assert_allclose(info.times, np.arange(40) / 25)
 
 
+@pytest.mark.parametrize("codec", ["mpeg4", "mjpeg"])
+def test_frames_that_an_avi_leaves_out_take_their_time(tmp_path, codec):
+    milliseconds, pix_fmt = [0, 40, 80, 1000, 1040, 3000], "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    info = probe(media.write(tmp_path / "a.avi", 6, milliseconds=milliseconds, codec=codec, pix_fmt=pix_fmt))
+    np.testing.assert_allclose(info.times, np.asarray(milliseconds) / 1000)
+
+
+def test_two_frames_of_one_time_leave_the_others_theirs(tmp_path):
+    milliseconds = [*range(0, 1200, 40), 1160, *range(1600, 8000, 400)]
+    path = media.write(tmp_path / "a.mkv", len(milliseconds), milliseconds=milliseconds, codec="ffv1", pix_fmt="bgr0")
+    np.testing.assert_allclose(probe(path).times, np.asarray(milliseconds) / 1000)
+
+
+def test_times_that_start_anew_run_on(tmp_path):
+    """Two recordings, the bytes of one after those of the other: their times lie between each other's."""
+    first, second = media.write(tmp_path / "a.ts", 20), media.write(tmp_path / "b.ts", 20, fps=24)
+    path = tmp_path / "c.ts"
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    info = probe(path)
+    np.testing.assert_allclose(info.times, [*np.arange(20) / 25, *0.8 + np.arange(20) / 24])
+    with FrameReader(info, range(40)) as reader:
+        assert [media.read_stamp(image) for _, image in reader.read(range(40))] == [*range(20), *range(20)]
+
+
 @pytest.mark.parametrize("rotation", [0, 90, 180, -90])
 def test_size_is_after_rotation(tmp_path, rotation):
     info = probe(media.write(tmp_path / "a.mp4", 3, (64, 96), rotation=rotation))
