@@ -299,7 +299,9 @@ class AdaptTokenConfig:
     temperature_target: float = _number(
         0.0, low=0.0, help="groups that share the budget where one stands out; sets the temperature; 0: off"
     )
-    min_tokens_per_group: int = _number(0, low=0, help="fewest tokens that a visited group keeps")
+    min_tokens_per_group: int = _number(
+        0, low=0, help="fewest tokens that a visited group gets, before redundant ones go"
+    )
     budget: int = _number(7040, low=1, help="visual tokens in the final prompt")
     over_selection: float = _number(1.1, low=1.0, help="candidates before redundancy removal, as a multiple of budget")
     coverage: float = _number(

@@ -17,7 +17,7 @@ from adapttoken_jax.encoding import Progress
 from adapttoken_jax.loading import load
 from adapttoken_jax.needle.questions import choice_question
 from adapttoken_jax.pipeline import answer
-from adapttoken_jax.result import Result, atomic_file, write_result
+from adapttoken_jax.result import Result, atomic_file, made_directory, write_result
 
 METHODS = ("uniform", "flexselect", "adapttoken", "lite")
 FPS = 4.0
@@ -48,9 +48,8 @@ def run(directory, frames: int, seed: int, on_progress: Progress | None = None) 
     Raises:
       UserError: a length that cannot hold the needles, or a directory that cannot be written.
     """
-    directory = pathlib.Path(directory)
     scene = needle.scene(seed, "test", frames, "pair")
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = made_directory("output", directory)
     video = needle.write_mp4(scene, directory / "video.mp4", FPS)
     model = load("needle")
     config = AdaptTokenConfig.for_model(model.config, fps=FPS, max_frames=frames)

@@ -1,7 +1,8 @@
 """Steps 8 to 10 as compiled programs; `survivors.select` is the reference twin.
 
 Sizes come from the settings, not from the video: groups are padded to those of the longest video that `max_frames`
-allows, candidates to what the budget allows, so that the second question compiles nothing.
+allows, up to a number that few videos pass, candidates to what the budget allows, so that the second question compiles
+nothing.
 """
 
 import math
@@ -9,11 +10,13 @@ import math
 import jax
 import numpy as np
 
-from adapttoken_jax.geometry import round_up
+from adapttoken_jax.geometry import bucket, round_up
 from adapttoken_jax.run import Run, Selected
 from adapttoken_jax.scan import context_size
 from adapttoken_jax.selection import adaptive_temperature, compiled, coverage_count
 from adapttoken_jax.survivors import relevance_of
+
+_MANY_SLOTS = 8192  # two and a quarter hours at two slots a second
 
 
 def select(run: Run) -> tuple[Selected, jax.Array]:
@@ -45,7 +48,8 @@ def select(run: Run) -> tuple[Selected, jax.Array]:
 def _scanned(run: Run, stretches: int) -> tuple[compiled.Scanned, int]:
     """The visits as padded arrays, and the number of places in the video's order."""
     K, M, slots = run.config.slots_per_group, run.video.per_slot, run.plan.clip.grid[0]
-    most_slots = max(slots, math.ceil(run.config.max_frames / run.plan.clip.vision.temporal_patch))
+    allowed = math.ceil(run.config.max_frames / run.plan.clip.vision.temporal_patch)
+    most_slots = max(slots, min(allowed, bucket(slots, _MANY_SLOTS)))
     G, places = round_up(most_slots, K) // K, round_up(most_slots, K) * M
     relevance, place = np.full((G, K * M), np.nan, np.float32), np.full((G, K * M), places, np.int32)
     certainty, visited = np.zeros(G), np.zeros(G, bool)

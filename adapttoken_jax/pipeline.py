@@ -119,9 +119,9 @@ def answer(
       UserError: something about the video, the question or the settings that the user can mend.
     """
     begin = time.perf_counter()
-    single = isinstance(question, (str, Ask))
+    single = question is None or isinstance(question, (str, Ask))
     questions = [question] if single else list(question)
-    choices = [options] if single else list(options or [None] * len(questions))
+    choices = [options] if single else list(() if options is None else options) or [None] * len(questions)
     if not questions or len(choices) != len(questions):
         raise UserError(f"options: give one entry per question ({len(questions)}), None for an open one")
     config = AdaptTokenConfig.for_model(model.config) if config is None else config.resolve(model.config)
@@ -188,7 +188,19 @@ def scan_video(
     on_progress: Progress | None = None,
     loop: str = "device",
 ) -> list[Run]:
-    """Steps 3 to 7 for all questions of a video: one `Run` each, ready for `conclude`. `loop` is one of `LOOPS`."""
+    """Steps 3 to 7 for all questions of a video: one `Run` each, ready for `conclude`. `loop` is one of `LOOPS`.
+
+    Questions share a scan where the same words stand before the video; an `Ask` with a `system` of its own has others.
+    """
+    runs: dict[int, Run] = {}
+    for prefix in dict.fromkeys(prompt.prefix_ids for prompt in prompts):
+        own = {q: prompt for q, prompt in enumerate(prompts) if prompt.prefix_ids == prefix}
+        found = _one_scan(model, plan, tokens, [*own.values()], config, method, time_is_up, on_progress, loop)
+        runs |= zip(own, found, strict=True)
+    return [runs[q] for q in range(len(prompts))]
+
+
+def _one_scan(model, plan, tokens, prompts, config, method, time_is_up, on_progress, loop) -> list[Run]:
     if not plan.groups:
         tokens.ensure(np.arange(plan.clip.grid[0]))
     begin, waited = time.perf_counter(), tokens.seconds["waiting"]

@@ -233,6 +233,7 @@ def plain_ask(question: str, options: Sequence[str] | None = None, system: str |
     Raises:
       UserError: as `check_question`.
     """
+    options = options if options is None or isinstance(options, str) else tuple(options)
     check_question(question, options)
     texts = _option_texts(options or ())
     lines = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, texts, strict=False)]
@@ -273,11 +274,16 @@ def build_prompt(
 
 def check_question(question: str, options: Sequence[str] | None = None) -> None:
     """Raises `UserError` for a question or options from which no prompt can be built."""
+    if not isinstance(question, str):
+        raise UserError(f"question: {question!r} is no text; write what you want to know about the video")
     if not question.strip():
         raise UserError("--question: the question is empty; write what you want to know about the video")
     if isinstance(options, str):  # a sequence of letters, each of which would become an option
         raise UserError(f"options: {options!r} is one text; give a list of texts, one list per question")
-    options = options or ()
+    options = () if options is None else options
+    for option in options:
+        if not isinstance(option, str):
+            raise UserError(f"options: {option!r} is no text; give a list of texts")
     if len(options) == 1:
         raise UserError("--option: one option leaves nothing to choose; give at least two, or none")
     if len(options) > len(string.ascii_uppercase):
@@ -337,9 +343,9 @@ _OPEN = r"[(\[{<]*"
 _CLOSE = r"[)\]}>]*"
 # A letter that goes on with another one ("B or C", "A, B", "A. B.") is a list, not an answer.
 _NOT_A_LIST = r"(?![.)\]\s]*(?:\b(?:or|and)\b|[&/,]|\s)\s*[(\[]?[A-Z](?:[.,)\]:]|\s*$))"
-# "A" and "I" are words too: alone among other words they count only before a mark or one of these.
+# "A" and "I" are words too: among other words they count only before a mark, a line's end or one of these.
 _AFTER_LETTER = r"(?:is|because|since|as|or|and)\b"
-_WORDLIKE = rf"[AI](?={_CLOSE}\s*(?:$|[^\w\s'\-])|\s+{_AFTER_LETTER})"
+_WORDLIKE = rf"[AI](?={_CLOSE}[^\S\n]*(?:$|[^\w\s'\-]|\n)|\s+{_AFTER_LETTER})"
 _MENTION = rf"(?<![\w'.\-])([B-HJ-Z]|{_WORDLIKE})(?![\w'\-]|\.\w)"
 _ANSWER_IS = r"\b(?:answer|(?:answer|choice|option)\s*(?:is|would be|should be|must be|[:=]))\s*:?\s*"
 _CUE = re.compile(

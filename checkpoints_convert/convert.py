@@ -27,7 +27,7 @@ def convert(source, target_directory, to: str = "orbax") -> None:
         raise UserError(f"--to={to}: choose one of {', '.join(FORMATS)}")
     config = read_model_config(source)
     if load.checkpoint_format(source) == to:
-        raise UserError(f"{source}: is a {to} checkpoint already; choose the other format with --to")
+        raise UserError(f"{source}: has the format {to} already; choose the other format with --to")
     with target.new_directory(target_directory) as partial:
         params = load.load_parameters(source, config)
         writer = orbax_checkpoint if to == "orbax" else huggingface

@@ -228,7 +228,7 @@ def test_outputs_are_checked_before_any_work(capsys, tmp_path, monkeypatch, flag
     os.symlink("v.mp4", "soft.mp4")
     cases = {
         str(tmp_path): "is a directory",
-        "": "is a directory",
+        "": "the name is empty; give a file",
         "no/such/out": "does not exist; create it first",
         "v.mp4": "the same file as --video",
         "soft.mp4": "the same file as --video",

@@ -104,6 +104,11 @@ def test_compare_passes_and_fails_by_its_tolerance(checkpoint, tmp_path, capsys)
     stages = [line.split()[0] for line in out.splitlines()]
     assert stages[:3] == ["stage", "patches", "vision"] and "method:" in stages
     run(capsys, *argv, "--tolerance=1e-12", status=1)
+    run(capsys, "convert", f"--source={checkpoint}", f"--target={tmp_path / 'orbax'}")
+    _, err = run(capsys, *argv, f"--model={tmp_path / 'orbax'}", status=2)
+    assert err.endswith("orbax: transformers cannot read it; adapttoken convert --to huggingface first\n")
+    _, err = run(capsys, *argv, "--debias", f"--video={tmp_path / 'v.mp4'}", status=2)
+    assert err.endswith("--debias: the PyTorch reference has the paper's steps alone; leave it out\n")
 
 
 def shorten(directory, name):
@@ -203,3 +208,9 @@ def test_the_demo_answers_every_question_by_every_method(tmp_path, capsys):
 def test_a_demo_too_short_for_its_needles_is_one_line(tmp_path, capsys):
     _, err = run(capsys, "demo", f"--output={tmp_path / 'demo'}", "--frames=8", status=2)
     assert err.count("\n") == 1 and "--frames" in err and not (tmp_path / "demo").exists()
+
+
+def test_a_demo_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "demo").write_text("")
+    _, err = run(capsys, "demo", f"--output={tmp_path / 'demo'}", status=2)
+    assert err.count("\n") == 1 and f"--output={tmp_path / 'demo'}: " in err

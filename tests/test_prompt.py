@@ -3,6 +3,7 @@
 import json
 import unicodedata
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -180,6 +181,8 @@ def test_twenty_six_options_have_letters_to_z(chat):
         ("Which?", ["red"], "at least two"),
         ("Which?", "red", "'red' is one text; give a list of texts"),
         (Ask("Which?", options="red"), None, "'red' is one text; give a list of texts"),
+        (None, None, "None is no text"),
+        ("Which?", (option for option in ("red", None)), "None is no text; give a list of texts"),
         ("Which?", ["red", "  "], "option B is empty"),
         ("Which?", ["x"] * 27, "27 options"),
         ("\udcff", None, "UTF-8"),
@@ -189,6 +192,12 @@ def test_twenty_six_options_have_letters_to_z(chat):
 def test_a_bad_question_is_a_user_error(chat, question, options, words):
     with pytest.raises(UserError, match=words):
         build_prompt(chat, question, options)
+
+
+def test_options_may_be_any_series_of_texts(chat):
+    options = ("red", "blue")
+    wanted = build_prompt(chat, "Which?", options)
+    assert build_prompt(chat, "Which?", np.asarray(options)) == build_prompt(chat, "Which?", iter(options)) == wanted
 
 
 def test_letters_that_are_no_single_token_are_refused(tmp_path):
@@ -365,6 +374,12 @@ def test_answers_that_say_b(answer):
     [
         *("A", "a", "A.", "(A)", "A. dog", "(A) dog", "A: dog", "A, because", "A is right", "Answer: A", "It is A!"),
         *("The answer is A.", "The answer is A because it runs"),
+        *(
+            "The answer is: A\nReason: it runs",
+            "The correct answer is A\n\nThe dog",
+            "Answer:\n(A) \nThe dog",
+            "Option A\nfoo",
+        ),
     ],
 )
 def test_answers_that_say_a(answer):
@@ -375,7 +390,17 @@ def test_answers_that_say_a(answer):
     "answer",
     [
         *("", "  ", "...", "none of them", "E", "The answer is E", "(F)", "7"),
-        *("A dog runs", "A man walks by", "a dog", "Answer: A cat", "The answer is A cat", "I see it", "A-frame"),
+        *(
+            "I see\nA dog",
+            "The answer is\nA dog",
+            "A dog runs",
+            "A man walks by",
+            "a dog",
+            "Answer: A cat",
+            "The answer is A cat",
+            "I see it",
+            "A-frame",
+        ),
         *("B or C", "A or B", "A and B", "A, B", "(A), (B)", "A. B. C. D.", "The answer is A or B", "B C"),
         *("The answer is not B", "B is wrong", "It isn't B", "Not B"),
         *("D.C. is shown", "A.I. robots", "B-52 bomber", "vitamin-B", "Bob", "U.S."),

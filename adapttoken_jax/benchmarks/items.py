@@ -168,8 +168,18 @@ def _item_warnings(items: list[Item]) -> list[str]:
 def _check_questions(items: list[Item], directory: pathlib.Path) -> None:
     seen: set[str] = set()
     for item in items:
-        if not item.question.strip():
-            raise UserError(f"--data={directory}: the question {item.id} has no text; download the annotations again")
+        if wrong := _wrong_with(item):
+            raise UserError(f"--data={directory}: the question {item.id} has {wrong}; download the annotations again")
         if item.id in seen:
             raise UserError(f"--data={directory}: the question {item.id} stands twice; keep one layout per directory")
         seen.add(item.id)
+
+
+def _wrong_with(item: Item) -> str:
+    """Why a question cannot be asked; "" if it can."""
+    if not item.question.strip():
+        return "no text"
+    if len(item.options) == 1 or len(item.options) > len(string.ascii_uppercase):
+        return f"{len(item.options)} options"
+    empty = [letter for letter, option in zip(item.letters, item.options, strict=True) if not option.strip()]
+    return f"an option {empty[0]} without text" if empty else ""

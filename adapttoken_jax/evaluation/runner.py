@@ -108,9 +108,8 @@ def run_videos(
             try:
                 records = _answer_video(model, video, decoded, wording, config, method, answerer)
             except UserError as error:
-                # An error about a flag would come back for every video.
-                if str(error).startswith("--"):
-                    raise
+                if str(error).startswith("--"):  # a flag to change, not a video to pass over
+                    raise UserError(f"{error} (video {video.id})") from None
                 if strict:
                     raise UserError(f"--strict: {error}") from None
                 reason = str(error).removeprefix(f"{video.path}: ")

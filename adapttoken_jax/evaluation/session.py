@@ -102,8 +102,6 @@ def evaluate(asked: Evaluation) -> dict[str, Any] | None:
     items, report = BENCHMARKS[asked.benchmark].load(asked.data)
     if asked.strict:
         report.require_complete()
-    for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
     items = items[: asked.limit]
     sizes = read_model_config(asked.model)
     config = AdaptTokenConfig.for_model(sizes, **asked.settings)
@@ -115,6 +113,8 @@ def evaluate(asked: Evaluation) -> dict[str, Any] | None:
     model = load_here(asked)
     hashes["model"] = model_fingerprint(model)
     run = workdir.begin_run(asked.workdir, describe(), asked.resume)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     videos = group_by_video(items)
     with RunFiles(asked.workdir, part, videos) as files:
         _answer(asked, model, config, files, shard(videos, part.index, part.count))

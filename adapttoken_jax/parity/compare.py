@@ -14,13 +14,15 @@ import torch
 import transformers
 
 from adapttoken_jax import pipeline
-from adapttoken_jax.config import AdaptTokenConfig
+from adapttoken_jax.config import AdaptTokenConfig, checkpoint_directory, read_model_config
+from adapttoken_jax.errors import UserError
 from adapttoken_jax.geometry import window_layout
 from adapttoken_jax.loading import load
 from adapttoken_jax.model import Qwen25VL
 from adapttoken_jax.parity import pytorch_method as oracle
 from adapttoken_jax.prompt import build_prompt
 from adapttoken_jax.video import PRESETS, Clip, FrameReader
+from checkpoints_convert.load import checkpoint_format
 
 # One rounding step of a resized 8-bit channel after normalisation; the two resizers' sums may round apart by one.
 _LEVEL = 1 / 255 / 0.26130258
@@ -42,8 +44,11 @@ def compare(directory, video, question: str, options, overrides: dict, tolerance
     Raises:
       UserError: as `pipeline.answer`.
     """
+    if checkpoint_format(checkpoint_directory(directory)) != "huggingface":
+        raise UserError(f"--model={directory}: transformers cannot read it; adapttoken convert --to huggingface first")
+    config = AdaptTokenConfig.for_model(read_model_config(directory), **overrides)
+    oracle.check(config, "adapttoken")
     model = load(directory, dtype="float32")
-    config = AdaptTokenConfig.for_model(model.config, **overrides)
     result = pipeline.answer(model, video, question, options, config, trace=True)
     plan = pipeline.plan_run(model.config, video, config, "adapttoken")
     if not sys.stderr.isatty():  # a bar in a log is noise

@@ -568,7 +568,7 @@ def run(model, inputs: MethodInputs, config: AdaptTokenConfig, method: str = "ad
       UserError: an unknown method, sampling asked for, or a budget below the groups' minimum.
       ValueError: `reference_layer` is not resolved.
     """
-    _check(config, method)
+    check(config, method)
     features = vision_features(model, inputs.patches, inputs.grid)
     groups = interleaved_groups(inputs.grid[0], config.slots_per_group)
     everything = tokens_of(range(inputs.grid[0]), *(side // _merge(model) for side in inputs.grid[1:]))
@@ -593,7 +593,8 @@ def run(model, inputs: MethodInputs, config: AdaptTokenConfig, method: str = "ad
     }
 
 
-def _check(config: AdaptTokenConfig, method: str) -> None:
+def check(config: AdaptTokenConfig, method: str) -> None:
+    """Raises `UserError` for a method, or a setting, that this version does not have."""
     if method not in METHODS:
         raise UserError(f"--method={method}: choose one of {', '.join(METHODS)}")
     if config.sampling_temperature > 0:

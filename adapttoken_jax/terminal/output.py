@@ -29,8 +29,10 @@ def check_output(flag: str, path: str) -> None:
     """Raises `UserError` unless a file can be written at `path`."""
     from adapttoken_jax.result import real_path
 
+    if not path:
+        raise UserError(f"--{flag}=: the name is empty; give a file")
     target = real_path(path)
-    if not path or target.is_dir():
+    if target.is_dir():
         raise UserError(f"--{flag}={path}: is a directory; name a file in it")
     if not target.parent.is_dir():
         raise UserError(f"--{flag}={path}: the directory {target.parent} does not exist; create it first")

@@ -147,7 +147,7 @@ def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.Vide
     import av
 
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'is a directory; name a file in it' if os.path.isdir(path) else 'no such file'}")
     # Tags in another encoding than UTF-8 are none of our business; from version 19 on PyAV never fails on them.
     options = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:

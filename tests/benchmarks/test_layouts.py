@@ -1,5 +1,7 @@
 """Loading: each layout gives the questions that it holds, and each flaw is named."""
 
+import string
+
 import pytest
 
 from adapttoken_jax.benchmarks import BENCHMARKS, lvbench
@@ -327,6 +329,21 @@ def test_a_question_without_text_is_refused(tmp_path):
     layouts.write_jsonl(tmp_path / "video_info.meta.jsonl", [row])
     with pytest.raises(UserError, match=f"^--data={tmp_path}: the question {row['qa'][0]['uid']} has no text;"):
         BENCHMARKS["lvbench"].load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (["A. red"], "1 options"),
+        (["A. red", " "], "an option B without text"),
+        ([f"{letter}. red" for letter in (*string.ascii_uppercase, "AA")], "27 options"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_refused(tmp_path, options, wrong):
+    rows = layouts.videomme_rows()
+    layouts.write_parquet(tmp_path / "test-0.parquet", [rows[0], rows[1] | {"options": options}])
+    with pytest.raises(UserError, match=f"^--data={tmp_path}: the question 001-2 has {wrong};"):
+        BENCHMARKS["videomme"].load(tmp_path)
 
 
 @pytest.mark.parametrize("benchmark", ["longvideobench", "lvbench", "mlvu"])

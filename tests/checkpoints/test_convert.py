@@ -163,7 +163,7 @@ def test_target_without_a_parent_is_refused(tmp_path, source):
 
 @pytest.mark.parametrize("to", ["orbax", "huggingface"])
 def test_same_format_is_refused(tmp_path, source, converted, to):
-    with pytest.raises(UserError, match=f"is a {to} checkpoint already"):
+    with pytest.raises(UserError, match=f"has the format {to} already"):
         convert(converted if to == "orbax" else source, tmp_path / "out", to=to)
     assert not _names(tmp_path)
 

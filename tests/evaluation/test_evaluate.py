@@ -163,8 +163,7 @@ def test_a_changed_flag_is_refused_and_nothing_is_touched(places, tmp_path, caps
         "--replay=" + str(whole),
     ):
         out, err = run(capsys, bench.evaluate_flags(data, model, tmp_path / "run", flag), status=2)
-        assert out == "" and flag.partition("=")[0] in err.splitlines()[-1]
-        assert [line for line in err.splitlines() if not line.startswith("warning: ")] == err.splitlines()[-1:]
+        assert out == "" and flag.partition("=")[0] in err and err.count("\n") == 1
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
@@ -238,6 +237,13 @@ def test_a_replay_of_what_was_answered_without_a_scan_answers_the_same(places, t
         # As many from either half of the video, and from every place of a frame.
         assert 5 <= (found.tokens[:, 0] < found.grid[0] / 2).sum() <= 7
         assert len({(row, col) for _, row, col in found.tokens.tolist()}) == 6
+
+
+def test_a_flag_that_does_not_suit_a_video_names_it(places, tmp_path, capsys):
+    data, model, _ = places
+    words = bench.evaluate_flags(data, model, tmp_path / "run", "--method=uniform", "--budget=1")
+    error = run(capsys, words, status=2)[1].splitlines()[-1]
+    assert re.search(r"--budget=1: one slot of this video has \d+ tokens; allow at least that \(video \w+\)$", error)
 
 
 def test_the_command_knows_the_benchmarks(places):

@@ -49,6 +49,12 @@ def test_the_same_tokens(model, name):
     assert isinstance(features, jax.Array) and not np.asarray(features[n:]).any()
 
 
+def test_no_bound_on_frames_is_no_bound_on_memory(model):
+    run = scanned(model, "defaults")
+    endless = dataclasses.replace(run, config=dataclasses.replace(run.config, max_frames=10**10))
+    np.testing.assert_array_equal(device_survivors.select(endless)[0].tokens, survivors.select(run).tokens)
+
+
 def test_the_answer_from_features_on_the_device(model, monkeypatch):
     run = scanned(model, "defaults")
     monkeypatch.setattr(pipeline.jax, "default_backend", lambda: "gpu")  # where the compiled selection is the default

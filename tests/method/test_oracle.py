@@ -9,6 +9,7 @@ import adapttoken_jax as at
 from adapttoken_jax import pipeline
 from adapttoken_jax.parity import pytorch_method as oracle
 from adapttoken_jax.parity.compare import method_inputs
+from adapttoken_jax.prompt import Ask
 from tests import tiny
 
 OPTIONS = ["a red kite", "the old dog", "two cars"]
@@ -124,6 +125,21 @@ def test_one_group_or_a_large_budget_answers_directly(load):
         result, theirs = ask_both(pair, random_video(), "What?", OPTIONS, config, "adapttoken")
         assert theirs["direct"] and result.groups == () and result.selected.count == result.video.tokens
         assert_agree(result, theirs)
+
+
+def test_words_before_the_video_are_each_questions_own(load):
+    model, _ = load("base")
+    config = settings(model)
+    questions = [
+        Ask(text, system=words) for text, words in (("What?", "Be brief."), ("Where?", ""), ("Who?", "Be brief."))
+    ]
+    together = at.answer(model, random_video(), questions, config=config)
+    for question, joint in zip(questions, together, strict=True):
+        alone = at.answer(model, random_video(), question, config=config)
+        assert joint.answer == alone.answer and joint.selected == alone.selected
+        np.testing.assert_allclose(
+            [g.entropy for g in joint.groups], [g.entropy for g in alone.groups], atol=1e-5
+        )  # the same sums in another order
 
 
 def test_several_questions_in_one_scan_are_each_answered_as_if_alone(load):

@@ -204,7 +204,7 @@ def _not_videos(tmp_path):
     binary.write_bytes(np.random.default_rng(0).bytes(5000))
     return [
         (tmp_path / "missing.mp4", "no such file"),
-        (tmp_path, "no such file"),
+        (tmp_path, "is a directory"),
         (text, "not a video"),
         (empty, "cannot be read as a video"),
         (binary, "cannot be read as a video"),
