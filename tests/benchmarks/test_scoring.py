@@ -32,6 +32,7 @@ READINGS = {
     "longvideobench_official": [
         ("E", "E"),
         ("Best option: C", "C"),
+        ("I say Best option: C", "C"),
         ("The correct option is D", "D"),
         ("Answer: B", "A"),
         ("unknown", None),
@@ -44,6 +45,7 @@ READINGS = {
         ("B. blue", "B"),
         ("The answer is B", None),
         ("(blue) B", None),
+        ("(B (C) blue", "B"),
         ("", None),
         (" ( D", "D"),
     ],
@@ -64,8 +66,23 @@ READINGS = {
         # The start counts more than the phrase.
         ("A dog. The answer is B, I think", "A"),
         ("It is not A. but the answer is C maybe", "C"),
-        # The last of equally strong marks.
+        # Each stronger mark beside the next weaker one: start, end, phrase, (A), A., A:, A), A.
+        ("A because it is B", "A"),
+        ("The answer is B. A, surely B", "B"),
+        ("(C) no. The answer is A here", "A"),
+        ("(A) vs B. here", "A"),
+        ("Is A: or B. it", "B"),
+        ("so A) or B: it", "B"),
+        ("so B) or A it", "B"),
+        # The last of equally strong marks, and the last place of each letter.
         ("Between (A) and (D) this", "D"),
+        ("(B) no (A) yes (B) it", "B"),
+        ("HBO, HAM, HBO", "B"),
+        # What follows the phrase: its own A is none.
+        ("THE ANSWER IS C, not A, I say", "A"),
+        # A letter that ends a word is not alone; one in quotes is.
+        ("(B) in the SPA", "B"),
+        ('"B" is it, not (A) here', "B"),
         ("It must be C", "C"),
         ("Because", "B"),
         ("An Apple", "A"),
@@ -99,13 +116,26 @@ def test_what_each_reading_finds(reading, response, letter):
         ("something blue", ("B",)),
         ("A is what I would have said before the end", ()),
         ("my answer is C here", ("C",)),
+        # One of the last four words, not of the last five.
+        ("now C is what I", ("C",)),
+        ("C is what I see", ()),
         ("red and blue", ()),
         ("Z blue", ()),
-        ("blue, but " + "long " * 20, ()),
+        ("A or B or Z: blue", ("B",)),
+        # Up to twice as long as all options together, 17 characters.
+        ("blue" + "." * 30, ("B",)),
+        ("blue" + "." * 31, ()),
+        # The bracket gives C, a letter too early among the words; the text gives B.
+        ("(C) is what they all say of blue", ("C", "B")),
     ],
 )
 def test_vlmevalkits_second_reading(response, letters):
     assert answers.vlmevalkit_mlvu(response, item()) == letters
+
+
+def test_the_second_reading_counts_where_the_first_is_wrong():
+    verdict = SCORERS["mlvu"]["VLMEvalKit"].judge(item(answer="B"), "(C) is what they all say of blue")
+    assert (verdict.letter, verdict.correct) == ("C", True)
 
 
 def test_vlmevalkit_knows_five_letters_in_longvideobench_alone():
@@ -124,6 +154,11 @@ def test_what_could_not_be_asked_counts_nowhere():
 def test_a_question_without_a_right_option_is_never_right():
     for letter in ("A", "", "nothing"):
         assert not SCORERS["mlvu"]["official"].judge(item(answer=""), letter).correct
+
+
+def test_a_label_that_stands_twice_counts_once():
+    scores = SCORERS["lvbench"]["official"].aggregate([(item(labels={"question_type": ("Sum", "Sum")}), "B")])
+    assert accuracy(scores.breakdowns["question_type"]["Sum"]) == (1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
