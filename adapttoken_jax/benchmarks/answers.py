@@ -122,7 +122,7 @@ def vlmevalkit_mlvu(response: str, item: Item) -> Letters:
 
 
 def _inferred(response: str, item: Item) -> Letters:
-    """The only letter among the words if it is one of the last five, else the only option whose text is said."""
+    """The only letter among the words if it is one of the last four, else the only option whose text is said."""
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", response).split()
     named = [letter for letter in item.letters if letter in words]
     if len(named) == 1 and words.index(named[0]) > len(words) - 5:
