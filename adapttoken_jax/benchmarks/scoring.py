@@ -91,7 +91,7 @@ class Scorer:
             letters = (random.Random(f"{self.guess_seed}/{item.id}").choice(item.letters),)
         return Verdict(
             letter=letters[0] if letters else None,
-            correct=bool(item.answer) and item.answer in letters,
+            correct=item.answer in letters,
             counted=bool(letters) or self.unread_counts,
         )
 
