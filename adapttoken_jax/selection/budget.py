@@ -8,9 +8,9 @@ import numpy as np
 
 from adapttoken_jax.errors import UserError
 
-# Shares are rounded here before their remainders are compared, so that the last bit of a platform's `exp` decides
-# nothing: exact ties go to the lower index everywhere.
-_DECIMALS = 9
+# Remainders are compared in whole units of this, so that the last bit of a platform's `exp` decides nothing: exact ties
+# go to the lower index everywhere.
+_UNIT = 1e-9
 
 
 def candidate_count(budget: int, over_selection: float, available: int) -> int:
@@ -103,8 +103,7 @@ def _clipped_shares(log_weights, low, high, total: int) -> np.ndarray:
 
 
 def _largest_remainder(shares, total: int) -> np.ndarray:
-    shares = np.round(shares, _DECIMALS)
-    budgets = np.floor(shares).astype(np.int64)
-    by_remainder = np.argsort(budgets - shares, stable=True)
+    budgets = np.floor(shares + _UNIT / 2).astype(np.int64)
+    by_remainder = np.argsort(-np.round((shares - budgets) / _UNIT), stable=True)
     budgets[by_remainder[: total - budgets.sum()]] += 1
     return budgets

@@ -150,9 +150,9 @@ def _clipped_shares(log_weights, low, high, total):
 
 
 def _largest_remainder(shares, total):
-    shares = jnp.round(shares, 9 if shares.dtype == jnp.float64 else 3)
-    budgets = jnp.floor(shares).astype(total.dtype)
-    by_remainder = jnp.argsort(budgets - shares, stable=True)
+    unit = 1e-9 if shares.dtype == jnp.float64 else 1e-3
+    budgets = jnp.floor(shares + unit / 2).astype(total.dtype)
+    by_remainder = jnp.argsort(-jnp.round((shares - budgets) / unit), stable=True)
     rank = jnp.argsort(by_remainder, stable=True)
     return budgets + (rank < total - budgets.sum())
 

@@ -53,6 +53,7 @@ def test_weights_sum_to_one_at_any_temperature():
         ([2 * math.log(3), 0], [100, 100], 10, 0, [8, 2]),  # 7.5 and 2.5: the tie goes to the lower index
         ([0, 2 * math.log(3)], [100, 100], 10, 0, [3, 7]),
         ([0, 2 * math.log(3)], [100, 100], 14, 0, [4, 10]),  # 3.5 and 10.5, whichever way their last bits fall
+        ([2 * math.log(share) for share in (2.3, 0.3, 1.2, 6.2)], [100] * 4, 10, 0, [3, 0, 1, 6]),  # 0.3 ties with 2.3
         ([2 * math.log(5), 0], [100, 100], 3, 0, [3, 0]),
         ([2 * math.log(7), 0], [100, 100], 4, 0, [4, 0]),
         ([2 * math.log(3), 0, 0], [5, 100, 100], 25, 0, [5, 10, 10]),
@@ -141,6 +142,7 @@ def test_candidates_are_ten_percent_more_where_there_are_enough():
     assert candidate_count(7040, 1.1, 10**6) == 7744
     assert candidate_count(7040, 1.1, 7100) == 7100
     assert candidate_count(32, 1.0, 100) == 32
+    assert candidate_count(7, 1.1, 100) == 8  # 7.7 to the nearest
 
 
 @pytest.mark.parametrize(

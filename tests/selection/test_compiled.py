@@ -31,6 +31,7 @@ def test_budgets_are_the_twins(seed):
     temperature, minimum = float(rng.choice([2.0, 0.3, 1e-3])), int(seed % 4)
     budget = int(rng.integers(minimum * GROUPS, 120))
     ours = np.zeros((2, G))
+    ours[0, ~visited], ours[1, ~visited] = 5.0, 7  # what a group that was not visited holds counts for nothing
     ours[0, visited], ours[1, visited] = certainty, capacity
     with compiled.precise():
         total = np.int32(min(budget, capacity.sum()))
@@ -38,6 +39,24 @@ def test_budgets_are_the_twins(seed):
     expected = selection.allocate_budget(certainty, capacity, budget, temperature, minimum)
     np.testing.assert_array_equal(np.asarray(got)[visited], expected)
     assert not np.asarray(got)[~visited].any()
+
+
+@pytest.mark.parametrize(
+    "shares, expected",
+    [
+        ([2.5, 7.5], [3, 7]),
+        ([7.5, 2.5], [8, 2]),
+        ([3.5, 31.5], [4, 31]),
+        ([2.5, 247.5], [3, 247]),
+        ([2.3, 0.3, 1.2, 6.2], [3, 0, 1, 6]),
+        ([0.3, 2.3, 1.2, 6.2], [1, 2, 1, 6]),
+    ],
+)
+def test_exact_ties_go_to_the_lower_group_whatever_their_last_bits(shares, expected):
+    certainty, visited = 2 * np.log(np.resize(shares, G)), np.arange(G) < len(shares)
+    with compiled.precise():
+        got = budgets_of(certainty, visited, np.full(G, 999, np.int32), np.int32(round(sum(shares))), numbers(0))
+    assert np.asarray(got)[visited].tolist() == expected
 
 
 def random_tokens(rng, n, C, ties):
@@ -83,7 +102,7 @@ def test_candidates_are_the_twins(stretches, seed):
         relevance[g, :n] = rng.integers(0, 5, n) / 8 if seed % 2 else rng.random(n)
         place[g, :n] = (groups[g][:, None] * M + np.arange(M)).reshape(-1)
         certainty[g], visited[g] = -rng.random(), True
-    budget, over = 14, 1.3
+    budget, over = 14, 1.4
     stretch = np.minimum(place.astype(np.int64) // M * stretches // slots, stretches).astype(np.int32)
     with compiled.precise():
         found = compiled.choose_candidates(
