@@ -5,7 +5,7 @@ import string
 import pytest
 
 from adapttoken_jax.benchmarks import BENCHMARKS, lvbench
-from adapttoken_jax.benchmarks.options import split_options
+from adapttoken_jax.benchmarks.options import letter_in, letter_of_text, split_options
 from adapttoken_jax.errors import UserError
 from tests.benchmarks import layouts
 
@@ -371,6 +371,7 @@ def test_a_question_without_options_is_refused(tmp_path):
         ("Which?\nA. x\nB. B. Smith\nC. z", "Which?", ("x", "B. Smith", "z")),
         ("Which? (A) x (B) y", "Which?", ("x", "y")),
         ("Is (A) or (B) first?\n(A) x\n(B) y", "Is (A) or (B) first?", ("x", "y")),
+        ("(B) comes when?\n(A) x\n(B) y", "(B) comes when?", ("x", "y")),
         ("Which of two\nlines?\n(A) first\nline\n(B) y", "Which of two\nlines?", ("first\nline", "y")),
         ("Who is (A)?", "Who is (A)?", ()),
         ("No options", "No options", ()),
@@ -378,3 +379,9 @@ def test_a_question_without_options_is_refused(tmp_path):
 )
 def test_options_inside_a_question(text, question, options):
     assert split_options(text) == (question, options)
+
+
+def test_an_answer_is_a_letter_of_an_option_or_the_text_of_one():
+    options = ("red ", "blue", "blue")
+    assert [letter_in(said, options) for said in ("B", "(C)", " A. ", "D", "AB", "")] == ["B", "C", "A", "", "", ""]
+    assert [letter_of_text(said, options) for said in ("red", " blue", "green")] == ["A", "B", ""]

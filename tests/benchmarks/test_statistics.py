@@ -93,9 +93,11 @@ def as_run(right):
 def test_the_paired_test_is_students_where_videos_have_one_question():
     rng = np.random.default_rng(3)
     first, second = rng.random(80) < 0.5, rng.random(80) < 0.65
-    paired = paired_difference(as_run(first), as_run(second), {str(i): f"v{i}" for i in range(80)})
+    videos = {str(i): f"v{i}" for i in range(80)}
+    paired = paired_difference(as_run(first), as_run(second), videos)
     expected = stats.ttest_rel(second.astype(float), first.astype(float))
     assert paired.p_value == pytest.approx(expected.pvalue)
+    assert paired_difference(as_run(second), as_run(first), videos).p_value == paired.p_value
     interval = expected.confidence_interval()
     assert (paired.low, paired.high) == pytest.approx((interval.low, interval.high))
     assert paired.difference == pytest.approx(second.mean() - first.mean())

@@ -52,6 +52,7 @@ def test_lines_are_cut_at_the_videos_ends(tmp_path):
         {"timestamp": [19.0, 25.0], "text": "over the end"},
         {"timestamp": [2.0, 10.0], "text": "before"},
         {"timestamp": [20.0, 21.0], "text": "after"},
+        {"timestamp": [15.0, 14.0], "text": "over before it begins"},
         {"timestamp": [12.0, None], "text": "to the end"},
     ]
     file = SubtitleFile(layouts.write_json(tmp_path / "a.json", lines), offset_s=10.0)

@@ -70,6 +70,9 @@ def test_the_four_forms_literally(xp):
     # Options 0 and 2: 4/5 and 1/5; 1/8 and 7/8.
     expected = [-stats.entropy([0.8, 0.2]), -stats.entropy([0.125, 0.875])]
     np.testing.assert_allclose(token_certainty(logits, "option_entropy", [0, 2]), expected, **close)
+    np.testing.assert_allclose(token_certainty(logits, "option_entropy", [0, 2, -1, -1]), expected, **close)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(token_certainty(logits, "option_entropy", [-1, -1]), [-h for h in entropy], **close)
     np.testing.assert_allclose(token_certainty(logits, "option_entropy"), [-h for h in entropy], **close)
     np.testing.assert_allclose(token_certainty(logits, "option_entropy", []), [-h for h in entropy], **close)
     expected = [(1 + 2 + 3 + 3) * math.log(2) / 4, -(math.log(0.7) + 3 * math.log(0.1)) / 4]

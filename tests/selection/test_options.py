@@ -68,6 +68,10 @@ def test_pooling_is_bayes_rule_for_independent_evidence():
     np.testing.assert_allclose(pooled_evidence([prior] * 5, prior), prior, rtol=1e-12)  # nothing new from any group
 
 
+def test_pooling_many_groups_that_contradict_each_other_leaves_both_options():
+    np.testing.assert_allclose(pooled_evidence([[1, 0]] * 10 + [[0, 1]] * 10), [0.5, 0.5], rtol=1e-12)
+
+
 # Blind prior
 
 
@@ -138,6 +142,7 @@ def test_certainty_that_the_question_alone_gives_is_no_evidence():
     assert rule(gain=0.1).reason(entropies, answers, 0.25, never) == GO_ON  # gains 0.05, 0.05, 0.2
     assert rule(gain=0.04).reason(entropies, answers, 0.25, never) == CERTAIN_GROUPS_AGREE
     assert rule(gain=1.0).reason(entropies, answers, math.log(4), never) == CERTAIN_GROUPS_AGREE
+    assert rule(gain=0.5).reason([0.25, 0.25], answers[:2], 0.75, never) == CERTAIN_GROUPS_AGREE  # the least is enough
 
 
 def test_asking_again_happens_every_few_groups_and_decides_alone():
@@ -191,7 +196,7 @@ def test_targets_out_of_reach_give_the_nearest():
     assert solve_temperature([-0.7] * 4, 2.0) == 1.0  # every temperature is the same
 
 
-@pytest.mark.parametrize("factor", [1e-3, 7.0])
+@pytest.mark.parametrize("factor", [1e-7, 7.0])
 def test_the_temperature_scales_with_the_certainties(factor):
     certainty = -np.random.default_rng(1).uniform(0, 1.4, 16)
     scaled = solve_temperature(factor * certainty, 3.0)
@@ -241,12 +246,20 @@ def test_sinks_are_zeroed_and_nothing_else():
     relevance = np.random.default_rng(3).uniform(1, 2, (10, 9))
     relevance[:, 7] *= 30  # a cell that stands out all the time
     relevance[0, 0] = 90  # the first token
-    relevance[5, 2] = 60  # evidence: one cell, one slot
+    relevance[5, 2] = 600  # evidence: one cell, one slot, far above the rest in the mean too
     out = debias_relevance(relevance)
     zero = np.zeros_like(relevance, bool)
     zero[:, 7], zero[0, 0] = True, True
     np.testing.assert_array_equal(out == 0, zero)
     assert out.argmax() == 5 * 9 + 2
+
+
+def test_a_sink_is_eight_times_the_median_cell():
+    relevance = np.ones((10, 9))
+    relevance[:, 3], relevance[:, 7] = 7, 9
+    expected = relevance.copy()
+    expected[:, 7] = 0
+    np.testing.assert_allclose(debias_relevance(relevance), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -264,6 +277,10 @@ def test_few_slots_get_a_line_and_fewer_nothing():
     np.testing.assert_allclose(position_trend(steep[:4]), np.exp(np.arange(4) - 1.5))
     bent = np.exp(np.array([0.0, 2, 2, 0]))[:, None] * np.ones(5)
     np.testing.assert_allclose(position_trend(bent), np.ones(4), rtol=1e-12)  # symmetric: the best line is flat
+    curve = np.exp(np.linspace(-1, 1, 8) ** 2)
+    np.testing.assert_allclose(
+        position_trend(np.tile(curve[:, None], 5)) / curve, np.full(8, np.exp(-3 / 7)), rtol=1e-9
+    )
     np.testing.assert_array_equal(position_trend(steep[:3]), np.ones(3))
     np.testing.assert_array_equal(position_trend(steep[:1]), np.ones(1))
 
@@ -274,6 +291,16 @@ def test_slots_without_attention_bend_nothing_much():
     out = debias_relevance(relevance)
     assert (out[3] == 0).all() and out[out > 0].min() > 0.2 and out.max() < 5
     assert (debias_relevance(np.zeros((9, 4))) == 0).all()
+    place, level = np.linspace(-1, 1, 16), np.zeros(16)
+    level[3] = math.log(1e-3)  # what such a slot counts as
+    parabola = np.polyval(np.polyfit(place, level, 2), place)
+    np.testing.assert_allclose(position_trend(relevance), np.exp(parabola - parabola.mean()), rtol=1e-9)
+
+
+def test_a_few_tokens_do_not_bend_the_trend():
+    relevance = np.ones((16, 9))
+    relevance[4, :4] = 1000
+    np.testing.assert_allclose(position_trend(relevance), np.ones(16), rtol=1e-12)
 
 
 # Coverage
