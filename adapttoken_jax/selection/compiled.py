@@ -196,7 +196,7 @@ def _redundancy(features, positions, free, scale, kernel):
     """Redundancy [C, C] of each token with the later ones; -1 elsewhere."""
     wide = positions.dtype
     norms = jnp.sqrt((features.astype(wide) ** 2).sum(1, keepdims=True))
-    unit = jnp.where(norms > 0, features.astype(wide) / jnp.where(norms > 0, norms, 1), 0)
+    unit = jnp.where(norms > 0, features.astype(wide) / norms, 0)
     index = jnp.arange(len(free))
 
     def row_of(i):

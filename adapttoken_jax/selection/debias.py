@@ -49,7 +49,6 @@ def position_trend(relevance) -> np.ndarray:
     level = np.log(np.maximum(level, max(_FLOOR * np.median(level), np.finfo(np.float64).tiny)))
     k = len(level)
     degree = 2 if k >= 8 else 1 if k >= 4 else 0
-    place = np.linspace(-1, 1, k) if k > 1 else np.zeros(1)
-    powers = np.vander(place, degree + 1)
+    powers = np.vander(np.linspace(-1, 1, k), degree + 1)
     fitted = powers @ np.linalg.lstsq(powers, level, rcond=None)[0]
     return np.exp(fitted - fitted.mean())

@@ -8,7 +8,7 @@ from adapttoken_jax.errors import UserError
 from adapttoken_jax.selection.arrays import array_and_namespace
 
 
-def reduce_relevance(probabilities, heads: str = "max", text: str = "max", rows=None):
+def reduce_relevance(probabilities, heads: str, text: str, rows=None):
     """Relevance of each visual token: its attention reduced over heads first, then over text tokens.
 
     The reference for every kernel that produces relevance without storing the probabilities.

@@ -30,7 +30,7 @@ def target_groups(certainty, fewest: float) -> float:
     """
     certainty = np.asarray(certainty, np.float64)
     g = certainty.size
-    fewest = min(max(fewest, 1.0), g)
+    fewest = min(fewest, g)
     share = -np.expm1(certainty.mean() - certainty.max())
     return float(g * (fewest / g) ** share)
 

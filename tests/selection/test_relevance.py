@@ -58,7 +58,7 @@ def test_reduction_traces_with_a_traced_mask():
 @pytest.mark.parametrize("flag, kwargs", [("relevance_heads", {"heads": "sum"}), ("relevance_text", {"text": "sum"})])
 def test_unknown_reduction_names_the_flag(flag, kwargs):
     with pytest.raises(UserError, match=f"--{flag}=sum"):
-        reduce_relevance(PROBABILITIES, **kwargs)
+        reduce_relevance(PROBABILITIES, **{"heads": "max", "text": "max", **kwargs})
 
 
 @pytest.mark.parametrize("xp", [np, jnp])
