@@ -79,6 +79,8 @@ def test_the_prompt_with_options_and_a_system_message(chat):
         "<|vision_end|>Which?\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly."
         "<|im_end|>\n<|im_start|>assistant\n"
     )
+    silent = build_prompt(chat, "Which?", system="")
+    assert list(silent.prefix_ids) == rendered("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|vision_start|>")
     assert prompt.letters == ("A", "B")
     assert [chat.decode([i]) for i in prompt.letter_ids] == ["A", "B"]
 
@@ -230,6 +232,7 @@ def test_vocab_and_merges_give_the_same_tokenizer(tmp_path):
     split = ChatTokenizer.from_directory(tmp_path)
     text = "It's the café's 12 cars  \n\n <|im_end|> 日本"
     assert split.encode(text) == whole.encode(text)
+    assert split.decode(rendered("a<|im_end|>b")) == "ab"
     assert build_prompt(split, text, ["a", "b"]) == build_prompt(whole, text, ["a", "b"])
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "added_tokens.json").write_text(json.dumps({text: tokenizer.token_to_id(text) for text in CONTROL}))
@@ -285,6 +288,12 @@ def test_ids_in_the_nested_config_are_checked_too(tmp_path):
     write_checkpoint(tmp_path, text_config={"vocab_size": 300}, vocab_size=None)
     with pytest.raises(UserError, match="vocab_size 300"):
         ChatTokenizer.from_directory(tmp_path)
+    size = max(qwen_like_tokenizer().get_vocab().values())
+    write_checkpoint(tmp_path, vocab_size=size)  # one too few
+    with pytest.raises(UserError, match=f"has id {size}, beyond config.json's vocab_size {size}"):
+        ChatTokenizer.from_directory(tmp_path)
+    write_checkpoint(tmp_path, vocab_size=size + 1)
+    ChatTokenizer.from_directory(tmp_path)
 
 
 def test_broken_checkpoints_are_user_errors(tmp_path):
@@ -338,6 +347,9 @@ OPTIONS = ("A dog runs", "the red car", "car", "C major")
             "\u2018B\u2019",
             "B!",
             "\\boxed{B}",
+            "\\(b\\)",
+            "<answer>\nb\n</answer>",
+            "b\nThe others do not move.",
         ),
         *(
             "<answer>B</answer>",
@@ -361,6 +373,7 @@ OPTIONS = ("A dog runs", "the red car", "car", "C major")
         ),
         *("The correct answer is (B).", "The correct option is B because of the dog", "Final answer: **B**"),
         *("The best choice is option B", "A is wrong, so the answer is B", "A: no. C: no. The answer is B"),
+        "I would say B, as seen on channel E",
         *("The answer is A. Wait. The answer is B.", "\u7b54\u6848\uff1a\uff22"),
     ],
 )
@@ -415,7 +428,7 @@ def test_answers_that_say_nothing_or_too_much(answer):
     [
         *(("A dog runs", "A"), ("a dog runs.", "A"), ("Answer: A dog runs", "A"), ("The Red Car", "B"), ("car", "C")),
         *(("It is the red car, I think.", "B"), ("C major", "D"), ("D. C major", "D"), ("B the red car", "B")),
-        *(("the red car\nIt moves.", "B"), ("D: the red car", "D")),
+        *(("the red car\nIt moves.", "B"), ("the red car\nC is not it.", "B"), ("D: the red car", "D")),
         *(("A dog runs past the red car", None), ("not the red car", None), ("I would say D, the red car", None)),
     ],
 )
@@ -426,6 +439,17 @@ def test_the_options_text_counts_where_it_is_unambiguous(answer, letter):
 def test_equal_option_texts_name_nothing():
     assert parse_option("N/A", "ABC", ("yes", "N/A", "N/A")) is None
     assert parse_option("C", "ABC", ("yes", "N/A", "N/A")) == "C"
+    assert parse_option("C N/A", "ABC", ("yes", "N/A", "N/A")) == "C"
+
+
+def test_a_negation_inside_an_option_is_none_of_the_answer():
+    options = ("a cat", "not a cat")
+    assert parse_option("I think it is not a cat", "AB", options) == "B"
+    assert parse_option("I think it is never a cat", "AB", options) is None
+
+
+def test_an_option_without_words_is_not_what_an_empty_answer_says():
+    assert parse_option("", "AB", ("?", "yes")) is None
 
 
 def test_there_is_no_option_in_an_open_question():

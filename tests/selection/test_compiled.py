@@ -62,7 +62,8 @@ def test_exact_ties_go_to_the_lower_group_whatever_their_last_bits(shares, expec
 def random_tokens(rng, n, C, ties):
     """Features, positions and scores of n tokens in video order, padded to C; with `ties` a static scene's."""
     features, positions, score = np.zeros((C, 8), np.float32), np.zeros((C, 3)), np.zeros(C)
-    features[:n] = rng.integers(0, 2, (n, 8)) if ties else rng.normal(size=(n, 8))
+    features[:n] = rng.normal(size=(5, 8))[rng.integers(0, 5, n)] if ties else rng.normal(size=(n, 8))
+    features[:n][rng.random(n) < 0.1] = 0
     positions[:n] = np.column_stack([np.sort(rng.integers(0, 5, n)) / 2, rng.integers(0, 3, (n, 2))])
     score[:n] = rng.integers(0, 3, n) / 4 if ties else rng.random(n)
     return features, positions, score
