@@ -39,6 +39,7 @@ def test_the_binomial_tail_is_exact(n, alpha):
     for losses in {0, 1, n // 20, n // 2, n - 1, n, n + 3} - ({1} if n == 1 else set()):
         expected = float(exact_tail(min(losses, n), n, alpha))
         assert calibration.binomial_tail(losses, n, alpha) == pytest.approx(expected, rel=1e-11, abs=1e-300)
+    assert max(calibration.binomial_tail(k, n, alpha) for k in range(n)) <= 1  # whatever the terms' rounding adds up to
 
 
 def test_a_tail_of_a_million_videos_does_not_overflow():
@@ -72,6 +73,7 @@ def test_tests_end_at_the_first_failure():
     assert calibration.certified([0, 0, 1, 1], 20, 0.2, 0.1) == 4
     assert calibration.certified([0, 1, 2, 0, 0], 20, 0.2, 0.1) == 2
     assert calibration.certified([2, 0], 20, 0.2, 0.1) == 0
+    assert calibration.certified([0], 1, 0.5, 0.5) == 1  # p = 0.5: delta itself is small enough
 
 
 @pytest.mark.parametrize("levels", [(0, 0.1), (1, 0.1), (0.1, 0), (0.1, 1.5), (math.nan, 0.1)])

@@ -92,10 +92,10 @@ def test_what_only_the_host_can_tell_is_asked_at_the_right_visits():
     np.testing.assert_array_equal(np.asarray(opened.stop) == Stop.ASK_HOST, enough)
 
 
-@pytest.mark.parametrize("gain", [0.0, 0.1, 0.3, 1e-7])
+@pytest.mark.parametrize("gain", [0.0, 0.1, 0.25, 0.3, 1e-7])
 def test_the_threshold_is_the_highest_certain_float32(gain):
     rule = StopRule("groups", 1, 0.3, False, gain=gain)
-    for blind in np.random.default_rng(0).uniform(0.05, 0.6, 50).astype(np.float32):
+    for blind in np.float32([0.5, *np.random.default_rng(0).uniform(0.05, 0.6, 50)]):  # 0.5 - 0.25 is exactly 0.25
         highest = device_rule(rule, [float(blind)]).threshold[0]
         above = np.nextafter(highest, np.float32(np.inf))
         certain = lambda h, b=float(blind): bool(rule.reason([float(h)], ["A"], b, None))
