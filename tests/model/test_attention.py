@@ -35,6 +35,15 @@ def test_causal_attention(implementation, T):
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
+@pytest.mark.parametrize("implementation", list(attention.CAUSAL))
+def test_scores_whose_exponentials_no_float32_holds(implementation):
+    q, k, v = 60 * random(1, 70, 2, 8), random(1, 70, 1, 8, seed=1), random(1, 70, 1, 8, seed=2)
+    ours = attention.causal_attention(q, k, v, jnp.ones((1, 70), bool), implementation)
+    theirs, lse = plain(q, k, v, np.tril(np.ones((1, 70, 70), bool)))
+    assert lse.max() > 100
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)  # a score of 200 is known to 2e-5
+
+
 def test_large_contexts_take_the_bounded_path(monkeypatch):
     taken = []
     for name, function in list(attention.CAUSAL.items()):
