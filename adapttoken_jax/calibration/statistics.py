@@ -43,7 +43,7 @@ def allowed_losses(n: int, alpha: float, delta: float) -> int:
     """The most losses in `n` videos that still certify `alpha` at `delta`; -1 if not even none does."""
     check_levels(alpha, delta)
     losses = -1
-    while losses + 1 < n and binomial_tail(losses + 1, n, alpha) <= delta:
+    while binomial_tail(losses + 1, n, alpha) <= delta:
         losses += 1
     return losses
 
