@@ -98,7 +98,7 @@ def _threshold(rule: StopRule, blind: float | None) -> np.float32:
     certain = lambda h: h <= rule.entropy and (rule.gain == 0 or blind - h >= rule.gain)
     if not certain(-np.inf):  # `blind` is no number; any other search ends at -inf at the latest
         return np.float32(np.nan)
-    highest = np.nextafter(np.float32(limit), np.float32(np.inf))
+    highest = np.float32(limit)
     while not certain(float(highest)):
         highest = np.nextafter(highest, np.float32(-np.inf))
     return highest
