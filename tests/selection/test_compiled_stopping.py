@@ -93,6 +93,18 @@ def test_what_only_the_host_can_tell_is_asked_at_the_right_visits():
     np.testing.assert_array_equal(np.asarray(opened.stop) == Stop.ASK_HOST, enough)
 
 
+def test_certain_groups_alone_never_end_a_scan_that_asks_again():
+    """Every group is certain of one answer, and the host lets the scan go on each time that it is asked."""
+    rule, state = device_rule(StopRule("rerun", 4, 9.0, True), [None]), start_state(1, OPTIONS)
+    stops = []
+    for _ in range(GROUPS):
+        state = run(rule, state, np.zeros((1, 1), np.float32), np.zeros((1, 1), int), np.ones(1, bool))
+        state = jax.tree.map(lambda x: np.asarray(x[-1]), state)
+        stops.append(Stop(int(state.stop[0])))
+        state = state._replace(stop=np.zeros_like(state.stop))
+    assert stops == [Stop.ASK_HOST if visited % 4 == 0 else Stop.GOING for visited in range(1, GROUPS + 1)]
+
+
 @pytest.mark.parametrize("gain", [0.0, 0.1, 0.25, 0.3, 1e-7])
 def test_the_threshold_is_the_highest_certain_float32(gain):
     rule = StopRule("groups", 1, 0.3, False, gain=gain)
