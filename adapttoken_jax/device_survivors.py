@@ -23,7 +23,7 @@ def select(run: Run) -> tuple[Selected, jax.Array]:
     """What `survivors.select` selects, and the features of the survivors, on the device and padded."""
     config, equal = run.config, run.method == "flexselect"
     stretches = 0 if equal else coverage_count(config.coverage, config.budget)
-    most = math.ceil(config.over_selection * config.budget) + 1
+    most = math.ceil(config.over_selection * config.budget)
     with compiled.precise():
         scanned, places = _scanned(run, stretches)
         numbers = _numbers(run)

@@ -93,7 +93,7 @@ def _clipped_shares(log_weights, low, high, total: int) -> np.ndarray:
         leaves_low, meets_high = np.log(low) - log_weights, np.log(high) - log_weights
         points = np.unique(np.concatenate([leaves_low, meets_high]))
         sums = [np.clip(np.exp(mu + log_weights), low, high).sum() for mu in points]
-    end = points[min(np.searchsorted(sums, total), points.size - 1)]
+    end = points[np.searchsorted(sums, total)]
     free = (leaves_low < end) & (meets_high >= end)
     shares = np.where(meets_high < end, high, low).astype(np.float64)
     if free.any():
@@ -103,7 +103,7 @@ def _clipped_shares(log_weights, low, high, total: int) -> np.ndarray:
 
 
 def _largest_remainder(shares, total: int) -> np.ndarray:
-    budgets = np.floor(shares + _UNIT / 2).astype(np.int64)
+    budgets = np.floor(shares).astype(np.int64)
     by_remainder = np.argsort(-np.round((shares - budgets) / _UNIT), stable=True)
     budgets[by_remainder[: total - budgets.sum()]] += 1
     return budgets

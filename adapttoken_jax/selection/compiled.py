@@ -131,8 +131,7 @@ def allocate_budget(certainty, visited, capacity, total, numbers: Numbers):
     """The twin of `budget.allocate_budget` over padded groups: int[G], 0 for groups that were not visited."""
     high = jnp.where(visited, capacity, 0)
     low = jnp.minimum(numbers.minimum, high)
-    above = certainty - jnp.max(certainty, where=visited, initial=-jnp.inf)
-    log_weights = jnp.where(visited, above / numbers.temperature, 0)
+    log_weights = (certainty - jnp.max(certainty, where=visited, initial=-jnp.inf)) / numbers.temperature
     shares = _clipped_shares(log_weights, low, high, total)
     return jnp.where(total == high.sum(), high, _largest_remainder(shares, total))
 
@@ -151,7 +150,7 @@ def _clipped_shares(log_weights, low, high, total):
 
 def _largest_remainder(shares, total):
     unit = 1e-9 if shares.dtype == jnp.float64 else 1e-3
-    budgets = jnp.floor(shares + unit / 2).astype(total.dtype)
+    budgets = jnp.floor(shares).astype(total.dtype)
     by_remainder = jnp.argsort(-jnp.round((shares - budgets) / unit), stable=True)
     rank = jnp.argsort(by_remainder, stable=True)
     return budgets + (rank < total - budgets.sum())
