@@ -141,6 +141,14 @@ def test_the_promise_is_not_kept_by_never_promising():
     assert 0.04 < (draws <= 9).mean() <= 0.1 < (draws <= 10).mean() + 0.01
 
 
+def test_calibrations_of_known_outcome():
+    # 45 videos certify 5 % at 0.1 without a loss alone: 0.95 ** 45 = 0.099.
+    none, every = np.zeros((10, 1), bool), np.ones((10, 1), bool)
+    for lost, risk in (([none, none], 0.0), ([none, every], 0.0), ([every, none], math.nan)):
+        found = calibration.resampled_risks(np.concatenate(lost, 1), 45, 0.05, 0.1, 3)
+        np.testing.assert_array_equal(found, [risk] * 3)
+
+
 def test_questions_of_one_video_are_not_independent():
     # 40 videos of 10 questions that are lost together: counted as 400, they would certify what they must not.
     alpha, delta, random = 0.05, 0.1, np.random.default_rng(0)

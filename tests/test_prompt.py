@@ -222,6 +222,15 @@ def test_ids_come_from_the_checkpoint(tmp_path):
         assert getattr(chat, name) == tokenizer.token_to_id(f"<|{name}|>")
 
 
+def test_texts_are_whole_and_unpadded_whatever_the_file_asks_for(tmp_path):
+    tokenizer = qwen_like_tokenizer()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    write_checkpoint(tmp_path, tokenizer)
+    text = "Where is the red car that I saw?"
+    assert ChatTokenizer.from_directory(tmp_path).encode(text) == rendered(text)
+
+
 def test_vocab_and_merges_give_the_same_tokenizer(tmp_path):
     tokenizer = write_checkpoint(tmp_path)
     whole = ChatTokenizer.from_directory(tmp_path)

@@ -17,6 +17,7 @@ SETTINGS = {
     "defaults": {},
     "sharp": {"temperature": 0.05, "min_tokens_per_group": 3, "group_order": "bit_reversed"},
     "beyond": {"coverage": 0.3, "debias": True, "temperature_target": 2.0},
+    "full_group": {"coverage": 0.3, "temperature": 1e-3},
     "hidden": {"similarity": "reference_layer", "proximity": "window", "proximity_scale": 0.7, "over_selection": 1.5},
     "lite": {"stop_groups": 2, "stop_agreement": False, "stop_entropy": 9.0, "budget": 60},
     "flexselect": {},
@@ -41,6 +42,8 @@ def test_the_same_tokens(model, name):
     run = scanned(model, name)
     ours, features = device_survivors.select(run)
     theirs = survivors.select(run)
+    # Sizes are those of the longest video, of 4096 frames in slots of two: other videos compile nothing.
+    assert device_survivors._scanned(run, 0)[1] == 2048 * run.video.per_slot
     np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-12)
     for field in ("budgets", "candidates", "tokens"):
         np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field), err_msg=field)

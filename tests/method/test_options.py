@@ -201,6 +201,17 @@ def test_a_deadline_ends_the_scan_between_groups(model, monkeypatch, method, dea
     assert result.selected.count == min(30, visited * 24) and result.answer
 
 
+def test_the_log_of_a_scan_keeps_what_came_before_the_deadline():
+    """Three questions of six groups: one certain after two, one that goes on, one that has seen all."""
+    visits = [[None] * 2, [None] * 3, [None] * 6]
+    log = scan.ScanLog([None] * 6, None, visits, ["certain groups agree", "", ""])
+    told = []
+    log.after_wave(lambda: False, lambda *progress: told.append(progress))
+    assert told == [("groups", 6, 6)] and log.reasons == ["certain groups agree", "", ""] and not log.done
+    log.after_wave(lambda: True, None)
+    assert log.done and [s.reason for s in log.scans()] == ["certain groups agree", "deadline reached", ""]
+
+
 def test_all_questions_share_the_deadline(model, monkeypatch):
     clock = Clock(monkeypatch)
     both = ask(
