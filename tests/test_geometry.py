@@ -92,5 +92,14 @@ def test_hf5_ids_are_those_of_transformers(grid):
     np.testing.assert_array_equal(ours, theirs[:, 0].numpy())
 
 
+def test_buckets_pad_little_and_are_few():
+    assert [geometry.bucket(n, 64) for n in (1, 64, 65, 1024, 1025, 2048, 2049, 4096, 4097)] == [
+        64, 64, 128, 1024, 1088, 2048, 2176, 4096, 4352,
+    ]  # fmt: skip
+    sizes = {n: geometry.bucket(n, 64) for n in range(1, 20_000)}
+    assert all(0 <= size - n < max(64, n / 16) for n, size in sizes.items())
+    assert len(set(sizes.values())) == 16 + 4 * 16 + 4  # up to 1024, four doublings of it, and up to 20 480
+
+
 def test_round_up():
     assert [geometry.round_up(n, 32) for n in (1, 32, 33, 0)] == [32, 32, 64, 0]

@@ -235,13 +235,15 @@ def test_vocab_and_merges_give_the_same_tokenizer(tmp_path):
     tokenizer = write_checkpoint(tmp_path)
     whole = ChatTokenizer.from_directory(tmp_path)
     added = {str(tokenizer.token_to_id(text)): {"content": text, "special": True} for text in CONTROL}
+    plain = tokenizer.get_vocab_size()
+    added[str(plain)] = {"content": "<tool_call>", "special": False}
     (tmp_path / "tokenizer.json").unlink()
     tokenizer.model.save(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     split = ChatTokenizer.from_directory(tmp_path)
     text = "It's the café's 12 cars  \n\n <|im_end|> 日本"
     assert split.encode(text) == whole.encode(text)
-    assert split.decode(rendered("a<|im_end|>b")) == "ab"
+    assert split.decode([*rendered("a<|im_end|>b"), plain]) == "ab<tool_call>"
     assert build_prompt(split, text, ["a", "b"]) == build_prompt(whole, text, ["a", "b"])
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "added_tokens.json").write_text(json.dumps({text: tokenizer.token_to_id(text) for text in CONTROL}))

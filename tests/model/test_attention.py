@@ -35,6 +35,39 @@ def test_causal_attention(implementation, T):
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
+def in_half_precision(*arrays):
+    """bfloat16 arrays, and what they hold in float64."""
+    half = [array.astype(jnp.bfloat16) for array in arrays]
+    return half, [np.asarray(array, np.float64) for array in half]
+
+
+def test_scores_of_half_precision_are_float32():
+    (q, k), wide = in_half_precision(random(1, 5, 4, 64), random(1, 7, 2, 64, seed=1))
+    got = attention.scores(q, k)
+    assert got.dtype == jnp.float32
+    expected = np.einsum("BTKGH,BSKH->BKGTS", wide[0].reshape(1, 5, 2, 2, 64), wide[1]).reshape(1, 4, 5, 7) / 8
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*attention.CAUSAL, "windows", "context"])
+def test_softmax_of_half_precision_is_float32(name):
+    """Scores of some tens: rounded to bfloat16, a score of 32 is off by 0.1, and so is what is attended to."""
+    (q, k, v), wide = in_half_precision(
+        6 * random(1, 40, 2, 16), random(1, 40, 2, 16, seed=1), random(1, 40, 2, 16, seed=2)
+    )
+    mask = np.ones((1, 40, 40), bool)
+    if name == "windows":
+        heads_first = [jnp.swapaxes(x, 1, 2)[:, :, None] for x in (q, k, v)]
+        ours = jnp.swapaxes(attention.window_attention(*heads_first)[:, :, 0], 1, 2)
+    elif name == "context":
+        ours, _ = attention.context_attention(q, k, v, mask[:, 0])
+    else:
+        ours, mask = attention.causal_attention(q, k, v, mask[:, 0], name), np.tril(mask)
+    theirs, lse = plain(*wide, mask)
+    assert ours.dtype == jnp.bfloat16 and lse.max() > 16
+    np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, atol=0.02)  # weights and values of 8 bits, up to 3
+
+
 @pytest.mark.parametrize("implementation", list(attention.CAUSAL))
 def test_scores_whose_exponentials_no_float32_holds(implementation):
     q, k, v = 60 * random(1, 70, 2, 8), random(1, 70, 1, 8, seed=1), random(1, 70, 1, 8, seed=2)

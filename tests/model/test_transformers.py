@@ -9,6 +9,7 @@ import safetensors.numpy
 from adapttoken_jax import geometry, parameters
 from adapttoken_jax.config import read_model_config
 from adapttoken_jax.model import Probe, Qwen25VL
+from adapttoken_jax.model.block import rms_norm
 from adapttoken_jax.model.generation import generate
 from adapttoken_jax.model.reference import decode_sequence
 from adapttoken_jax.parity import pytorch_method as oracle
@@ -129,3 +130,17 @@ def test_thirty_two_greedy_tokens_match_transformers(load, shape):
     generation = run(text, jnp.array(prompt))
     assert generation.tokens[0, 0].tolist() == theirs.tolist()
     assert bool(generation.counted.all()) and int(generation.step) == new
+
+
+def test_norms_of_half_precision_are_theirs_bit_for_bit():
+    import torch
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+
+    random = np.random.default_rng(0)
+    x, scale = 9 * random.normal(size=(50, 64)), 1 + random.normal(size=64)
+    norm = Qwen2_5_VLRMSNorm(64, eps=1e-6).to(torch.bfloat16)
+    norm.weight.data = torch.tensor(scale, dtype=torch.bfloat16)
+    with torch.no_grad():
+        theirs = norm(torch.tensor(x, dtype=torch.bfloat16)).float().numpy()
+    ours = rms_norm(jnp.asarray(x, jnp.bfloat16), jnp.asarray(scale, jnp.bfloat16), 1e-6)
+    np.testing.assert_array_equal(ours.astype(jnp.float32), theirs)
