@@ -285,6 +285,8 @@ def test_what_a_rule_needs_is_logged():
     assert calibration.stop_points(first, again, [0.1]) == [2, 4, 5]
     giving_up = dataclasses.replace(again, give_up_groups=2)
     assert calibration.stop_points(first, giving_up, [0.1]) == [2, 3, 4, 5]
+    seldom = dataclasses.replace(giving_up, stop_groups=4)
+    assert calibration.stop_points(first, seldom, [0.1]) == [3, 4, 5]  # after 2 nothing can have stayed as it was twice
 
 
 def test_signals_literally():
@@ -296,6 +298,8 @@ def test_signals_literally():
     })  # fmt: skip
     unknown = QuestionLog("?", Said("x", 1.0, 0.1), (Said("x", 0.2, 0.3), Said(None, 0.4, 0.2)), {1: Said("x", 0.1, 0)})
     assert math.isnan(calibration.signals(unknown, 1)["evidence"])
+    margins = dataclasses.replace(unknown, after={2: Said("x", 0.1, 0)})
+    assert calibration.signals(margins, 2)["margin"] == 0.3  # the larger of 0.3 and 0.2
 
 
 def test_signals_are_compared_by_auroc():

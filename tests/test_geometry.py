@@ -61,6 +61,7 @@ def test_without_padding_windows_of_equal_size_are_neighbours():
 def test_time_ids_are_float32_products():
     assert geometry.time_ids(np.arange(6), 0.26, 2).tolist() == [0, 0, 1, 1, 2, 2]
     assert geometry.time_ids([100], 0.29, 1).tolist() == [29]  # 28.999999999999996 in float64
+    assert geometry.time_ids([90], 0.7, 3).tolist() == [189]  # 90 x 2.1 is below it, in float32 and in float64
 
 
 def test_position_ids_of_a_small_prompt_literally():
@@ -69,6 +70,8 @@ def test_position_ids_of_a_small_prompt_literally():
     assert geometry.text_start("legacy", 2, ids, 2, 4, 2) == 5
     assert geometry.text_start("hf5", 2, ids, 2, 4, 2) == 4
     assert geometry.text_start("legacy", 2, ids[:, :0], 2, 4, 2) == 2
+    wide = geometry.grid_position_ids(2, np.array([0]), 2, 8, 2)  # its columns reach further than its time
+    assert geometry.text_start("legacy", 2, wide, 2, 8, 2) == 6
 
 
 def test_the_rules_on_32_slots_as_published():

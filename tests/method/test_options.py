@@ -176,6 +176,18 @@ def test_giving_up_ends_the_scan(model, plain):
     assert not ask(model, "lite", stop_entropy=0.0, give_up_groups=6).stop.early
 
 
+def test_replies_agree_by_their_option_or_by_their_text_without_capitals(model):
+    opened, closed = build_prompt(model.tokenizer, QUESTION), build_prompt(model.tokenizer, QUESTION, OPTIONS)
+    logits = np.zeros(model.config.text.vocab, np.float32)
+    logits[closed.letter_ids[1]] = 1
+
+    def agreed(prompt, text):
+        return scan.agreed_answer(model, prompt, scan.Reply(logits, np.array(model.tokenizer.encode(text)), 0.0, 0.0))
+
+    assert agreed(opened, "The Video ") == agreed(opened, "the video") == "the video" and agreed(opened, " ") is None
+    assert [agreed(closed, text) for text in ("C", "the old dog", "hm")] == ["C", "B", "B"]
+
+
 # Deadlines and abstaining
 
 
