@@ -298,8 +298,10 @@ def test_signals_literally():
     })  # fmt: skip
     unknown = QuestionLog("?", Said("x", 1.0, 0.1), (Said("x", 0.2, 0.3), Said(None, 0.4, 0.2)), {1: Said("x", 0.1, 0)})
     assert math.isnan(calibration.signals(unknown, 1)["evidence"])
-    margins = dataclasses.replace(unknown, after={2: Said("x", 0.1, 0)})
-    assert calibration.signals(margins, 2)["margin"] == 0.3  # the larger of 0.3 and 0.2
+    logged = dataclasses.replace(unknown, after={1: Said("x", 0.1, 0), 2: Said("x", 0.1, 0)})
+    assert calibration.signals(logged, 2)["margin"] == 0.3  # the larger of 0.3 and 0.2
+    rows = {row["signal"]: row for row in calibration.compare_signals([VideoLog("v", (logged,))], resamples=2)}
+    assert rows["entropy"]["cases"] == 1 and rows["evidence"]["cases"] == 0 and math.isnan(rows["evidence"]["right"])
 
 
 def test_signals_are_compared_by_auroc():

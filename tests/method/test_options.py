@@ -176,6 +176,19 @@ def test_giving_up_ends_the_scan(model, plain):
     assert not ask(model, "lite", stop_entropy=0.0, give_up_groups=6).stop.early
 
 
+def test_a_reply_is_read_from_the_answers_own_tokens():
+    out = {
+        "first_logits": np.ones((1, 1, 4)),
+        "tokens": np.array([[[7, 8, 9]]]),
+        "counted": np.array([[[True, True, False]]]),
+        "entropy": np.array([[[0.2, 0.4, 9.0]]]),
+        "certainty": np.array([[[0.9, 0.5, 0.0]]]),
+    }
+    reply = scan.reply(out, 0, 0, at.AdaptTokenConfig(bottom_fraction=1.0))
+    assert reply.answer_ids.tolist() == [7, 8]
+    assert (reply.entropy, reply.certainty) == pytest.approx((0.3, 0.7))
+
+
 def test_replies_agree_by_their_option_or_by_their_text_without_capitals(model):
     opened, closed = build_prompt(model.tokenizer, QUESTION), build_prompt(model.tokenizer, QUESTION, OPTIONS)
     logits = np.zeros(model.config.text.vocab, np.float32)

@@ -114,7 +114,9 @@ def test_small_contexts_are_not_cut_and_cudnn_cuts_only_where_it_is_asked_to():
     sharers = lambda name, mesh, contexts: Kernel(name, mesh).sharers(contexts)
     assert sharers("splash", mesh, 1) == ("data",) and sharers("splash", mesh, 8) == sharers("cudnn", mesh, 1) == ()
     assert sharers("xla", asked, 1) == sharers("cudnn", asked, 2) == ("context",) and sharers("xla", None, 1) == ()
-    assert Kernel("splash", mesh).run(441) == 512 and Kernel("splash", mesh).run(1762) == 1792
+    assert count("xla", mesh, 1, 8) == 8 and count("xla", mesh, 1, 7) == 1  # 16 runs: twice the rows, and more
+    runs = {441: 512, 1024: 1024, 1762: 1792, 1800: 2048, 2048: 2048, 2049: 2304}  # blocks of equal length, up to 1024
+    assert {rows: Kernel("splash", mesh).run(rows) for rows in runs} == runs
 
 
 def test_rows_are_padded_to_what_their_kernel_works_on():
@@ -124,6 +126,7 @@ def test_rows_are_padded_to_what_their_kernel_works_on():
     assert {length: splash.rows(2, length) for length in lengths} == lengths
     for length, rows in lengths.items():
         assert rows % kernels._block(length) == 0 and kernels._block(rows) == kernels._block(length)
+    assert kernels._block(1536) == 512  # three of these or four of 384: the longer
     assert Kernel("cudnn").rows(2, 7217) == XLA.rows(2, 7217) == Kernel("splash", mesh).rows(1, 7217) == 7224
 
 
