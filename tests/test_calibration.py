@@ -214,6 +214,14 @@ def test_a_log_whose_first_line_was_interrupted_begins_anew_and_another_file_sta
     assert path.read_text() == "notes"
 
 
+def test_a_setting_that_is_none_differs_from_one_that_is_not_there():
+    known, unknown = ({"model": "m", "config": config} for config in ({"seed": None}, {}))
+    difference = calibration.full_runs.first_difference
+    assert (
+        difference(known, known) == "" and "seed" in difference(known, unknown) and "seed" in difference(unknown, known)
+    )
+
+
 def test_a_log_goes_on_under_the_same_settings_only(tmp_path):
     path = tmp_path / "log"
     LogWriter(path, FINGERPRINT).append(VIDEO)

@@ -115,6 +115,9 @@ def test_small_contexts_are_not_cut_and_cudnn_cuts_only_where_it_is_asked_to():
     assert sharers("splash", mesh, 1) == ("data",) and sharers("splash", mesh, 8) == sharers("cudnn", mesh, 1) == ()
     assert sharers("xla", asked, 1) == sharers("cudnn", asked, 2) == ("context",) and sharers("xla", None, 1) == ()
     assert count("xla", mesh, 1, 8) == 8 and count("xla", mesh, 1, 7) == 1  # 16 runs: twice the rows, and more
+    cut = Kernel("splash", sharding.make_mesh(sharding.MeshShape.parse("data=2,context=2,model=2")))
+    # Two runs of each question are whole tiles of 32 rows together.
+    assert [cut.suffix_run(*given) for given in ((33, 1), (17, 4), (5, 16), (5, 3))] == [48, 20, 5, 16]
     runs = {441: 512, 1024: 1024, 1762: 1792, 1800: 2048, 2048: 2048, 2049: 2304}  # blocks of equal length, up to 1024
     assert {rows: Kernel("splash", mesh).run(rows) for rows in runs} == runs
 
@@ -201,6 +204,7 @@ def test_the_resolver_takes_kernels_only_where_they_run_exactly_enough():
     assert chosen(jnp.bfloat16, 128, platform="gpu") == "cudnn"
     assert chosen(jnp.bfloat16, 128, platform="cpu") == "xla"
     assert {chosen(jnp.float32, 128, platform=platform) for platform in ("tpu", "gpu", "cpu")} == {"xla"}
+    assert chosen(jnp.bfloat16, 100, platform="gpu") == "xla" and chosen(jnp.bfloat16, 80, platform="gpu") == "cudnn"
     assert chosen(jnp.bfloat16, 80, platform="tpu") == "xla" and chosen(jnp.float16, 256, platform="gpu") == "xla"
     assert chosen(jnp.float32, 128) == "xla"  # any machine
 
