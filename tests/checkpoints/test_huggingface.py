@@ -16,6 +16,7 @@ from adapttoken_jax import parameters, sharding
 from adapttoken_jax.config import read_model_config
 from adapttoken_jax.errors import UserError
 from checkpoints_convert import huggingface
+from checkpoints_convert.safetensors_file import read_header
 from tests import tiny
 from tests.checkpoints import random_bits
 from tests.checkpoints.random_bits import SMALL, SMALL_TIED, same_bits
@@ -378,6 +379,21 @@ def test_shards_keep_under_the_limit(tmp_path, checkpoint, values, loaded, limit
         tensors = load_file(path)
         assert {key for key, name in index["weight_map"].items() if name == path.name} == tensors.keys()
         assert len(tensors) == 1 or sum(array.nbytes for array in tensors.values()) <= limit
+
+
+def test_a_file_is_as_full_as_it_may_be():
+    a, b, c, d = ((key, np.dtype(np.float32), (size,)) for key, size in (("a", 2), ("b", 2), ("c", 9), ("d", 1)))
+    name = "model-{:05d}-of-00003.safetensors".format
+    assert huggingface._shards([a, b, c, d], 16) == {name(1): [a, b], name(2): [c], name(3): [d]}
+    assert huggingface._shards([a, b], 16) == {"model.safetensors": [a, b]}
+
+
+@pytest.mark.parametrize("block", [1, 5, 24, 99])
+def test_a_tensor_in_blocks_is_all_of_its_bytes(tmp_path, block):
+    array = np.arange(6, dtype=np.float32)
+    save_file({"a": array}, tmp_path / "model.safetensors")
+    [tensor] = read_header(tmp_path / "model.safetensors")
+    assert np.concatenate(list(huggingface._blocks(tensor, block))).tobytes() == array.tobytes()
 
 
 def test_existing_directory_is_left_alone(tmp_path, checkpoint, loaded):

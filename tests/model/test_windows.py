@@ -72,7 +72,7 @@ def test_it_takes_windows_of_one_size_in_whole_tiles():
     assert suits(((15, 64),)) and suits(((1, 880),))
     assert not suits(((10, 64), (5, 48)))  # two sizes
     assert not suits(((3, 20),))  # rows
-    assert not suits(((1, 880),), most=256)
+    assert not suits(((1, 880),), most=256) and suits(((1, 256),), most=256)
     assert suits(((4, 256),)) and not suits(((4, 400),))  # of those in parts one alone
     assert not suits(((15, 64),), heads=12) and not suits(((15, 64),), heads=2, head_dim=16)  # lanes
 
