@@ -19,6 +19,7 @@ from adapttoken_jax.config import SIZES, read_model_config
 from adapttoken_jax.errors import UserError
 from checkpoints_convert import load, target
 from checkpoints_convert.convert import convert
+from checkpoints_convert.safetensors_file import read_header
 from tests import tiny
 from tests.checkpoints import random_bits
 from tests.checkpoints.random_bits import SMALL, SMALL_TIED, same_bits
@@ -225,7 +226,8 @@ def test_an_interrupted_save_ends_before_it_is_removed(tmp_path, source, monkeyp
 
 
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2000, 1000, 1000))
+    needed = sum(tensor.nbytes for path in source.glob("*.safetensors") for tensor in read_header(path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2 * needed, needed + 1, needed - 1))
     monkeypatch.setattr(ocp.Checkpointer, "save", None)
     with pytest.raises(UserError, match="out: not written, the disk is full; free some space"):
         convert(source, tmp_path / "out")

@@ -48,6 +48,7 @@ def test_the_library_reads_what_we_write(tmp_path):
     arrays = _arrays()
     layout = [(key, array.dtype, array.shape) for key, array in arrays.items()]
     write_file(tmp_path / "x.safetensors", layout, (np.asfortranarray(array) for array in arrays.values()))
+    assert int.from_bytes((tmp_path / "x.safetensors").read_bytes()[:8], "little") % 8 == 0  # data begins aligned
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == arrays.keys()
     assert all(same_bits(found[key], array) for key, array in arrays.items())

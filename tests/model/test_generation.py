@@ -7,7 +7,7 @@ import pytest
 
 from adapttoken_jax import parameters
 from adapttoken_jax.config import model_config
-from adapttoken_jax.model import Qwen25VL, block
+from adapttoken_jax.model import Qwen25VL, block, generation
 from adapttoken_jax.model.generation import Sampling, generate, keep_top_p
 from tests import tiny
 
@@ -70,6 +70,15 @@ def test_sampling_follows_its_seed(text):
     hot = Sampling(temperature=3.0)
     first, same, other = (run(text, sampling=hot, seed=s).tokens.tolist() for s in (1, 1, 2))
     assert first == same != other
+
+
+def test_every_token_is_drawn_anew():
+    """Sixteen tokens from a thousand alike are not the same one."""
+    flat, state = jnp.zeros((1, 1, 1000)), generation._blank((), (1, 1, 16, 1), jax.random.key(0))
+    record = generation._Record(PLAIN, (), jnp.array([16]), lambda logits: logits[..., :1])
+    for _ in range(16):
+        state = record(state, flat)
+    assert len(set(state.tokens[0, 0].tolist())) > 8
 
 
 def test_sampled_tokens_have_the_model_s_distribution():
