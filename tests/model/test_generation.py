@@ -90,6 +90,14 @@ def test_sampled_tokens_have_the_model_s_distribution():
     assert set(np.unique(nucleus)) == {0, 1}
 
 
+def test_temperature_comes_before_the_nucleus():
+    logits, keys = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05])), jax.random.split(jax.random.key(0), 20_000)
+    share = np.bincount(jax.vmap(lambda key: Sampling(0.5)(logits, key))(keys), minlength=4) / 20_000
+    squares = np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365  # of which the first alone is more than 0.6
+    np.testing.assert_allclose(share, squares, atol=0.015)
+    assert not jax.vmap(lambda key: Sampling(0.5, top_p=0.6)(logits, key))(keys[:2000]).any()
+
+
 @pytest.mark.parametrize(("top_p", "kept"), [(1.0, 4), (0.96, 4), (0.9, 3), (0.5, 1), (0.51, 2), (1e-6, 1)])
 def test_top_p_keeps_the_smallest_sufficient_set(top_p, kept):
     logits = jnp.log(jnp.array([0.05, 0.5, 0.15, 0.3]))
