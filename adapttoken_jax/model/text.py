@@ -212,7 +212,7 @@ class TextDecoder(Block):
         turn = self.turns(position_ids)
         layers = range(self.config.layers) if layers is None else layers
         last = self.config.layers - 1
-        read = return_layers or keep_layer == last or last not in layers
+        read = return_layers or keep_layer == last
 
         def step(carry, index):
             x, kept = carry
