@@ -15,6 +15,7 @@ from adapttoken_jax.evaluation.outlook import Outlook, hours_minutes
 from adapttoken_jax.evaluation.runner import group_by_video
 from adapttoken_jax.evaluation.saved_selection import SavedSelection, saved_selection
 from adapttoken_jax.evaluation.session import size_name
+from adapttoken_jax.evaluation.summary import mean_cost
 from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.video import read_patches
 from tests import media
@@ -140,3 +141,17 @@ def test_leaving_early_ends_the_thread(tmp_path):
 
 def test_released_sizes_are_known_by_name():
     assert [size_name(config) for config in SIZES.values()] == list(SIZES)
+
+
+def test_questions_of_a_video_share_its_longest_scan_in_any_order():
+    """Scans of 100 and 60 tokens of one video are one of 100; 15 of another; and 10 + 8 + 5 in the final prompts."""
+    cost = lambda video, prefilled, selected: {
+        "video_id": video,
+        "visual_tokens": {"prefilled": prefilled, "selected": selected},
+        "groups": {"visited": 1, "total": 2},
+        "flops": 1.0,
+    }
+    samples = [cost("a", 110, 10), cost("a", 68, 8), cost("b", 20, 5)]
+    for order in (samples, samples[::-1]):
+        means = mean_cost(order)
+        assert means["visual_tokens_shared"] == (100 + 15 + 23) / 3 and means["visual_tokens"] == 198 / 3
