@@ -187,6 +187,13 @@ def test_parts_make_up_the_array_once(split, count):
     assert len(pieces) == count and (times == 1).all()
 
 
+def test_contexts_lie_only_where_axes_divide_them():
+    mesh = sharding.make_mesh(sharding.MeshShape.parse("fsdp=4,context=2,model=1"))
+    lie = {8: ("fsdp", "context"), 4: ("fsdp",), 12: ("fsdp",), 6: (), 1: ()}
+    assert {contexts: sharding.batch_axes(mesh, contexts) for contexts in lie} == lie
+    assert [contexts for contexts in range(1, 13) if sharding.gathers(mesh, contexts)] == [4, 8, 12]
+
+
 def test_a_mesh_of_other_axes_is_refused():
     mesh = jax.make_mesh((2, 4), ("model", "data"))
     with pytest.raises(UserError, match=r"--mesh: its axes are \('model', 'data'\)"):
