@@ -32,6 +32,7 @@ from adapttoken_jax.errors import UserError
 
 _CONTEXTS = ("data", "fsdp")
 _AXES = (*_CONTEXTS, "context", "model")
+_LANES = 128  # of a TPU: a row is padded to a multiple of these
 
 # Logical axes that `model` splits where it divides them. An axis that it does not divide is replicated; heads (N) must
 # divide, because replicated attention would save nothing.
@@ -205,12 +206,20 @@ def gathered(layer, mesh: Mesh | None, contexts: int):
     return jax.tree.map(jax.lax.optimization_barrier, _laid_out(layer, mesh))
 
 
+def lies_turned(shape: tuple[int, int, int], mesh: Mesh | None) -> bool:
+    """Whether a TPU keeps a place's part of kernels [L, D, F] with D last, which needs less padding."""
+    if mesh is None:
+        return False
+    spec = _split(("L", "D", "F"), shape, mesh.shape, ("fsdp",) if "fsdp" in mesh.shape else ())
+    _, D, F = NamedSharding(mesh, spec).shard_shape(shape)
+    return F % _LANES > 0 and D % _LANES == 0
+
+
 def _laid_out(layer, mesh: Mesh, further: tuple[str, ...] = ()):
     """A layer of the decoder with its weights split over `model` and these axes alone."""
 
     def lay(path, array):
-        axes = parameters.axes("text", "layers", path[0].name)[1:]  # without L
-        spec = _split(axes, array.shape, mesh.shape, further)
+        spec = _split(layer.axes(path[0].name), array.shape, mesh.shape, further)
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(lay, layer)

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import math
+import re
 import types
 
 import jax
@@ -748,6 +749,17 @@ def test_gathered_weights_travel_while_the_layer_computes_and_once():
     )
     assert layers <= cost.collectives["all-gather"][1] < 1.1 * layers
     assert cost.waits < 0.5 * travelling(cost, planner)
+
+
+@NEEDS_LIBTPU
+def test_an_answer_copies_no_stack_of_weights():
+    """Four layers of the 7B model in eight parts: [3584, 2368] of a gate kernel, which a TPU keeps as [2368, 3584]."""
+    planner, work = _four_layers("v5e:2x4")
+    final = programs.final_pass(planner.model(sharding.MeshShape(8, fsdp=True)), work)
+    text = final.lower().compile(compiler_options=dict(final.options)).as_text()
+    stacks = re.findall(r"= bf16\[4,(?:3584,2368|2368,3584)\]\S* (\S+)\(", text)
+    assert stacks.count("copy") <= 1, "that of the last products' kernel"
+    assert "parameter" in stacks
 
 
 def travelling(cost, planner):

@@ -100,6 +100,8 @@ def generate(
     if tokens == 1:
         return first
 
+    text = text.as_it_lies(kernel)
+
     def advance(state: Generation) -> Generation:
         last = state.step - 1
         token = jax.lax.dynamic_index_in_dim(state.tokens, last, 2)  # [B, Q, 1]

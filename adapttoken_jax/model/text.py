@@ -16,14 +16,16 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from adapttoken_jax import parameters
 from adapttoken_jax.model.attention import probabilities_from_lse, two_part_attention
 from adapttoken_jax.model.block import Block, merge_axes, pad_end, product, rms_norm, wide_product
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.pieces import WHOLE, Pieces
 from adapttoken_jax.model.rotary import rotate, text_angles, turns
 from adapttoken_jax.model.spread import EVERYWHERE
-from adapttoken_jax.sharding import gathered, parted, shared_rows, split_rows
+from adapttoken_jax.sharding import gathered, lies_turned, parted, shared_rows, split_rows
 
 
 @jax.tree_util.register_dataclass
@@ -96,8 +98,18 @@ class Probe(NamedTuple):
     observe: Callable[[jax.Array], jax.Array]
 
 
+_TURNED = ("gate_kernel", "up_kernel")
+
+
 class TextLayer(Block):
     """One pre-norm decoder layer with grouped-query attention (biases on q, k, v) and a gated feed-forward block."""
+
+    turned = False  # whether the gate and up kernels are [F, D]
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """Letters of the axes of a parameter of one layer."""
+        axes = parameters.axes("text", "layers", name)[1:]  # without L
+        return axes[::-1] if self.turned and name in _TURNED else axes
 
     def queries(self, x):
         """Queries [..., T, N, H] of the normalised x[..., T, D], still to be rotated."""
@@ -120,8 +132,8 @@ class TextLayer(Block):
         """Adds the attention's output and the feed-forward block to the residual stream, whose rows are `spread`."""
         x = x + spread.sums("...TNH,NHD->...TD", mixed, self.o_kernel[...])
         h = spread.whole(rms_norm(x, self.norm2, self.config.eps))
-        gate = product("...D,DF->...F", h, self.gate_kernel[...])
-        up = product("...D,DF->...F", h, self.up_kernel[...])
+        widen = functools.partial(product, "...D,FD->...F" if self.turned else "...D,DF->...F", h)
+        gate, up = widen(self.gate_kernel[...]), widen(self.up_kernel[...])
         return x + spread.sums("...F,FD->...D", jax.nn.silu(gate) * up, self.down_kernel[...])
 
     def prefill(self, x, turn, valid, kernel, needed):
@@ -184,6 +196,19 @@ class TextDecoder(Block):
         x = rms_norm(hidden, self.norm, self.config.eps)
         head = self.embedding[...].T if self.config.tied else self.head[...]
         return wide_product(x, head)
+
+    def as_it_lies(self, kernel: Kernel) -> "TextDecoder":
+        """The decoder with gate and up kernels `turned`, if the TPU that runs `kernel` keeps them that way.
+
+        For a loop within a loop: its compiler would lay copies of the whole stacks aside, in the order of their shape.
+        """
+        if kernel.name != "splash" or not lies_turned(self.layers.gate_kernel.shape, kernel.mesh):
+            return self
+        turned = jax.tree.map(lambda leaf: leaf, self)
+        for name in _TURNED:
+            setattr(turned.layers, name, nnx.Param(jnp.swapaxes(getattr(self.layers, name)[...], 1, 2)))
+        turned.layers.turned = True
+        return turned
 
     def turns(self, position_ids):
         """The rotary `turns` of M-RoPE ids [..., 3, T] for [..., T, N, H]."""

@@ -1,14 +1,18 @@
 """The answer loop: its end, its limits, what it counts, and sampling."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from adapttoken_jax import parameters
-from adapttoken_jax.config import model_config
+from adapttoken_jax.config import SIZES, model_config
 from adapttoken_jax.model import Qwen25VL, block, generation
 from adapttoken_jax.model.generation import Sampling, generate, keep_top_p
+from adapttoken_jax.model.kernels import Kernel
+from adapttoken_jax.sharding import MeshShape, lies_turned, make_mesh, parted
 from tests import tiny
 
 PROMPT, NEW = (3, 1, 4, 1, 5), 8
@@ -43,6 +47,40 @@ def run(text, end_ids=(), limit=(NEW, NEW), sampling=GREEDY, seed=0):
         )  # fmt: skip
 
     return answer(text)
+
+
+def test_an_answer_from_turned_kernels_is_the_same():
+    """On two places that split layers each has [128, 192] of a gate kernel, which a TPU keeps as [192, 128]."""
+    shape = dataclasses.replace(tiny.SHAPES["base"], width=128, ff=384, sections=(4, 6, 6))
+    config = model_config(tiny._flat_config(shape, "float32"))
+    text = Qwen25VL(config, parameters.initialise(config, jax.random.key(1))).text
+    meshes = [make_mesh(MeshShape.parse(asked)) for asked in ("data=2,model=1", "data=1,model=2")]
+    same, turned = (text.as_it_lies(Kernel("splash", mesh)) for mesh in meshes)
+    assert same is text and text.as_it_lies(Kernel("xla", meshes[1])) is text
+    assert turned.layers.up_kernel.shape == (config.text.layers, 384, 128)
+    ours, theirs = run(turned), run(text)
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    np.testing.assert_allclose(ours.measured, theirs.measured, rtol=1e-5)  # the same sums in another order
+    split = jax.jit(lambda layer: parted(layer, meshes[1], ("data",)))(turned.layer(0))
+    assert split.up_kernel[...].sharding.spec[0] == "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "turned"),
+    [
+        ("72b", "fsdp=8", True),  # 3696 of 29568, 128 times 28.9
+        ("72b", "data=1,model=8", True),
+        ("72b", "fsdp=2,model=4", True),
+        ("7b", "fsdp=8", True),
+        ("7b", "data=8", False),
+        ("7b", "fsdp=4", False),  # 4736 is 128 times 37
+        ("32b", "data=1,model=8", False),
+    ],
+)
+def test_a_tpu_keeps_last_what_128_divides(name, mesh, turned):
+    text, shape = SIZES[f"qwen2.5-vl-{name}"].text, MeshShape.parse(mesh)
+    assert lies_turned((text.layers, text.width, text.ff), make_mesh(shape)) == turned
+    assert not lies_turned((text.layers, text.width, text.ff), None)
 
 
 def test_an_answer_ends_before_the_end_token(text):
