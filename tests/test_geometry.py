@@ -70,7 +70,7 @@ def test_position_ids_of_a_small_prompt_literally():
     assert geometry.text_start("legacy", 2, ids, 2, 4, 2) == 5
     assert geometry.text_start("hf5", 2, ids, 2, 4, 2) == 4
     assert geometry.text_start("legacy", 2, ids[:, :0], 2, 4, 2) == 2
-    wide = geometry.grid_position_ids(2, np.array([0]), 2, 8, 2)  # its columns reach further than its time
+    wide = geometry.token_position_ids(2, np.zeros(4), np.zeros(4), np.arange(4))  # its columns reach further than its time
     assert geometry.text_start("legacy", 2, wide, 2, 8, 2) == 6
 
 
