@@ -16,7 +16,7 @@ import pathlib
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -233,9 +233,9 @@ def plain_ask(question: str, options: Sequence[str] | None = None, system: str |
     Raises:
       UserError: as `check_question`.
     """
-    options = options if options is None or isinstance(options, str) else tuple(options)
+    options = _texts(options)
     check_question(question, options)
-    texts = _option_texts(options or ())
+    texts = _option_texts(options)
     lines = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, texts, strict=False)]
     after = "\n".join(["", *lines, OPTIONS_INSTRUCTION]) if lines else ""
     return Ask(question, after=after, options=texts, system=system)
@@ -278,12 +278,7 @@ def check_question(question: str, options: Sequence[str] | None = None) -> None:
         raise UserError(f"question: {question!r} is no text; write what you want to know about the video")
     if not question.strip():
         raise UserError("--question: the question is empty; write what you want to know about the video")
-    if isinstance(options, str):  # a sequence of letters, each of which would become an option
-        raise UserError(f"options: {options!r} is one text; give a list of texts, one list per question")
-    options = () if options is None else options
-    for option in options:
-        if not isinstance(option, str):
-            raise UserError(f"options: {option!r} is no text; give a list of texts")
+    options = _texts(options)
     if len(options) == 1:
         raise UserError("--option: one option leaves nothing to choose; give at least two, or none")
     if len(options) > len(string.ascii_uppercase):
@@ -296,10 +291,20 @@ def check_question(question: str, options: Sequence[str] | None = None) -> None:
             raise UserError(f"--{flag}: the text is not valid UTF-8")
 
 
+def _texts(options: Iterable[str] | None) -> tuple[str, ...]:
+    if isinstance(options, str):  # a sequence of letters, each of which would become an option
+        raise UserError(f"options: {options!r} is one text; give a list of texts, one list per question")
+    texts = () if options is None else tuple(options)
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"options: {text!r} is no text; give a list of texts")
+    return texts
+
+
 def _check_ask(ask: Ask, options: Sequence[str] | None, system: str | None) -> None:
     for text in (ask.question, ask.text):
         check_question(text, ask.options)
-    if options or system is not None:
+    if _texts(options) or system is not None:
         raise UserError("options: an Ask brings its own options and system message; give them there")
 
 

@@ -70,7 +70,8 @@ def test_position_ids_of_a_small_prompt_literally():
     assert geometry.text_start("legacy", 2, ids, 2, 4, 2) == 5
     assert geometry.text_start("hf5", 2, ids, 2, 4, 2) == 4
     assert geometry.text_start("legacy", 2, ids[:, :0], 2, 4, 2) == 2
-    wide = geometry.token_position_ids(2, np.zeros(4), np.zeros(4), np.arange(4))  # its columns reach further than its time
+    # The columns of a wide frame reach further than its time.
+    wide = geometry.token_position_ids(2, np.zeros(4), np.zeros(4), np.arange(4))
     assert geometry.text_start("legacy", 2, wide, 2, 8, 2) == 6
 
 

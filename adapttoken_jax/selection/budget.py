@@ -93,7 +93,8 @@ def _clipped_shares(log_weights, low, high, total: int) -> np.ndarray:
         leaves_low, meets_high = np.log(low) - log_weights, np.log(high) - log_weights
         points = np.unique(np.concatenate([leaves_low, meets_high]))
         sums = [np.clip(np.exp(mu + log_weights), low, high).sum() for mu in points]
-    end = points[np.searchsorted(sums, total)]
+    # At the smallest temperatures the exponentials are rough, and no sum may reach the total.
+    end = points[min(np.searchsorted(sums, total), points.size - 1)]
     free = (leaves_low < end) & (meets_high >= end)
     shares = np.where(meets_high < end, high, low).astype(np.float64)
     if free.any():

@@ -222,6 +222,7 @@ def _flag_error(error: flags.Error) -> str:
 
 
 def check_required(command: Command, values: flags.FlagValues) -> None:
+    """Raises `UserError` for a flag that the command requires and that has no value."""
     for flag in command.flags:
         if flag.required and not values[flag.name].value:
             raise UserError(f"--{flag.name} is required: {flag.help}")

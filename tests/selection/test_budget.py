@@ -161,3 +161,12 @@ def test_user_mistakes_name_the_flag(kwargs, message):
 def test_bad_arrays_raise(certainty, capacity):
     with pytest.raises(ValueError, match=r"certainty must be finite|one non-negative count per group"):
         allocate_budget(certainty, capacity, 1, 2.0)
+
+
+@pytest.mark.parametrize("temperature", [1e-12, 1e-6])
+def test_the_smallest_temperatures_hand_out_the_whole_budget(temperature):
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        capacity = random.integers(1, 20000, 20)
+        budgets = allocate_budget(-random.uniform(0, 12, 20), capacity, capacity.sum() - 1, temperature)
+        assert budgets.sum() == capacity.sum() - 1 and (budgets <= capacity).all()
