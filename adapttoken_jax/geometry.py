@@ -12,6 +12,8 @@ import numpy as np
 
 from adapttoken_jax.config import VisionConfig
 
+LANES = 128  # numbers side by side in a TPU: its memory pads rows, and its kernels work, to multiples of these
+
 
 @dataclasses.dataclass(frozen=True)
 class WindowLayout:

@@ -29,10 +29,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from adapttoken_jax import parameters, torus
 from adapttoken_jax.config import ModelConfig
 from adapttoken_jax.errors import UserError
+from adapttoken_jax.geometry import LANES
 
 _CONTEXTS = ("data", "fsdp")
 _AXES = (*_CONTEXTS, "context", "model")
-_LANES = 128  # of a TPU: a row is padded to a multiple of these
 
 # Logical axes that `model` splits where it divides them. An axis that it does not divide is replicated; heads (N) must
 # divide, because replicated attention would save nothing.
@@ -212,7 +212,7 @@ def lies_turned(shape: tuple[int, int, int], mesh: Mesh | None) -> bool:
         return False
     spec = _split(("L", "D", "F"), shape, mesh.shape, ("fsdp",) if "fsdp" in mesh.shape else ())
     _, D, F = NamedSharding(mesh, spec).shard_shape(shape)
-    return F % _LANES > 0 and D % _LANES == 0
+    return F % LANES > 0 and D % LANES == 0
 
 
 def _laid_out(layer, mesh: Mesh, further: tuple[str, ...] = ()):

@@ -106,6 +106,13 @@ def _at_the_ends(text: str) -> list[tuple[int, int, str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Where one of these is said nothing is inferred from what stands beside it.
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.", "I can't process this file.",
+    "I'm sorry, but without the image provided", "Cannot determine the answer",
+)  # fmt: skip
+
+
 def vlmevalkit(response: str, item: Item) -> Letters:
     """The first of A to D after the known beginnings, else the option whose text is said."""
     return _first_letter(response, _VLMEVALKIT_PREFIXES, "ABCD") or _inferred(response, item)
@@ -123,6 +130,8 @@ def vlmevalkit_mlvu(response: str, item: Item) -> Letters:
 
 def _inferred(response: str, item: Item) -> Letters:
     """The only letter among the words if it is one of the last four, else the only option whose text is said."""
+    if any(refusal in response for refusal in _REFUSALS):
+        return ()
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", response).split()
     named = [letter for letter in item.letters if letter in words]
     if len(named) == 1 and words.index(named[0]) > len(words) - 5:

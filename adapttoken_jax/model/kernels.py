@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adapttoken_jax.geometry import round_up
+from adapttoken_jax.geometry import LANES, round_up
 from adapttoken_jax.model import attention, windows
 from adapttoken_jax.model.pieces import WHOLE, Pieces
 from adapttoken_jax.model.spread import EVERYWHERE, TILE_ROWS, Spread
@@ -27,7 +27,6 @@ from adapttoken_jax.sharding import batch_axes
 
 NAMES = ("xla", "splash", "cudnn", "windows")  # the last for the vision tower alone
 
-_LANES = 128  # splash works on blocks of multiples of this, and on heads of them
 _BLOCKS = (384, 512)  # of whole contexts; of pieces, whose runs are the blocks, up to _LONGEST_BLOCK
 _LONGEST_BLOCK = 1024
 _MOST_PADDING = 2  # times the rows of a context; what needs more is too short for so many pieces
@@ -72,7 +71,7 @@ class Kernel:
         if self.name != "splash":
             return rows
         blocks = -(-rows // _LONGEST_BLOCK)
-        return blocks * round_up(-(-rows // blocks), _LANES)
+        return blocks * round_up(-(-rows // blocks), LANES)
 
     def suffix_run(self, rows: int, questions: int) -> int:
         """The length of the runs of suffixes: with those of so many questions a piece's rows can be `spread`."""
@@ -216,7 +215,7 @@ def resolve(dtype, head_dim: int, mesh: Mesh | None = None, platform: str | None
     `platform` is "tpu", "gpu" or "cpu"; None is where the program runs now.
     """
     platform = platform or jax.default_backend()
-    if platform == "tpu" and dtype == jnp.bfloat16 and head_dim % _LANES == 0:
+    if platform == "tpu" and dtype == jnp.bfloat16 and head_dim % LANES == 0:
         return Kernel("splash", mesh)
     if platform == "gpu" and dtype in _HALF and head_dim <= 128 and head_dim % 8 == 0:
         return Kernel("cudnn", mesh)
@@ -266,7 +265,7 @@ def _whole_blocks(q, k) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _block(length: int) -> int:
     """The block of rows or keys that pads so many least; of two that pad alike the longer."""
-    least = round_up(length, _LANES)
+    least = round_up(length, LANES)
     return min((block for block in _BLOCKS if block <= least), key=lambda b: (round_up(length, b), -b), default=least)
 
 

@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapttoken_jax.geometry import WindowLayout
+from adapttoken_jax.geometry import LANES, WindowLayout
 from adapttoken_jax.model.block import Block, pad_end, product, rms_norm
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.rotary import rotate, turns, vision_angles
 
-_LANES = 128
 _CHANNELS = {"gate_kernel": -1, "gate_bias": -1, "up_kernel": -1, "up_bias": -1, "down_kernel": -2}  # the axis of each
 
 
@@ -42,7 +41,7 @@ class VisionLayer(Block):
     """One pre-norm layer: attention within windows or within the slot, then a gated feed-forward block with biases.
 
     Queries, keys and values of all heads are one axis. Channels of zeros, which add nothing, widen the feed-forward
-    block until `_LANES` divides it. The published width of 3420 it does not divide, and a head has 80: a TPU would
+    block until `LANES` divides it. The published width of 3420 it does not divide, and a head has 80: a TPU would
     rearrange the weights in every call, and multiply at half the speed.
     """
 
@@ -91,8 +90,8 @@ class VisionLayer(Block):
 
 
 def _whole_lanes(weights, axis: int):
-    """An array, or its shape, with zeros at the end of an axis so that `_LANES` divides it."""
-    widen = lambda weights: pad_end(weights, axis, -weights.shape[axis] % _LANES)
+    """An array, or its shape, with zeros at the end of an axis so that `LANES` divides it."""
+    widen = lambda weights: pad_end(weights, axis, -weights.shape[axis] % LANES)
     if isinstance(weights, jax.ShapeDtypeStruct):
         return jax.eval_shape(widen, weights).update(sharding=weights.sharding)
     return widen(weights)

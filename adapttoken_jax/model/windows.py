@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adapttoken_jax.geometry import round_up
+from adapttoken_jax.geometry import LANES, round_up
 from adapttoken_jax.model.attention import MASKED
 from adapttoken_jax.model.block import pad_end
 
-_LANES = 128
 _ROWS = 16  # of a tile of half precision
 _MOST_ROWS = 256  # that are computed together; by the compiler's schedules more gain little (320: 6 %)
 _LARGE_MEMORY = 2**25  # bytes of vector memory that a window of more than `_MOST_ROWS` may take
@@ -36,7 +35,7 @@ def suits(windows: tuple[tuple[int, int], ...], heads: int, head_dim: int, most:
     Of windows that are computed in parts it takes one alone, the whole slot.
     """
     ((W, U), *others) = windows
-    in_tiles = U % _ROWS == 0 and heads * head_dim % math.lcm(head_dim, _LANES) == 0
+    in_tiles = U % _ROWS == 0 and heads * head_dim % math.lcm(head_dim, LANES) == 0
     return in_tiles and most >= U and not others and (W == 1 or U <= _MOST_ROWS)
 
 
@@ -53,7 +52,7 @@ def attend(qkv: jax.Array, cos: jax.Array, sin: jax.Array, valid: np.ndarray, *,
     Returns:
       [T, P, N H].
     """
-    H, C = 2 * cos.shape[-1], math.lcm(2 * cos.shape[-1], _LANES)
+    H, C = 2 * cos.shape[-1], math.lcm(2 * cos.shape[-1], LANES)
     signs = jnp.repeat(jnp.asarray([-1.0, 1.0], jnp.float32), H // 2)
     tables = (jnp.tile(jnp.tile(x, 2) * sign, C // H) for x, sign in ((cos, 1), (sin, signs)))
     hidden = jnp.where(valid, 0.0, MASKED).astype(jnp.float32)
@@ -74,7 +73,7 @@ def _call(shape, dtype, W, heads, interpret):
     T, P, D = shape[0], shape[1], shape[2] // 3
     H, U = D // heads, P // W
     parts = -(-U // _MOST_ROWS)
-    C, R = math.lcm(H, _LANES), round_up(-(-U // parts), _ROWS)
+    C, R = math.lcm(H, LANES), round_up(-(-U // parts), _ROWS)
     S = U * _largest_divisor(W, _MOST_ROWS // U)
     B, columns = S if parts == 1 else R, D // C
     block = lambda size, index: pl.BlockSpec((1, size, C), index)
@@ -126,8 +125,8 @@ def _attend_block(q_ref, k_ref, v_ref, cos_ref, sin_ref, hidden_ref, out_ref, ro
         scores = [_scores(q[rows, tiles], rotated_ref[window, tiles], lanes) for tiles, lanes in heads]
         weights = [_softmax(x + hidden_ref[0, :, window], q.dtype) for x in scores]
         mixes = [_mix(w, total, v_ref[0, window, tiles]) for (w, total), (tiles, _) in zip(weights, heads, strict=True)]
-        for tile in range(C // _LANES):
-            lanes = slice(tile * _LANES, (tile + 1) * _LANES)
+        for tile in range(C // LANES):
+            lanes = slice(tile * LANES, (tile + 1) * LANES)
             out_ref[0, rows, lanes] = _joined(mixes, heads, lanes).astype(out_ref.dtype)
 
 
@@ -144,8 +143,8 @@ def _rotated(x, cos, sin, H):
 def _tiles(head: int, H: int) -> tuple[slice, slice]:
     """The tiles of lanes that a head lies in, and of these lanes its own."""
     start, stop = head * H, (head + 1) * H
-    first = start // _LANES * _LANES
-    return slice(first, -(-stop // _LANES) * _LANES), slice(start - first, stop - first)
+    first = start // LANES * LANES
+    return slice(first, -(-stop // LANES) * LANES), slice(start - first, stop - first)
 
 
 def _lane(count: int):
@@ -175,5 +174,5 @@ def _joined(mixes, heads, lanes: slice):
         if tiles.start <= lanes.start < tiles.stop:
             part = mix[:, lanes.start - tiles.start : lanes.stop - tiles.start]
             begins = tiles.start + own.start - lanes.start
-            joined = part if joined is None else jnp.where(_lane(_LANES) >= begins, part, joined)
+            joined = part if joined is None else jnp.where(_lane(LANES) >= begins, part, joined)
     return joined

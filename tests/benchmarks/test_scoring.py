@@ -122,6 +122,11 @@ def test_what_each_reading_finds(reading, response, letter):
         ("red and blue", ()),
         ("Z blue", ()),
         ("A or B or Z: blue", ("B",)),
+        ("Cannot determine the answer: blue", ()),
+        ("cannot determine the answer: blue", ("B",)),
+        # A refusal takes back the letter among the words, not the one before a bracket.
+        ("I can't process this file. C", ()),
+        ("B) I'm sorry, but without the image provided it is C", ("B",)),
         # Up to twice as long as all options together, 17 characters.
         ("blue" + "." * 30, ("B",)),
         ("blue" + "." * 31, ()),
