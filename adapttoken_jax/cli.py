@@ -323,7 +323,7 @@ def _compare(values: flags.FlagValues) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
             raise
-        raise UserError(f"compare needs {error.name}; install it with: pip install 'adapttoken-jax[test]'") from None
+        raise UserError(f"compare needs {error.name}; in the source tree: pip install -e '.[test]'") from None
     sys.stdout.write(table(rows))
     verdict = "all stages are within" if passed else "some stage is above"
     print(f"{verdict} --tolerance={values.tolerance:g}", file=sys.stderr)

@@ -620,7 +620,7 @@ def test_the_table_keeps_what_was_compiled(without_libtpu, monkeypatch, tmp_path
         (["--mesh=data=3,model=2"], ["--mesh=data=3,model=2: 6 places", "16 chips"]),
         (["--mesh=data=2,model=8"], ["model=8 does not divide the 28 attention heads"]),
         (["--video_size=big"], ["--video_size=big", "WIDTHxHEIGHT"]),
-        (["--mesh=data=4,model=4"], ["pip install 'adapttoken-jax[tpu]'"]),
+        (["--mesh=data=4,model=4"], ["pip install -e '.[tpu]'"]),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, flags, words):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import resource
 import stat
 
@@ -320,3 +321,10 @@ def test_links_are_followed_and_pipes_written_to(tmp_path):
     assert os.read(read, 2) == b"x"
     os.close(read)
     os.close(write)
+
+
+def test_every_key_and_array_is_documented():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "result.md").read_text(encoding="utf-8")
+    records = (VideoSummary, GroupResult, Selection, Stop, Seconds, Cost, ModelSummary, Result)
+    keys = {field.name for record in records for field in dataclasses.fields(record)} - {"trace"}
+    assert {name for name in keys | set(TRACE_ARRAYS) if f"`{name}`" not in page} == set()

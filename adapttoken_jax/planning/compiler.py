@@ -56,7 +56,7 @@ def make_tpu_mesh(topology: Topology, shape: sharding.MeshShape) -> Mesh:
     if shape.devices != topology.chips:
         raise UserError(f"--mesh={shape}: {shape.devices} places, but --topology={topology} has {topology.chips} chips")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("plan needs the TPU compiler; install it with: pip install 'adapttoken-jax[tpu]'")
+        raise UserError("plan needs the TPU compiler; in the source tree: pip install -e '.[tpu]'")
     for name, value in _NOT_ON_A_TPU.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
