@@ -50,8 +50,12 @@ _DELTA = flags.DEFINE_float("delta", 0.1, "Probability that the promise fails.")
 _THRESHOLDS = flags.DEFINE_list("thresholds", list(map(str, calibration.THRESHOLDS)), "Nats, from cautious to bold.")
 _STOPS_ONLY = flags.DEFINE_bool("stops_only", False, "Ask for final answers only where this rule may stop.")
 _SIGNALS = flags.DEFINE_bool("signals", False, "Print the AUROC of the stop signals.")
-_RESAMPLES = flags.DEFINE_integer("resamples", 0, "Calibrate so often on resampled videos and count broken promises.")
-_RESAMPLE_SIZE = flags.DEFINE_integer("resample_size", 0, "Videos per resampled calibration; 0: half of the log.")
+_RESAMPLES = flags.DEFINE_integer(
+    "resamples", 0, "Calibrate so often on resampled videos and count broken promises.", lower_bound=0
+)
+_RESAMPLE_SIZE = flags.DEFINE_integer(
+    "resample_size", 0, "Videos per resampled calibration; 0: half of the log.", lower_bound=0
+)
 _JSON = flags.DEFINE_string("json", None, "Write the tables here as JSON; - for stdout.")
 for _setting in terminal.setting_flags():
     _setting.define(flags.FLAGS)
@@ -107,10 +111,8 @@ def _read_line(line: str, where: str) -> tuple[str, str, tuple[str, ...] | None]
     return video, question, tuple(options) if options else None
 
 
-def log_runs(model, items: Sequence[Item], config, thresholds) -> int:
+def log_runs(writer: calibration.LogWriter, model, items: Sequence[Item], config, thresholds) -> int:
     """Logs the full run of every video that the log does not have yet; how many were too short to need groups."""
-    fingerprint = calibration.config_fingerprint(config, calibration.model_fingerprint(model))
-    writer = calibration.LogWriter(_LOG.value, fingerprint)
     for item in items:
         if item.name in writer.done and not writer.done[item.name].asks(item.questions, item.options):
             raise UserError(f"--log={_LOG.value}: other questions about {item.name} were logged; name another file")
@@ -173,16 +175,18 @@ def calibrate() -> None:
     config = at.AdaptTokenConfig.for_model(model.config, **terminal.given_settings(flags.FLAGS))
     if _CERTIFICATE.value:
         calibration.check_unpruned(config)
-    short = log_runs(model, items, config, thresholds)
-    if short:
-        print(f"{short} videos are too short for groups; Lite does not run on them", file=sys.stderr)
-    log = calibration.read_log(_LOG.value).only({item.name for item in items})
-    if not log.videos:
-        raise UserError(f"--log={_LOG.value}: no video was long enough for groups; nothing to calibrate")
-    if _CERTIFICATE.value:
-        test = calibration.planned_test(log, config, _ALPHA.value, _DELTA.value, thresholds)
-        if log.test is None:
-            calibration.record_test(_LOG.value, test)
+    fingerprint = calibration.config_fingerprint(config, calibration.model_fingerprint(model))
+    with calibration.LogWriter(_LOG.value, fingerprint) as writer:
+        short = log_runs(writer, model, items, config, thresholds)
+        if short:
+            print(f"{short} videos are too short for groups; Lite does not run on them", file=sys.stderr)
+        log = calibration.read_log(_LOG.value).only({item.name for item in items})
+        if not log.videos:
+            raise UserError(f"--log={_LOG.value}: no video was long enough for groups; nothing to calibrate")
+        if _CERTIFICATE.value:
+            test = calibration.planned_test(log, config, _ALPHA.value, _DELTA.value, thresholds)
+            if log.test is None:
+                writer.record_test(test)
     show(tables(log, config, thresholds))
     if _CERTIFICATE.value:
         certificate = calibration.certify(log, config, _ALPHA.value, _DELTA.value, thresholds)

@@ -180,38 +180,56 @@ FINGERPRINT = {"model": "abc", "config": {"budget": 30, "certainty": "neg_entrop
 def test_logs_come_back_as_they_were(tmp_path):
     open_question = QuestionLog("?", Said(None, 0.5, 0.25), (Said("ja", 0.1, 0.0),), {1: Said("nein", 1 / 3, 1.0)})
     other = VideoLog("b", (open_question,))
-    writer = LogWriter(tmp_path / "log", FINGERPRINT)
-    for video in (VIDEO, other):
-        writer.append(video)
+    with LogWriter(tmp_path / "log", FINGERPRINT) as writer:
+        for video in (VIDEO, other):
+            writer.append(video)
     log = calibration.read_log(tmp_path / "log")
     assert log == calibration.Log(FINGERPRINT, (VIDEO, other))
     assert log.only({"b"}).videos == (other,) and log.only({"b"}).sha256 != log.sha256
     assert set(writer.done) == {VIDEO.video, "b"} and other.questions[0].full.answer == "nein"
 
 
+def write_log(path, *videos):
+    """What a log of these videos, continued if there is one, tells before they are added."""
+    with LogWriter(path, FINGERPRINT) as writer:
+        before = dict(writer.done)
+        for video in videos:
+            writer.append(video)
+    return before
+
+
 def test_an_interrupted_log_goes_on(tmp_path):
     path = tmp_path / "log"
-    LogWriter(path, FINGERPRINT).append(VIDEO)
+    write_log(path, VIDEO)
     whole = path.read_bytes()
     for cut in (1, 30, len(whole) - whole.index(b"\n") - 2):
         path.write_bytes(whole[:-cut])
-        writer = LogWriter(path, FINGERPRINT)
-        assert not writer.done
-        writer.append(VIDEO)
+        assert not write_log(path, VIDEO)
         assert path.read_bytes() == whole
+
+
+def test_a_log_has_one_writer_and_a_video_once(tmp_path):
+    """Two that write at the same time would both log what the other is at."""
+    path = tmp_path / "log"
+    with LogWriter(path, FINGERPRINT), pytest.raises(UserError, match="log: another process is writing"):
+        LogWriter(path, FINGERPRINT)
+    write_log(path, VIDEO, VIDEO)
+    with pytest.raises(UserError, match=re.escape(f"holds {VIDEO.video} 2 times")):
+        calibration.read_log(path)
 
 
 def test_a_log_whose_first_line_was_interrupted_begins_anew_and_another_file_stays(tmp_path):
     path = tmp_path / "log"
-    LogWriter(path, FINGERPRINT)
+    write_log(path)
     whole = path.read_bytes()
     for cut in range(1, len(whole) + 1):
         path.write_bytes(whole[:-cut])
-        assert LogWriter(path, FINGERPRINT).done == {} and path.read_bytes() == whole
-    path.write_text("notes")
-    with pytest.raises(UserError, match="log: damaged"):
-        LogWriter(path, FINGERPRINT)
-    assert path.read_text() == "notes"
+        assert write_log(path) == {} and path.read_bytes() == whole
+    for notes in ("notes", "notes\nand more", "{}\n{"):
+        path.write_text(notes)
+        with pytest.raises(UserError, match="log: not a log"):
+            LogWriter(path, FINGERPRINT)
+        assert path.read_text() == notes
 
 
 def test_a_setting_that_is_none_differs_from_one_that_is_not_there():
@@ -224,7 +242,7 @@ def test_a_setting_that_is_none_differs_from_one_that_is_not_there():
 
 def test_a_log_goes_on_under_the_same_settings_only(tmp_path):
     path = tmp_path / "log"
-    LogWriter(path, FINGERPRINT).append(VIDEO)
+    write_log(path, VIDEO)
     before = path.read_bytes()
     for change, words in (
         ({"config": {**FINGERPRINT["config"], "budget": 31}}, "budget=30, but this run has budget=31"),
@@ -380,14 +398,16 @@ def test_too_many_losses_are_refused_with_how_many_videos_they_need():
 
 def test_a_log_is_good_for_one_test(tmp_path):
     path, log, thresholds = tmp_path / "log", made_log({0.05: 4}), [0.05, 0.2]
-    writer = LogWriter(path, log.fingerprint)
-    for video in log.videos:
-        writer.append(video)
     test = calibration.planned_test(log, CONFIG, 0.1, 0.1, thresholds)
     assert list(test.values())[:4] == [40, 0.1, 0.1, thresholds]
-    calibration.record_test(path, test)
+    with LogWriter(path, log.fingerprint) as writer:
+        for video in log.videos:
+            writer.append(video)
+        writer.record_test(test)
     tested = calibration.read_log(path)
-    assert tested == dataclasses.replace(log, test=test) and LogWriter(path, log.fingerprint).done == writer.done
+    assert tested == dataclasses.replace(log, test=test)
+    with LogWriter(path, log.fingerprint) as again:
+        assert again.done == writer.done
     assert calibration.planned_test(tested, CONFIG, 0.1, 0.1, thresholds) == test
     more = made_log({0.05: 4}, 80)
     for other, arguments, words in (

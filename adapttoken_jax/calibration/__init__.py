@@ -18,7 +18,7 @@ from adapttoken_jax.calibration.certificate import (
     read_certificate,
     write_certificate,
 )
-from adapttoken_jax.calibration.full_runs import Log, LogWriter, QuestionLog, Said, VideoLog, read_log, record_test
+from adapttoken_jax.calibration.full_runs import Log, LogWriter, QuestionLog, Said, VideoLog, read_log
 from adapttoken_jax.calibration.replay import (
     SIGNALS,
     at_threshold,
@@ -63,7 +63,6 @@ __all__ = [
     "planned_test",
     "read_certificate",
     "read_log",
-    "record_test",
     "replay",
     "required_videos",
     "resampled_risks",

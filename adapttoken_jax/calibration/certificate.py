@@ -166,7 +166,7 @@ def certify(
 def planned_test(
     log: Log, config: AdaptTokenConfig, alpha: float, delta: float, thresholds: Sequence[float] = THRESHOLDS
 ) -> dict[str, Any]:
-    """All that the outcome of `certify` depends on. `record_test` writes it into the log before the outcome is seen.
+    """All that the outcome of `certify` depends on. `LogWriter.record_test` writes it down before the outcome is seen.
 
     Args: as of `certify`.
 

@@ -5,15 +5,17 @@ the model, then one line per video, the unit of calibration, and one for the tes
 after an interruption.
 """
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from adapttoken_jax.errors import UserError
+from adapttoken_jax.evaluation.journal import Journal, json_line
 
 LOG_VERSION = 1
 
@@ -122,72 +124,83 @@ def read_log(path) -> Log:
     """Reads a log file.
 
     Raises:
-      UserError: no such file, not a log, or damaged.
+      UserError: no such file, not a log, damaged, or a video stands in it twice.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; experiments.calibrate_stop writes it")
-    header, *lines = path.read_bytes().splitlines() or [b"{}"]
+    first, *lines = path.read_bytes().splitlines() or [b"{}"]
+    header = _header(path, first)
     try:
-        header = json.loads(header)
-        if header.get("version") != LOG_VERSION:
-            raise UserError(f"{path}: not a log of full runs, or of another version than {LOG_VERSION}")
         lines = [json.loads(line) for line in lines]
         videos = tuple(VideoLog.from_dict(line) for line in lines if "test" not in line)
         tests = [line["test"] for line in lines if "test" in line]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); delete it and log again") from None
+    for name, times in collections.Counter(video.video for video in videos).items():
+        if times > 1:  # a certificate would count it as often
+            raise UserError(f"{path}: holds {name} {times} times; delete it and log again")
     return Log(header["fingerprint"], videos, *tests[:1])
+
+
+def _header(path: pathlib.Path, line: bytes) -> Mapping[str, Any]:
+    try:
+        header = json.loads(line)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("version") != LOG_VERSION or "fingerprint" not in header:
+        raise UserError(f"{path}: not a log of full runs, or of another version than {LOG_VERSION}; name another file")
+    return header
 
 
 class LogWriter:
     """Appends videos to a log file; each is on the disk when `append` returns. Continues a file of the same settings.
 
+    A context manager: until it ends no other process can write the file.
+
     Attributes:
       done: the videos that the file already has, by name.
 
     Raises:
-      UserError: the file was written under other settings, or by another model.
+      UserError: the file is not a log, was written under other settings or by another model, or another process writes
+        it.
     """
 
     def __init__(self, path, fingerprint: Mapping[str, Any]):
-        self._path = pathlib.Path(path)
-        header = json.dumps({"version": LOG_VERSION, "fingerprint": fingerprint}) + "\n"
-        self._path.touch()
-        self._drop_partial_line(header.encode())
-        if not self._path.stat().st_size:
-            self._path.write_text(header, encoding="utf-8")
-        log = read_log(self._path)
-        difference = first_difference(log.fingerprint, json.loads(header)["fingerprint"])
-        if difference:
-            raise UserError(f"--log={path}: written with {difference}; name another file to start afresh")
-        self.done = {video.video: video for video in log.videos}
+        path, header = pathlib.Path(path), {"version": LOG_VERSION, "fingerprint": fingerprint}
+        self._check(path, json_line(header).encode("utf-8"))
+        with contextlib.ExitStack() as stack:
+            self._journal = stack.enter_context(contextlib.closing(Journal(path)))
+            if not path.stat().st_size:
+                self._journal.append([header])
+            log = read_log(path)
+            difference = first_difference(log.fingerprint, json.loads(json.dumps(fingerprint)))
+            if difference:
+                raise UserError(f"--log={path}: written with {difference}; name another file to start afresh")
+            self.done = {video.video: video for video in log.videos}
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "LogWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
 
     def append(self, video: VideoLog) -> None:
         """Adds a video."""
-        _append(self._path, video.to_json())
+        self._journal.append([dataclasses.asdict(video)])
         self.done[video.video] = video
 
-    def _drop_partial_line(self, header: bytes) -> None:
-        """An interruption may have left the beginning of a line, of the header too; any other file stays as it is."""
-        content = self._path.read_bytes()
-        if not content.endswith(b"\n") and (b"\n" in content or header.startswith(content)):
-            with open(self._path, "r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+    def record_test(self, test: Mapping[str, Any]) -> None:
+        """Writes down, once, that the videos are tested: `test` is `planned_test`'s."""
+        self._journal.append([{"test": test}])
 
-
-def record_test(path, test: Mapping[str, Any]) -> None:
-    """Writes into a log, once, that its videos are tested: `test` is `planned_test`'s."""
-    _append(path, json.dumps({"test": test}))
-
-
-def _append(path, line: str) -> None:
-    with open(path, "ab") as file:
-        file.write(f"{line}\n".encode())
-        file.flush()
-        os.fsync(file.fileno())
+    @staticmethod
+    def _check(path: pathlib.Path, header: bytes) -> None:
+        """Refuses a file that is none of ours before anything in it changes; our first line may be unfinished."""
+        first, whole, _ = (path.read_bytes() if path.exists() else b"").partition(b"\n")
+        if whole or not header.startswith(first):
+            _header(path, first)
 
 
 def first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
