@@ -23,9 +23,10 @@ def answered_sample(number: int, item, result: Result, clip: Clip) -> dict[str, 
     Returns:
       "doc_id", "id", "video_id", "target" (the right letter), "prediction" (the answer's text), "option" (the letter
       read from it, else the likeliest one), "option_probabilities", "entropy" (nats), "groups", "stop", "visual_tokens"
-      (of the video, candidates, selected, and prefilled in all passes of the question), "flops"; and
-      with a time reference "localisation".
+      (of the video, candidates, selected, scanned in the groups visited, and prefilled in all passes of the question),
+      "flops"; and with a time reference "localisation".
     """
+    per_slot = result.video.tokens // result.video.slots
     sample = _head(number, item) | {
         "prediction": result.answer,
         "option": result.option,
@@ -37,6 +38,7 @@ def answered_sample(number: int, item, result: Result, clip: Clip) -> dict[str, 
             "video": result.video.tokens,
             "candidates": result.selected.candidates,
             "selected": result.selected.count,
+            "scanned": per_slot * sum(len(group.slots) for group in result.groups if group.visited),
             "prefilled": result.cost.visual_tokens_prefilled,
         },
         "flops": result.cost.flops,
@@ -59,8 +61,9 @@ def _head(number: int, item) -> dict[str, Any]:
 def costs(items: Sequence, results: Sequence[Result], wall: float) -> list[dict[str, Any]]:
     """Seconds of a video's questions.
 
-    "amortised" is a question's share of `wall`, the seconds from one video to the next. "seconds" are those of the
-    stages as `Result` has them: decode, vision and groups once for all questions of the video, final for this one.
+    "amortised" is a question's share of `wall`, the seconds that the video took but for writing these records.
+    "seconds" are those of the stages as `Result` has them: decode, vision and groups once for all questions of the
+    video, final for this one.
     """
     return [
         {

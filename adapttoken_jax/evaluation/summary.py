@@ -80,10 +80,9 @@ def mean_cost(answered: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
 def _shared_tokens(answered: Sequence[Mapping[str, Any]]) -> int:
     """Visual tokens prefilled when a group serves all questions of its video: per video the longest scan, once."""
     scans: dict[str, int] = {}
-    finals = 0
+    own = 0
     for sample in answered:
-        tokens = sample["visual_tokens"]
-        finals += tokens["selected"]
-        scan = tokens["prefilled"] - tokens["selected"]
-        scans[sample["video_id"]] = max(scan, scans.get(sample["video_id"], 0))
-    return finals + sum(scans.values())
+        tokens, video = sample["visual_tokens"], sample["video_id"]
+        own += tokens["prefilled"] - tokens["scanned"]
+        scans[video] = max(tokens["scanned"], scans.get(video, 0))
+    return own + sum(scans.values())

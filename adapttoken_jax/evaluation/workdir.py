@@ -26,7 +26,7 @@ from adapttoken_jax.evaluation.journal import Journal, json_line, read_lines
 from adapttoken_jax.evaluation.runner import Records, Video
 from adapttoken_jax.result import atomic_file, git_commit, library_versions, made_directory, partial_path
 
-RUN_VERSION = 1
+RUN_VERSION = 2  # 1: samples did not tell what the scan took
 
 # Flags that name places and may differ between two parts of one run; hashes tell whether the content is the same.
 _FREE = ("data", "model", "replay")
@@ -49,7 +49,7 @@ class Shard:
           UserError: anything else.
         """
         index, _, count = text.partition("/")
-        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise UserError(f"--shard={text}: write INDEX/COUNT, the first index is 0, as in 0/4")
         return cls(int(index), int(count))
 
@@ -127,9 +127,13 @@ def read_run(directory) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{directory}: no run.json; give the directory of an evaluation")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    version = run.get("version") if isinstance(run, dict) else None
+    if version != RUN_VERSION:
+        raise UserError(f"{path}: version {version!r} of a run's files; this release reads {RUN_VERSION}; begin again")
+    return run
 
 
 def _hold_against(directory: pathlib.Path, ours: Mapping[str, Any]) -> None:

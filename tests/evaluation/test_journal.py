@@ -98,7 +98,7 @@ def test_an_answer_replaces_an_error_whichever_file_is_read_first(tmp_path, mend
         assert files.has(video) and [*files.samples.values()] == records(video).samples
 
 
-@pytest.mark.parametrize("text", ["2", "2/2", "-1/2", "a/b", "1/", "/2", "0/0"])
+@pytest.mark.parametrize("text", ["2", "2/2", "-1/2", "a/b", "1/", "/2", "0/0", "0/²"])
 def test_a_shard_that_is_none(text):
     with pytest.raises(UserError, match=f"--shard={text}"):
         workdir.Shard.parse(text)

@@ -36,7 +36,13 @@ def finished(directory, predictions, method="adapttoken", size="qwen2.5-vl-7b", 
         head = {"doc_id": number, "id": item.id, "video_id": item.video_id, "target": item.answer, "prediction": text}
         answered = {
             "groups": {"visited": 2, "total": 4},
-            "visual_tokens": {"video": 80, "candidates": 22, "selected": 20, "prefilled": tokens},
+            "visual_tokens": {
+                "video": 80,
+                "candidates": 22,
+                "selected": 20,
+                "scanned": tokens - 20,
+                "prefilled": tokens,
+            },
             "flops": 2e12,
         }
         samples.append(head | (answered if text is not None else {"error": "cannot be read"}))
