@@ -23,6 +23,7 @@ from adapttoken_jax.run import Plan
 from adapttoken_jax.video import read_patches
 
 _END = object()
+_VIDEOS_AHEAD = 16  # indexed and planned before their turn: what decodes nothing ahead, or little, fills no memory
 
 
 def memory_for_chunks() -> int:
@@ -81,7 +82,7 @@ class DecodeAhead:
         self._videos = list(videos)
         self._most = memory_for_chunks() if most_bytes is None else most_bytes
         self._made: queue.SimpleQueue = queue.SimpleQueue()
-        self._waiting, self._closed = 0, False
+        self._waiting, self._begun, self._closed = 0, 0, False
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._decode_all, name="decode ahead", daemon=True)
 
@@ -98,6 +99,9 @@ class DecodeAhead:
     def __iter__(self) -> Iterator[DecodedVideo]:
         for _ in self._videos:
             video = DecodedVideo(self._take)
+            with self._change:
+                self._begun += 1
+                self._change.notify()
             yield video
             video.drop()
 
@@ -119,7 +123,9 @@ class DecodeAhead:
             return not self._closed
 
     def _decode_all(self) -> None:
-        for video in self._videos:
+        for number, video in enumerate(self._videos):
+            with self._change:
+                self._change.wait_for(lambda number=number: self._closed or number < self._begun + _VIDEOS_AHEAD)
             try:
                 wanted = self._decode(video)
             except BaseException as error:  # raised again in the thread that waits for it

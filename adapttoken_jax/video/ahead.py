@@ -38,7 +38,7 @@ class ReadAhead:
     """
 
     def __init__(self, info: VideoInfo, order: np.ndarray, prepare: Prepare, ahead: int, threads: int | None = None):
-        self._info, self._order, self._prepare = info, np.asarray(order, np.int64), prepare
+        self._order, self._prepare = np.asarray(order, np.int64), prepare
         self._ahead, self._taken, self._closed = max(1, ahead), 0, False
         self._ready: dict[int, np.ndarray | Exception] = {}
         self._awaited: set[int] = set()
@@ -49,8 +49,8 @@ class ReadAhead:
         cores = threads or usable_cores()
         count = max(1, min(cores, len(runs)))
         self._runs = iter(runs)
-        each = (cores // count,)
-        self._threads = [threading.Thread(target=self._read_runs, args=each, daemon=True) for _ in range(count)]
+        readers = [FrameReader(info, self._order, cores // count, lambda: self._closed) for _ in range(count)]
+        self._threads = [threading.Thread(target=self._read_runs, args=(each,), daemon=True) for each in readers]
         self.busy_s = 0.0
 
     def __enter__(self):
@@ -90,8 +90,7 @@ class ReadAhead:
                 raise image
         return images
 
-    def _read_runs(self, decoder_threads: int) -> None:
-        reader = FrameReader(self._info, self._order, decoder_threads, lambda: self._closed)
+    def _read_runs(self, reader: FrameReader) -> None:
         with reader:
             while (run := self._next_run()) and self._read_run(reader, run):
                 pass

@@ -63,9 +63,7 @@ class FrameReader:
         self._file.close()
 
     def read(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (index, uint8 [H, W, 3]) for `indices`, which are ascending and among `wanted`.
-
-        A call whose first index lies before the last one of the call before goes back in the file.
+        """Yields (index, uint8 [H, W, 3]) for `indices`, all of them `wanted`, in any order; going back is a jump.
 
         Raises:
           UserError: the file ends early or is damaged at a wanted frame.

@@ -1,6 +1,7 @@
 """The runner's parts on inputs that need no model: places, saved selections, time left, decoding ahead."""
 
 import io
+import time
 import types
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from adapttoken_jax.benchmarks import Item
 from adapttoken_jax.config import SIZES, AdaptTokenConfig
 from adapttoken_jax.errors import UserError
+from adapttoken_jax.evaluation import ahead as ahead_module
 from adapttoken_jax.evaluation.ahead import DecodeAhead
 from adapttoken_jax.evaluation.localisation import localise, slots_inside
 from adapttoken_jax.evaluation.outlook import Outlook, hours_minutes
@@ -131,6 +133,20 @@ def test_decoding_ahead_gives_what_decoding_gives_within_its_memory(tmp_path):
             assert np.concatenate(slots).tolist() == list(range(plan.clip.grid[0]))
 
 
+def test_few_videos_are_planned_ahead_where_nothing_is_decoded_ahead(tmp_path, monkeypatch):
+    model = types.SimpleNamespace(config=SIZES["qwen2.5-vl-7b"], mesh=None, wave=1)
+    config = AdaptTokenConfig(max_pixels=4704, max_frames=40, fps=25.0, slots_per_group=4, budget=16)
+    videos, planned = [media.write(tmp_path / "v.mp4", 40)] * 50, []
+    counted = lambda *arguments: planned.append(1) or plan_run(*arguments)
+    monkeypatch.setattr(ahead_module, "plan_run", counted)
+    with DecodeAhead(model, videos, config, "lite") as ahead:
+        for place, decoded in enumerate(ahead):
+            assert decoded.plan().groups and list(decoded.chunks()) == []
+            time.sleep(0.01 if place else 1.0)
+            assert len(planned) <= place + 1 + ahead_module._VIDEOS_AHEAD
+    assert len(planned) == 50
+
+
 def test_leaving_early_ends_the_thread(tmp_path):
     model = types.SimpleNamespace(config=SIZES["qwen2.5-vl-7b"], mesh=None, wave=1)
     videos = [media.write(tmp_path / "v.mp4", 40)] * 3
@@ -145,13 +161,16 @@ def test_released_sizes_are_known_by_name():
 
 def test_questions_of_a_video_share_its_longest_scan_in_any_order():
     """Scans of 100 and 60 tokens of one video are one of 100; 15 of another; and 10 + 8 + 5 in the final prompts."""
-    cost = lambda video, prefilled, selected: {
+    cost = lambda video, scanned, prefilled, selected: {
         "video_id": video,
-        "visual_tokens": {"prefilled": prefilled, "selected": selected},
+        "visual_tokens": {"scanned": scanned, "prefilled": prefilled, "selected": selected},
         "groups": {"visited": 1, "total": 2},
         "flops": 1.0,
     }
-    samples = [cost("a", 110, 10), cost("a", 68, 8), cost("b", 20, 5)]
+    samples = [cost("a", 100, 110, 10), cost("a", 60, 68, 8), cost("b", 15, 20, 5)]
     for order in (samples, samples[::-1]):
         means = mean_cost(order)
         assert means["visual_tokens_shared"] == (100 + 15 + 23) / 3 and means["visual_tokens"] == 198 / 3
+    # Asking again on the way, over 4 and 6 tokens, is each question's own.
+    again = [cost("a", 100, 120, 10), cost("a", 100, 116, 10)]
+    assert mean_cost(again)["visual_tokens_shared"] == (100 + 20 + 16) / 2

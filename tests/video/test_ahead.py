@@ -52,6 +52,12 @@ def test_equals_the_straight_pass(film, order, threads, monkeypatch):
         np.testing.assert_array_equal(image, expected[index])
 
 
+def test_a_frame_that_is_not_there_fails_at_once():
+    info = probe(Frames(np.zeros((3, 56, 56, 3), np.uint8), 25.0))
+    with pytest.raises(IndexError):
+        ReadAhead(info, [3], np.array, 4)
+
+
 def test_images_in_memory_are_shared_out_too():
     images = np.stack([media.stamped(index) for index in range(100)])
     info = probe(Frames(images, 25.0))
