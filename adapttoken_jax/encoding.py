@@ -121,7 +121,7 @@ class SlotEncoder:
       clip: from `plan_clip`.
       order: in which slots are read; every slot once.
       keep_patches: whether to keep what the vision tower was fed with.
-      on_progress: called with ("encode", slots encoded, all slots).
+      on_progress: called with ("encode", slots that are there, all slots).
       chunks: what has been read already: pairs of slots, `chunk_slots` of them, and their patches; None to read.
       entry: features known from before, which are not computed again; what is new is added when the block ends well.
 
@@ -220,7 +220,7 @@ class SlotEncoder:
         self._there[slots] = True
         self.encoded += len(slots)
         if self._on_progress:
-            self._on_progress("encode", self.encoded, len(self._there))
+            self._on_progress("encode", int(self._there.sum()), len(self._there))
 
 
 @contextlib.contextmanager

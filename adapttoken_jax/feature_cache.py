@@ -1,7 +1,8 @@
 """Vision features on disk: a later question about the same video needs neither decoding nor the vision tower.
 
 An entry is one file, named by a hash of all that its numbers depend on: the content of the video, the frames taken from
-it and their size, the weights of the vision tower, the number format, the kind of device and the libraries' versions.
+it and their size, the weights of the vision tower, the number format, the kind and number of devices, which decide how
+much is computed at once, and the libraries' versions.
 It holds the slots that have been encoded so far, so a scan that stopped early leaves what it has. Entries are replaced
 as a whole under a temporary name: nobody reads half of one, and of several writers the last one stays.
 """
@@ -19,7 +20,7 @@ from adapttoken_jax.loading import Model
 from adapttoken_jax.result import atomic_file, library_versions, made_directory
 from adapttoken_jax.video import PRESETS, Clip
 
-_VERSION = 2  # 1: pixels were normalised on the host, which rounds otherwise
+_VERSION = 3  # 1: pixels were normalised on the host, which rounds otherwise; 2: on whatever devices
 
 
 class FeatureCache:
@@ -67,27 +68,31 @@ class Entry:
         return there
 
     def write(self, features: np.ndarray, there: np.ndarray) -> None:
-        """Replaces the entry by the slots that are `there`; a disk that is full costs no more than the entry."""
-        slots = np.flatnonzero(there)
+        """Replaces the entry by the slots that are `there`; a full disk or memory costs no more than the entry."""
         try:
+            known = features if there.all() else features[there]
             with atomic_file(self.path) as file:
-                np.savez(file, slots=slots, features=features[slots].view(np.uint8))
-        except OSError as error:
-            print(f"{self.path}: not written ({error.strerror}); the features are not kept", file=sys.stderr)
+                np.savez(file, slots=np.flatnonzero(there), features=known.view(np.uint8))
+        except (OSError, MemoryError) as error:
+            why = getattr(error, "strerror", None) or "too little memory"
+            print(f"{self.path}: not written ({why}); the features are not kept", file=sys.stderr)
 
 
 def _content_hash(clip: Clip) -> str:
     if clip.info.frames is not None:
         images = clip.info.frames.images
-        return hashlib.sha256(f"{images.shape}".encode() + np.ascontiguousarray(images).data).hexdigest()
+        digest = hashlib.sha256(f"{images.shape}".encode())
+        digest.update(np.ascontiguousarray(images).data)
+        return digest.hexdigest()
     with open(clip.info.path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model_hash(model: Model) -> str:
     """SHA-256 of everything about the model and this program that features depend on."""
-    sizes = f"{model.config.vision} {model.dtype.name} {jax.default_backend()} {model.vision_kernel.name}"
-    digest = hashlib.sha256(f"{sizes} {sorted(library_versions().items())}".encode())
+    devices = jax.devices()[:1] if model.mesh is None else model.mesh.devices.flat
+    computed = f"{model.dtype.name} {model.vision_kernel.name} {len(devices)} x {devices[0].device_kind}"
+    digest = hashlib.sha256(f"{model.config.vision} {computed} {sorted(library_versions().items())}".encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.module.vision):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
         digest.update(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data)

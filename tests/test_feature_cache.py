@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adapttoken_jax import encoding, loading, pipeline
+from adapttoken_jax import encoding, loading, pipeline, sharding
 from adapttoken_jax.encoding import stream_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.feature_cache import Entry, FeatureCache
@@ -198,6 +198,32 @@ def test_a_full_disk_costs_the_entry_only(tmp_path, capsys):
     Entry(tmp_path / "missing" / "a.npz").write(np.ones((2, 2, 2)), np.ones(2, bool))
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "not written" in err
+
+
+def test_too_little_memory_costs_the_entry_only(tmp_path, capsys, monkeypatch):
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "savez", no_memory)
+    Entry(tmp_path / "a.npz").write(np.ones((2, 2, 2)), np.ones(2, bool))
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "not written (too little memory)" in err and os.listdir(tmp_path) == []
+
+
+def test_a_mesh_has_entries_of_its_own(model, path, cache, tmp_path):
+    """Its calls of the vision tower hold other numbers of slots, which round otherwise in the last bits."""
+    mesh = sharding.make_mesh(sharding.MeshShape(2, 1))
+    placed = FeatureCache(tmp_path / "cache", dataclasses.replace(model, mesh=mesh))
+    assert placed.entry(clip_of(path, model)).path != cache.entry(clip_of(path, model)).path
+
+
+def test_progress_counts_what_was_there(model, path, cache):
+    features_of(model, path, cache, range(8))
+    clip, told = clip_of(path, model), []
+    report = lambda stage, done, total: told.append((stage, done, total))
+    with stream_video(model, clip, one_pass(clip), report, cache.entry(clip)) as tokens:
+        tokens.ensure(range(SLOTS))
+    assert [done for _, done, _ in told] == [12, 16, 20] and told[-1] == ("encode", SLOTS, SLOTS)
 
 
 def test_a_directory_that_cannot_be_used_is_refused(model, path):
