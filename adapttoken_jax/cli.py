@@ -165,8 +165,10 @@ def _answer(values: flags.FlagValues) -> int:
     pipeline.check_feature_cache(values.feature_cache, bool(values.trace))
     result = _run(values, method, settings, certificate)
     if hosts.leads():
-        _write_outputs(values, result)
-        _print_answer(result, as_json=values.json == "-")
+        try:
+            _write_outputs(values, result)
+        finally:  # an answer that took long is not lost with a disk that is full
+            _print_answer(result, as_json=values.json == "-")
     return OK
 
 
@@ -506,7 +508,10 @@ def _join(name: str, values: flags.FlagValues) -> None:
 
 def _keep_compilations() -> None:
     """Lets JAX find on disk what an earlier run compiled; the user's own JAX_ variables win."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    try:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        return
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "adapttoken-jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 

@@ -327,7 +327,7 @@ class AdaptTokenConfig:
     max_answer_tokens: int = _number(16, low=1, high=2**20, help="most tokens of an answer")
     sampling_temperature: float = _number(0.0, low=0.0, help="temperature of the final answer; 0 is greedy")
     top_p: float = _number(1.0, low=1e-6, high=1.0, help="sample from the likeliest tokens that hold this probability")
-    seed: int = _number(0, low=0, high=2**63 - 1, help="seed of sampling")
+    seed: int = _number(0, low=0, high=2**32 - 1, help="seed of sampling")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

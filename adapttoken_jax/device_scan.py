@@ -196,12 +196,12 @@ def _chosen_option(out, option_ids) -> jax.Array:
 
 
 def _chunks(
-    model, video: VisualTokens, groups, prompts, config, width: int, fill: int | None = None
+    model, video: VisualTokens, groups, prompts, config, width: int, waves: int | None = None
 ) -> Iterator[Chunk]:
-    """The groups in visiting order, `fill` waves of `width` at a time; None: as many as a chunk holds."""
+    """The groups in visiting order, so many waves of `width` at a time; None: as many as a chunk holds."""
     order = [int(g) for g in visiting_order(len(groups), config.group_order)]
-    waves = waves_per_chunk(model, width * config.slots_per_group * video.per_slot)
-    step = (fill or waves) * width
+    waves = waves or waves_per_chunk(model, width * config.slots_per_group * video.per_slot)
+    step = waves * width
     for start in range(0, len(order), step):
         yield _chunk(model, video, groups, order[start : start + step], (waves, width), prompts, config)
 

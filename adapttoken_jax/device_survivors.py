@@ -23,11 +23,11 @@ def select(run: Run) -> tuple[Selected, jax.Array]:
     """What `survivors.select` selects, and the features of the survivors, on the device and padded."""
     config, equal = run.config, run.method == "flexselect"
     stretches = 0 if equal else coverage_count(config.coverage, config.budget)
-    most = math.ceil(config.over_selection * config.budget)
     with compiled.precise():
         scanned, places = _scanned(run, stretches)
+        most = min(math.ceil(config.over_selection * config.budget), places)
         numbers = _numbers(run)
-        found = compiled.choose_candidates(scanned, numbers, places=places, most=most, stretches=max(0, stretches))
+        found = compiled.choose_candidates(scanned, numbers, places=places, most=most, stretches=stretches)
         candidates = _coordinates(run, np.asarray(found.place), places)
         features = _padded(run.video.gather(candidates), most)
         kept = found.free
@@ -74,8 +74,10 @@ def _numbers(run: Run) -> compiled.Numbers:
         if config.temperature_target:
             certainty = [v.reply.certainty for v in sorted(run.scan.visits, key=lambda v: v.index)]
             temperature = adaptive_temperature(certainty, config.temperature_target)
-    floats = np.asarray([over_selection, temperature, config.proximity_scale])
-    return compiled.Numbers(np.int32(config.budget), floats[0], floats[1], np.int32(minimum), floats[2])
+    whole, real = np.int32, np.float64
+    return compiled.Numbers(
+        whole(config.budget), real(over_selection), real(temperature), whole(minimum), real(config.proximity_scale)
+    )
 
 
 def _coordinates(run: Run, places: np.ndarray, padding: int) -> np.ndarray:

@@ -5,7 +5,7 @@ free, the TPU's compiler by how much a program exceeds the chip, NumPy what it a
 """
 
 import contextlib
-import os
+import pathlib
 import re
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ LOADING = ("the weights", "split the weights over more devices (fsdp=N or model=
 ANSWERING = (
     "a pass",
     "split the weights over more devices (fsdp=N or model=N), take --dtype=bfloat16, or lower --slots_per_group, "
-    "--max_pixels or --max_answer_tokens",
+    "--max_pixels, --budget or --max_answer_tokens",
 )
 
 _SIZE = r"(\d+\.?\d*) ?([KMGT]?)"
@@ -42,12 +42,13 @@ def shortage(message: str) -> str:
     asked, free = _bytes(_ASKED, message), _bytes(_FREE, message)
     missing = _bytes(_EXCEEDED, message)
     if missing is None and asked is not None:
-        missing = asked - (_free_bytes() if free is None else free)
-    if missing is None:
-        return ""
-    if missing > 0:
-        return f", {missing / 2**30:.2f} GiB more are needed"
-    return f", {asked / 2**30:.2f} GiB are not free in one piece"
+        free = _free_bytes() if free is None else free
+        if free is None:
+            return f", {asked / 2**30:.2f} GiB were asked for"
+        if asked <= free:
+            return f", {asked / 2**30:.2f} GiB are not free in one piece"
+        missing = asked - free
+    return f", {missing / 2**30:.2f} GiB more are needed" if missing else ""
 
 
 def _bytes(pattern: re.Pattern, message: str) -> float | None:
@@ -55,9 +56,13 @@ def _bytes(pattern: re.Pattern, message: str) -> float | None:
     return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ") if found else None
 
 
-def _free_bytes() -> int:
-    """What the first device has left; the host's memory if the device has none of its own."""
+def _free_bytes() -> int | None:
+    """What the first device has left; the host's memory if the device has none of its own; None if nobody says."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    try:  # what is free now leaves out what the system would give back
+        found = re.search(r"MemAvailable:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

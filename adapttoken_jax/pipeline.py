@@ -163,9 +163,11 @@ def slot_order(
     if not plan.groups:
         return one_pass(plan.clip)
     visits = [plan.groups[g] for g in visiting_order(len(plan.groups), config.group_order)]
-    may_stop = {"lite": config.stop_groups}.get(method, None if deadline is None else 1)
+    least = [config.stop_groups] if method == "lite" else []
+    least += [config.give_up_groups + 1] if method == "lite" and config.give_up_groups else []
+    least += [1] if deadline is not None else []
     wave = config.slots_per_group * model.wave
-    return reading_order(plan.clip, visits, may_stop, wave)
+    return reading_order(plan.clip, visits, min(least, default=None), wave)
 
 
 def _open_tokens(model, plan, order, trace, cache, on_progress) -> contextlib.AbstractContextManager[VisualTokens]:
@@ -259,8 +261,10 @@ def select_tokens(run: Run) -> tuple[Selected, jax.Array | None]:
     # On a CPU compiling costs more than a few selections save, and the NumPy twin skips pairs that are far apart.
     if run.scan and run.loop == "device" and jax.default_backend() != "cpu":
         return device_survivors.select(run)
-    everything, empty = run.video.coordinates(np.arange(run.plan.clip.grid[0])), np.zeros(0)
-    return select(run) if run.scan else Selected(empty, empty.astype(int), everything, everything), None
+    if run.scan:
+        return select(run), None
+    everything = run.video.coordinates(np.arange(run.plan.clip.grid[0]))
+    return Selected(np.zeros(0), np.zeros(0, int), everything, everything), None
 
 
 def answered(run: Run, begin: float, trace: bool = False) -> result.Result:

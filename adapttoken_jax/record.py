@@ -7,7 +7,7 @@ import numpy as np
 from adapttoken_jax import costs, result
 from adapttoken_jax.loading import Model
 from adapttoken_jax.run import Outcome, Plan, Run, Selected, option_probabilities
-from adapttoken_jax.scan import full_position_ids, group_position_ids, read_answer
+from adapttoken_jax.scan import full_position_ids, group_limit, group_position_ids, read_answer
 from adapttoken_jax.selection import option_consensus
 
 
@@ -99,12 +99,14 @@ def _cost(run: Run, outcome: Outcome) -> result.Cost:
     """Every pass that this question needed: its groups, the question alone, asking again, the final answer."""
     model, (_, height, width) = run.model.config, run.plan.clip.grid
     prefix, suffix = len(run.prompt.prefix_ids), len(run.prompt.suffix_ids)
-    visits = [(len(v.relevance), len(v.reply.answer_ids)) for v in run.scan.visits] if run.scan else []
+    steps = lambda said, limit: min(len(said.answer_ids), limit - 1)  # after the first token, that which ends included
+    in_group, most = group_limit(run.prompt, run.config), run.config.max_answer_tokens
+    visits = [(len(v.relevance), steps(v.reply, in_group)) for v in run.scan.visits] if run.scan else []
     kept = lambda tokens: costs.pruned(model, run.config, prefix, tokens)
     flops = sum(costs.prompt_flops(model, prefix + n, suffix, answer, kept(n)) for n, answer in visits)
-    passes = [(0, len(run.blind.answer_ids))] if run.blind else []
+    passes = [(0, steps(run.blind, in_group))] if run.blind else []
     answered = [*(asked for asked in run.asked.values() if asked is not outcome), outcome]
-    passes += [(len(each.selected.tokens), len(each.reply.answer_ids)) for each in answered]
+    passes += [(len(each.selected.tokens), steps(each.reply, most)) for each in answered]
     flops += sum(costs.prompt_flops(model, prefix + n, suffix, answer) for n, answer in passes)
     return result.Cost(
         seconds=result.Seconds(**run.seconds),

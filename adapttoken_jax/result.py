@@ -60,8 +60,9 @@ class VideoSummary(_Record):
 class GroupResult(_Record):
     """One group: `slots` it holds and their `times_s`; what its pass said; the share of the prompt that it earned.
 
-    `entropy` and `certainty` (nats), `answer`, `option` and `weight` are None for a group that was not visited.
-    `budget` counts the tokens it was allotted before redundancy removal, `selected` those in the final prompt.
+    `entropy` (nats), `certainty` (in the unit of its form), `answer`, `option` and `weight` are None for a group that
+    was not visited. `budget` counts the tokens it was allotted before redundancy removal, `selected` those of
+    them in the final prompt.
     """
 
     index: int
@@ -122,7 +123,7 @@ class Seconds(_Record):
 
 @dataclasses.dataclass(frozen=True)
 class Cost(_Record):
-    """Work done: seconds, visual tokens prefilled (group passes and final pass), estimated FLOPs."""
+    """Work done: seconds, visual tokens prefilled in all passes of the question, estimated FLOPs."""
 
     seconds: Seconds
     visual_tokens_prefilled: int

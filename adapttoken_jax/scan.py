@@ -7,6 +7,7 @@ visiting order, and groups of the wave beyond the stop count as not visited.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from adapttoken_jax import sharding
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import Progress, VisualTokens
+from adapttoken_jax.errors import UserError
 from adapttoken_jax.geometry import bucket, round_up, text_start
 from adapttoken_jax.loading import Model
 from adapttoken_jax.passes import PassSpec, PromptBatch, run_prompts
@@ -22,9 +24,9 @@ from adapttoken_jax.prompt import Prompt, parse_option
 from adapttoken_jax.selection import StopRule, group_certainty, group_slots, least_certain_mean, visiting_order
 
 # Padded sizes are multiples of these, so that questions of similar length, and contexts, share a program.
-_SUFFIX_STEP = 16
+SUFFIX_STEP = 16
+OPTION_STEP = 8
 _CONTEXT_STEP = 64
-_OPTION_STEP = 8
 
 DEADLINE = "deadline reached"
 
@@ -202,7 +204,7 @@ def group_context(video: VisualTokens, slots, prompts: list[Prompt], config: Ada
 
 def group_spec(model: Model, prompts: list[Prompt], config: AdaptTokenConfig) -> PassSpec:
     """What is compiled into a group pass."""
-    return answer_spec(model, max(_group_limit(p, config) for p in prompts), config).of_groups(config)
+    return answer_spec(model, max(group_limit(p, config) for p in prompts), config).of_groups(config)
 
 
 def answer_spec(model: Model, answer_tokens: int, config: AdaptTokenConfig) -> PassSpec:
@@ -210,7 +212,7 @@ def answer_spec(model: Model, answer_tokens: int, config: AdaptTokenConfig) -> P
     return PassSpec.answering(config, answer_tokens, model.tokenizer.eos, model.kernel)
 
 
-def _group_limit(prompt: Prompt, config: AdaptTokenConfig) -> int:
+def group_limit(prompt: Prompt, config: AdaptTokenConfig) -> int:
     """Answer tokens of a group pass: the letter alone where there are options."""
     return 1 if prompt.letters else config.max_answer_tokens
 
@@ -225,14 +227,24 @@ def read_visits(out: dict[str, np.ndarray], b: int, index: int, slots, n: int, c
 
 
 def reply(out: dict[str, np.ndarray], b: int, q: int, config: AdaptTokenConfig) -> Reply:
-    """Reads question q of context b out of what `run_prompts` returned."""
+    """Reads question q of context b out of what `run_prompts` returned.
+
+    Raises:
+      UserError: what the model computed is not finite.
+    """
     counted = out["counted"][b, q]
-    return Reply(
+    said = Reply(
         first_logits=out["first_logits"][b, q],
         answer_ids=out["tokens"][b, q][counted],
         entropy=float(-group_certainty(out["entropy"][b, q], counted, config.bottom_fraction)),
         certainty=float(least_certain_mean(out["certainty"][b, q], counted, config.bottom_fraction)),
     )
+    if not math.isfinite(said.entropy + said.certainty):
+        raise UserError(
+            "--dtype: the model's logits are not finite: its numbers exceed the element type, or its weights are "
+            "damaged; take --dtype=float32, or another copy of the weights"
+        )
+    return said
 
 
 def group_position_ids(video: VisualTokens, slots, prompt: Prompt, config: AdaptTokenConfig) -> np.ndarray:
@@ -269,7 +281,7 @@ def prompt_batch(
     prefix = np.asarray(prompts[0].prefix_ids, np.int32)
     lengths = [c.position_ids.shape[1] for c in contexts]
     size = size or context_size(max(lengths))
-    T = round_up(max(len(p.suffix_ids) for p in prompts), _SUFFIX_STEP)
+    T = round_up(max(len(p.suffix_ids) for p in prompts), SUFFIX_STEP)
     starts = [suffix_start(c.position_ids, prompts[0], config, video) for c in contexts]
     answers = [[start + len(p.suffix_ids) for p in prompts] for start in starts]
     split = {
@@ -284,7 +296,7 @@ def prompt_batch(
         "suffix_ids": np.stack([_padded(np.asarray(p.suffix_ids, np.int32), T, 0) for p in prompts]),
         "suffix_length": np.asarray([len(p.suffix_ids) for p in prompts], np.int32),
         "query_rows": np.stack([_query_rows(p, T, config.relevance_queries) for p in prompts]),
-        "limit": np.asarray([limit or _group_limit(p, config) for p in prompts], np.int32),
+        "limit": np.asarray([limit or group_limit(p, config) for p in prompts], np.int32),
         "option_ids": _option_ids(prompts),
         "key": jax.random.key(config.seed),
     }
@@ -333,7 +345,7 @@ def _query_rows(prompt: Prompt, T: int, queries: str) -> np.ndarray:
 
 
 def _option_ids(prompts: list[Prompt]) -> np.ndarray:
-    widest = round_up(max(1, *(len(p.letter_ids) for p in prompts)), _OPTION_STEP)
+    widest = round_up(max(1, *(len(p.letter_ids) for p in prompts)), OPTION_STEP)
     return np.stack([_padded(np.asarray(p.letter_ids, np.int32), widest, 0, -1) for p in prompts])
 
 
@@ -341,7 +353,7 @@ def blind_replies(model, video, prompts, config) -> list[Reply]:
     """What the model answers to each question, as in a group pass, from a prompt without visual tokens."""
     nothing = ContextTokens(np.zeros((0, video.features.shape[-1]), video.features.dtype), np.zeros((3, 0), np.int32))
     batch = prompt_batch(model, video, [nothing], prompts, config)
-    spec = answer_spec(model, max(_group_limit(p, config) for p in prompts), config)
+    spec = answer_spec(model, max(group_limit(p, config) for p in prompts), config)
     out = run_and_read(model, batch, spec)
     return [reply(out, 0, q, config) for q in range(len(prompts))]
 

@@ -58,7 +58,7 @@ class MeshShape:
         sizes = {}
         for part in text.split(","):
             name, _, number = part.strip().partition("=")
-            if name not in _AXES or name in sizes or not number.isdigit() or int(number) < 1:
+            if name not in _AXES or name in sizes or not number.isdecimal() or int(number) < 1:
                 raise UserError(
                     f"--mesh={text}: write data=N,model=N or fsdp=N,model=N with positive numbers; context=N may join"
                 )

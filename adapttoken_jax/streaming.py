@@ -43,7 +43,7 @@ def reading_order(clip: Clip, visits: Sequence[np.ndarray], at_least: int | None
     Args:
       clip: the video.
       visits: slots of each group in visiting order; together every slot once.
-      at_least: groups that will be visited before the scan may stop; None if it visits all of them.
+      at_least: groups that are visited at least before the scan may stop; None if it visits all of them.
       ahead: slots of a group read by itself that are decoded before they are wanted, at most.
 
     Returns:

@@ -57,7 +57,7 @@ def _budgets(run: Run, visits, relevance) -> tuple[np.ndarray, np.ndarray, list[
     capacity = np.array([len(r) for r in relevance])
     if run.method == "flexselect":
         equal, nothing = np.full(len(visits), 1 / len(visits)), [np.zeros(n, bool) for n in capacity]
-        return equal, equal_budget(capacity, min(config.budget, capacity.sum())), nothing
+        return equal, equal_budget(capacity, config.budget), nothing
     certainty = np.array([v.reply.certainty for v in visits])
     target = config.temperature_target
     temperature = adaptive_temperature(certainty, target) if target else config.temperature

@@ -9,6 +9,7 @@ JSON in the work directory: a case that is there already is not compiled again.
 import json
 import os
 import pathlib
+import re
 import sys
 
 from absl import flags
@@ -31,7 +32,7 @@ _COLUMNS = ("model", "slice", "mesh", "peak GiB", "s per group", "s per question
 def planned(case: str, frames: int, workdir: pathlib.Path) -> dict:
     """The plan of one case as JSON, from the work directory if it is there."""
     model, topology, mesh = (*case.split("@"), "auto")[:3]
-    target = workdir / f"{case.replace(':', '-').replace('@', '_')}_{frames}.json"
+    target = workdir / f"{re.sub('[:/]', '-', case).replace('@', '_')}_{frames}.json"
     if not target.is_file():
         settings = {"max_frames": frames}
         progress = lambda text: print(text, file=sys.stderr, flush=True)

@@ -98,10 +98,10 @@ def batches(maker: ClipMaker, phases: list[Phase], start: int, clips: int) -> It
     steps = sum(phase.steps for phase in phases)
     make = lambda step: maker.batch(step, clips, settings_at(phases, step))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(make, start)
+        ahead = pool.submit(make, start) if start < steps else None
         for step in range(start, steps):
             batch = ahead.result()
-            ahead = pool.submit(make, min(step + 1, steps - 1))
+            ahead = pool.submit(make, step + 1) if step + 1 < steps else None
             yield step, batch
 
 

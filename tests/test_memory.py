@@ -54,7 +54,12 @@ def test_memory_that_is_free_but_in_pieces(monkeypatch):
         "Failed to allocate request for 3.00GiB",
     ):
         assert memory.shortage(message) == ", 3.00 GiB are not free in one piece"
-    assert memory.shortage("no figures") == ""
+    assert memory.shortage("no figures") == memory.shortage("Exceeded hbm capacity by 0.00G") == ""
+
+
+def test_where_nobody_says_what_is_free_nothing_is_said(monkeypatch):
+    monkeypatch.setattr(memory, "_free_bytes", lambda: None)
+    assert memory.shortage("Failed to allocate 3.00G") == ", 3.00 GiB were asked for"
 
 
 def test_loading_and_answering_tell_it_in_one_line(tmp_path, capsys, monkeypatch):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from adapttoken_jax import costs, encoding, pipeline
-from adapttoken_jax.config import SIZES
+from adapttoken_jax.config import SIZES, AdaptTokenConfig
 from adapttoken_jax.encoding import encode_video, stream_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.geometry import window_layout
+from adapttoken_jax.run import Plan
 from adapttoken_jax.selection import group_slots
 from adapttoken_jax.streaming import Part, decoding_frames, one_pass, reading_order
 from adapttoken_jax.video import Frames, SlotPatches, VideoInfo, normalised, plan_clip, probe, read_patches
@@ -79,6 +80,23 @@ def test_lite_takes_one_pass_where_it_cannot_stop_before_that_pays():
     affordable = len(reading_order(clip, groups, 1, 8)[0].slots) // 8
     assert 1 < affordable < len(groups)
     assert_one_pass(reading_order(clip, groups, affordable + 1, 8), clip)
+
+
+def test_what_may_stop_a_scan_first_decides_how_it_is_read():
+    clip, groups = film(12800, 250, 5)
+    model = types.SimpleNamespace(wave=1)
+    affordable = len(reading_order(clip, groups, 1, 8)[0].slots) // 8
+    read = lambda method, deadline=None, **given: pipeline.slot_order(
+        model, Plan(clip, groups), AdaptTokenConfig(slots_per_group=8, **given), method, deadline
+    )
+    late = {"stop_groups": affordable + 1}
+    assert_one_pass(read("lite", **late), clip)
+    assert_one_pass(read("lite", give_up_groups=affordable, **late), clip)
+    alone = read("lite", stop_groups=1)
+    assert alone[0].ahead == 8
+    sooner = [read("lite", give_up_groups=1, **late), read("lite", 5.0, **late), read("adapttoken", 5.0, **late)]
+    for parts in sooner:
+        np.testing.assert_array_equal(parts[0].slots, alone[0].slots)
 
 
 def test_what_cannot_be_sought_takes_one_pass():
@@ -215,7 +233,7 @@ def test_a_signal_stops_the_decoders_and_leaves_one_line(tmp_path, sent, word, s
     code = f"""
 import signal, sys
 from adapttoken_jax import cli, terminal, video
-from adapttoken_jax.config import SIZES
+from adapttoken_jax.config import SIZES, AdaptTokenConfig
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
 def run(values):
     info, vision = video.probe({str(path)!r}), SIZES["qwen2.5-vl-7b"].vision

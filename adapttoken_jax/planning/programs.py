@@ -21,9 +21,8 @@ from adapttoken_jax.loading import Model
 from adapttoken_jax.model import Qwen25VL
 from adapttoken_jax.model.kernels import Kernel, resolve, resolve_vision
 from adapttoken_jax.passes import PassSpec, PromptBatch, encode_slots, run_prompts
-from adapttoken_jax.scan import _SUFFIX_STEP, context_size
+from adapttoken_jax.scan import OPTION_STEP, SUFFIX_STEP, context_size
 
-_OPTIONS = 8  # letters of a multiple-choice question, padded
 _END_IDS = (151645, 151643)  # any two tokens will do
 
 
@@ -161,7 +160,7 @@ def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Prog
 
 def abstract_batch(model: Model, contexts: int, tokens: int, prefix: int, question: int, questions: int) -> PromptBatch:
     """The `PromptBatch` of so many contexts of `tokens` visual tokens, in shape and place as of `scan.prompt_batch`."""
-    B, Q, T = contexts, questions, round_up(question, _SUFFIX_STEP)
+    B, Q, T = contexts, questions, round_up(question, SUFFIX_STEP)
     everywhere = sharding.replicated(model.mesh)
     over_data = sharding.batch_sharding(model.mesh) if contexts % model.wave == 0 else everywhere
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -178,7 +177,7 @@ def abstract_batch(model: Model, contexts: int, tokens: int, prefix: int, questi
         "suffix_length": ((Q,), np.int32),
         "query_rows": ((Q, T), bool),
         "limit": ((Q,), np.int32),
-        "option_ids": ((Q, _OPTIONS), np.int32),
+        "option_ids": ((Q, OPTION_STEP), np.int32),
         "key": (key.shape, key.dtype),
     }
     place = lambda fields, where: {

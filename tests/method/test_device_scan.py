@@ -98,6 +98,14 @@ def test_a_deadline_stops_the_loop_after_a_wave(model):
     assert (late.stop.groups_visited, late.stop.reason) == (1, scan.DEADLINE)
 
 
+@pytest.mark.parametrize("loop", ["device", "host"])
+def test_logits_that_are_not_finite_are_refused(tmp_path, loop):
+    broken = at.load(tiny.write_checkpoint(tmp_path, tiny.SHAPES["base"]))
+    broken.module.text.norm = broken.module.text.norm * np.float32("inf")
+    with pytest.raises(at.UserError, match=r"^--dtype: the model's logits are not finite"):
+        at.answer(broken, VIDEO, QUESTION, OPTIONS, settings(broken), loop=loop)
+
+
 # Inside the loop
 
 
@@ -110,6 +118,17 @@ def chunk(model):
     log = scan.ScanLog.start(video, prompts, config, None)
     [chunk] = device_scan._chunks(model, video, log.groups, prompts, config, width=1)
     return chunk, scan.group_spec(model, prompts, config)
+
+
+def test_a_chunk_of_one_wave_holds_no_room_for_more(model):
+    """As a scan gets them that may stop early and decodes on demand."""
+    config = settings(model)
+    video = encode_video(model, plan_run(model.config, VIDEO, config, "adapttoken").clip)
+    prompts = [build_prompt(model.tokenizer, QUESTIONS[0], CHOICES[0])]
+    groups = scan.ScanLog.start(video, prompts, config, None).groups
+    chunks = list(device_scan._chunks(model, video, groups, prompts, config, width=1, waves=1))
+    assert [chunk.real.shape for chunk in chunks] == [(1, 1)] * len(groups)
+    assert {chunk.batch.visual.shape[:2] for chunk in chunks} == {(1, 1)}
 
 
 def loop(model, chunk, rule, first=0, last=None, state=None):

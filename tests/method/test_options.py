@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import adapttoken_jax as at
-from adapttoken_jax import scan
+from adapttoken_jax import costs, scan
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.parity import pytorch_method as oracle
 from adapttoken_jax.prompt import build_prompt
@@ -144,6 +144,19 @@ def test_the_blind_pass_is_the_prompt_without_the_video(model, directory):
         theirs = oracle.answer_greedily(torch_model, embeddings, ids, 1 if options else 5, model.tokenizer.eos)
         assert tuple(reply.answer_ids) == theirs.ids
         assert reply.entropy == pytest.approx(oracle.answer_entropy(theirs.logits, 0.1), abs=1e-4)
+
+
+def test_flops_are_those_of_every_pass(model):
+    result = at.answer(model, VIDEO, QUESTION, OPTIONS, settings(model, max_answer_tokens=3), trace=True)
+    prefix, suffix = (len(result.trace[name]) for name in ("prefix_ids", "suffix_ids"))
+    slots, height, width = result.video.grid
+    per_slot = result.video.tokens // slots
+    # A group says one letter; the final answer takes a step for every further token, and for the one that ends it.
+    passes = [(per_slot * len(group.slots), 0) for group in result.groups]
+    passes.append((result.selected.count, min(len(result.trace["answer_ids"]), 2)))
+    expected = costs.vision_flops(model.config, slots, height, width)
+    expected += sum(costs.prompt_flops(model.config, prefix + n, suffix, steps) for n, steps in passes)
+    assert result.cost.flops == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_certain_group_must_also_gain_over_the_question_alone(model, plain):

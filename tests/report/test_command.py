@@ -32,6 +32,14 @@ def test_answer_writes_a_report(checkpoint, tmp_path, method, capsys):
     assert capsys.readouterr().out.count("\n") == 1  # the answer alone
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_an_answer_is_told_even_if_its_report_cannot_be_written(checkpoint, tmp_path, capsys):
+    video = media.write(tmp_path / "v.mp4", 50)
+    assert answer(checkpoint, video, "--report=/dev/full") == 2
+    out, err = capsys.readouterr()
+    assert out.strip() and err.endswith("adapttoken answer: /dev/full: No space left on device\n")
+
+
 def test_the_name_of_a_video_need_not_be_utf_8(checkpoint, tmp_path):
     video = media.write(tmp_path / "v.mp4", 50).rename(tmp_path / os.fsdecode(b"caf\xe9.mp4"))
     assert answer(checkpoint, video, f"--report={tmp_path}/r.html", f"--json={tmp_path}/r.json") == 0
