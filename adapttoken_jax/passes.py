@@ -270,7 +270,14 @@ def _relevance_probe(batch, spec):
     if spec.relevance is None:
         return None
     layer, heads, text = spec.relevance
-    return Probe(layer, functools.partial(reduce_relevance, heads=heads, text=text, rows=batch.query_rows))
+    counted = jnp.maximum(batch.query_rows.sum(-1, keepdims=True), 1)
+
+    def observe(probabilities, rows):
+        relevance = reduce_relevance(probabilities, heads, text, rows)
+        # A mean of some rows has their share in the mean of all.
+        return relevance if text == "max" else relevance * (rows.sum(-1, keepdims=True) / counted)
+
+    return Probe(layer, observe, batch.query_rows, lambda parts: parts.max(0) if text == "max" else parts.sum(0))
 
 
 def _measure(logits, batch, spec):

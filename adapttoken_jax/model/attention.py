@@ -4,16 +4,19 @@ All functions compute softmax in float32 and treat grouped queries without repea
 a query may look. Letters: B batch, T query, S key, N heads, K kv-heads, G query heads per kv-head, H head dim.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from adapttoken_jax.geometry import round_up
-from adapttoken_jax.model.block import product
+from adapttoken_jax.model.block import merge_axes, pad_end, product
 
 MASKED = -1e30  # finite, so that a row with nothing to look at gives numbers, not NaN
 _BLOCK = 64  # queries per block of the memory-bounded version: a block's scores stay in a CPU's cache
 _SEGMENTS = 16  # parts of a sequence whose blocks look no further than the part's end: half of the work is never done
 _REFERENCE_UP_TO = 128  # keys up to which the score matrix is formed whole
+_MOST_ROWS = 512  # of questions that attend at once; a prompt with an hour of subtitles has ten thousand
 
 
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -115,9 +118,13 @@ def context_attention(q, k, v, valid) -> tuple[jax.Array, jax.Array]:
     Returns:
       values[B, T, N, H], and the log-sum-exp of every row's scores, float32[B, N, T].
     """
-    products = jnp.where(valid[:, None, None], scores(q, k), MASKED)
-    lse = jax.nn.logsumexp(products, -1)
-    return weighted_values(jnp.exp(products - lse[..., None]), v), lse
+
+    def attend(q):
+        products = jnp.where(valid[:, None, None], scores(q, k), MASKED)
+        lse = jax.nn.logsumexp(products, -1)
+        return weighted_values(jnp.exp(products - lse[..., None]), v), lse
+
+    return _by_blocks(attend, [(q, 1)], (1, 2), _MOST_ROWS)
 
 
 def two_part_attention(q, context, tail, over_context=context_attention):
@@ -135,14 +142,44 @@ def two_part_attention(q, context, tail, over_context=context_attention):
     (ck, cv, cmask), (tk, tv, tmask) = context, tail
     B, Q, T, N, H = q.shape
     from_context, context_lse = over_context(q.reshape(B, Q * T, N, H), ck, cv, cmask)
-    context_lse = context_lse.reshape(B, N, Q, T)
-    to_tail = jax.vmap(scores, 1, 2)(q, tk)  # [B, N, Q, T, R]
-    to_tail = jnp.where(tmask[:, None], to_tail, MASKED)
+    rows = [(q, 2), (from_context.reshape(q.shape), 2), (context_lse.reshape(B, N, Q, T), 3), (tmask, 2)]
+    return _by_blocks(functools.partial(_with_tail, k=tk, v=tv), rows, (2, 3), rows_at_once(Q, T))
+
+
+def rows_at_once(questions: int, rows: int) -> int:
+    """Of so many rows of each question, those that attend at once: all, as long as they are few."""
+    return rows if rows <= _MOST_ROWS else max(_BLOCK, _MOST_ROWS // questions)
+
+
+def _with_tail(q, from_context, context_lse, mask, k, v):
+    """`two_part_attention` of rows that got [B, Q, T, N, H] from the context, with that log-sum-exp [B, N, Q, T]."""
+    to_tail = jax.vmap(scores, 1, 2)(q, k)  # [B, N, Q, T, R]
+    to_tail = jnp.where(mask[:, None], to_tail, MASKED)
     lse = jnp.logaddexp(context_lse, jax.nn.logsumexp(to_tail, -1))  # [B, N, Q, T]
     share = jnp.moveaxis(jnp.exp(context_lse - lse), 1, 3)[..., None]  # of the context in every row's mass
-    from_context = (share * from_context.reshape(q.shape)).astype(cv.dtype)
-    from_tail = jax.vmap(weighted_values, (2, 1), 1)(jnp.exp(to_tail - lse[..., None]), tv)
+    from_context = (share * from_context).astype(v.dtype)
+    from_tail = jax.vmap(weighted_values, (2, 1), 1)(jnp.exp(to_tail - lse[..., None]), v)
     return from_context + from_tail, jnp.swapaxes(lse, 1, 2)
+
+
+def _by_blocks(function, rows, out_axes, size: int):
+    """`function` of blocks of at most `size` rows, one after the other, and its results joined.
+
+    `rows` are (array, axis of its rows), `out_axes` the axes of the results' rows.
+    """
+    array, axis = rows[0]
+    count = array.shape[axis]
+    if count <= size:
+        return function(*(x for x, _ in rows))
+    out = jax.lax.map(lambda own: function(*own), tuple(blocks(x, axis, size) for x, axis in rows))
+    join = lambda x, axis: jax.lax.slice_in_dim(merge_axes(jnp.moveaxis(x, 0, axis), axis), 0, count, axis=axis)
+    return tuple(map(join, out, out_axes))
+
+
+def blocks(x, axis: int, size: int) -> jax.Array:
+    """Blocks of `size` rows, which stand on `axis`, the last one padded with zeros: a new first axis of blocks."""
+    x = pad_end(x, axis, -x.shape[axis] % size)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
 
 def probabilities_from_lse(q, k, mask, lse) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adapttoken_jax import parameters
-from adapttoken_jax.model.attention import probabilities_from_lse, two_part_attention
+from adapttoken_jax.model.attention import blocks, probabilities_from_lse, rows_at_once, two_part_attention
 from adapttoken_jax.model.block import Block, merge_axes, pad_end, product, rms_norm, wide_product
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.pieces import WHOLE, Pieces
@@ -91,11 +91,17 @@ class Probe(NamedTuple):
 
     Attributes:
       layer: 0-based decoder layer.
-      observe: maps that layer's attention to the context, float32[B, Q, N, T, S], to what is kept of it.
+      observe: maps that layer's attention to the context, float32[B, Q, N, T, S], to what is kept of it; with `rows`,
+        those of the T tokens are its second argument.
+      rows: bool[Q, T], the tokens that count.
+      join: what is kept of many tokens, from what is kept of blocks of them, [blocks, ...]. Needs `rows`; None: all are
+        observed at once, however many they are.
     """
 
     layer: int
-    observe: Callable[[jax.Array], jax.Array]
+    observe: Callable[..., jax.Array]
+    rows: jax.Array | None = None
+    join: Callable[[jax.Array], jax.Array] | None = None
 
 
 _TURNED = ("gate_kernel", "up_kernel")
@@ -366,7 +372,8 @@ class TextDecoder(Block):
             return None
         B, Q, T, S = shape
         rows = jax.ShapeDtypeStruct((B, Q, self.config.heads, T, S), jnp.float32)
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(probe.observe, rows))
+        own = () if probe.rows is None else (probe.rows,)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(probe.observe, rows, *own))
 
 
 def _by_suffix(x, questions: int, length: int) -> jax.Array:
@@ -436,6 +443,17 @@ def _observe(probe, index, observed, rows):
     """The probe's observation of `rows`, of arguments of `probabilities_from_lse`, if layer `index` is its own."""
     if probe is None:
         return None
-    look = lambda: probe.observe(probabilities_from_lse(*rows()))
     with jax.named_scope("probe"):
-        return jax.lax.cond(index == probe.layer, look, lambda: observed)
+        return jax.lax.cond(index == probe.layer, lambda: _looked(probe, *rows()), lambda: observed)
+
+
+def _looked(probe, q, k, valid, lse):
+    """What the probe keeps of `probabilities_from_lse` of these arguments, of all rows at once or block by block."""
+    look = lambda q, lse, *own: probe.observe(probabilities_from_lse(q, k, valid, lse), *own)
+    if probe.rows is None:
+        return look(q, lse)
+    size = rows_at_once(*q.shape[1:3])
+    if probe.join is None or q.shape[2] <= size:
+        return look(q, lse, probe.rows)
+    parts = blocks(q, 2, size), blocks(lse, 3, size), blocks(probe.rows, 1, size)
+    return probe.join(jax.lax.map(lambda part: look(*part), parts))

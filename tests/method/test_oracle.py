@@ -7,6 +7,7 @@ import pytest
 
 import adapttoken_jax as at
 from adapttoken_jax import pipeline
+from adapttoken_jax.model import attention
 from adapttoken_jax.parity import pytorch_method as oracle
 from adapttoken_jax.parity.compare import method_inputs
 from adapttoken_jax.prompt import Ask
@@ -115,6 +116,16 @@ def test_every_shape_matches(load, shape, size):
     video = random_video(34, *size, seed=2)
     result, theirs = ask_both(pair, video, "Why?", OPTIONS[:2], config, "adapttoken")
     assert result.video.grid == (17, size[0] // 14, size[1] // 14)
+    assert_agree(result, theirs)
+
+
+@pytest.mark.parametrize("text", ["max", "mean"])
+def test_a_prompt_of_more_rows_than_attend_at_once_matches(load, text):
+    """As a prompt with subtitles is."""
+    pair = load("base")
+    config = settings(pair[0], relevance_text=text)
+    result, theirs = ask_both(pair, random_video(), "What is in the video? " * 40, OPTIONS, config, "adapttoken")
+    assert len(result.trace["suffix_ids"]) > attention._MOST_ROWS
     assert_agree(result, theirs)
 
 

@@ -86,8 +86,11 @@ def test_large_contexts_take_the_bounded_path(monkeypatch):
     assert taken == ["reference", "blocked"]
 
 
-def test_two_parts_are_one_softmax():
-    B, Q, T, N, S, R, K, H = 2, 3, 4, 6, 9, 5, 2, 8
+@pytest.mark.parametrize("T", [4, 150])
+def test_two_parts_are_one_softmax(T, monkeypatch):
+    """150 rows of three questions attend in blocks: 100 of all of them over the context, 64 of each over the tail."""
+    monkeypatch.setattr(attention, "_MOST_ROWS", 100)
+    B, Q, N, S, R, K, H = 2, 3, 6, 9, 5, 2, 8
     q, ck, cv = random(B, Q, T, N, H), random(B, S, K, H), random(B, S, K, H, seed=3)
     tk, tv = random(B, Q, R, K, H, seed=4), random(B, Q, R, K, H, seed=5)
     rng = np.random.default_rng(1)
