@@ -12,6 +12,7 @@ Design decisions:
 - Nothing heavy is imported before a command runs: help must not wait for JAX.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -186,6 +187,8 @@ def _certificate(values: flags.FlagValues, method: str, settings: Mapping[str, A
     path = values.stop_calibration
     if path is None:
         return None
+    if not path:
+        raise UserError("--stop_calibration=: the name is empty; give a certificate of experiments.calibrate_stop")
     from adapttoken_jax.calibration import RULE_FIELDS, read_certificate
 
     if method != "lite":
@@ -214,7 +217,7 @@ def _run(values: flags.FlagValues, method: str, settings: Mapping[str, Any], cer
 
     if sys.stderr.isatty() and hosts.leads():
         print(f"loading {values.model}", file=sys.stderr, flush=True)
-    mesh = values.mesh or hosts.default_mesh()
+    mesh = hosts.default_mesh() if values.mesh is None else values.mesh
     model = at.load(values.model, mesh=mesh, dtype=values.dtype, attention=values.attention)
     config = at.AdaptTokenConfig.for_model(model.config, **settings)
     if certificate is not None:
@@ -239,14 +242,16 @@ def _run(values: flags.FlagValues, method: str, settings: Mapping[str, Any], cer
 
 
 def _write_outputs(values: flags.FlagValues, result) -> None:
+    """Every file that was asked for; one that cannot be written keeps none of the others back."""
     from adapttoken_jax.result import write_result, write_trace
 
-    if values.trace:
-        write_trace(values.trace, result.trace)
-    if values.json and values.json != "-":
-        write_result(values.json, result)
-    if values.report:
-        _write_report(values, result)
+    with contextlib.ExitStack() as stack:  # which calls all, and raises what went wrong in the end
+        if values.report:
+            stack.callback(_write_report, values, result)
+        if values.json and values.json != "-":
+            stack.callback(write_result, values.json, result)
+        if values.trace:
+            stack.callback(write_trace, values.trace, result.trace)
 
 
 def _write_report(values: flags.FlagValues, result) -> None:
@@ -502,17 +507,21 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
 
 def _join(name: str, values: flags.FlagValues) -> None:
     """Joins the other processes of the run, if the flags say that there are any."""
-    if "distributed" in values and (values.distributed or values.process):
+    if "distributed" in values and (values.distributed or values.process is not None):
         hosts.start(name, values.process, values.lost_after, values.debug)
 
 
 def _keep_compilations() -> None:
     """Lets JAX find on disk what an earlier run compiled; the user's own JAX_ variables win."""
-    try:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    except RuntimeError:  # a user without a home, as in some containers
-        return
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "adapttoken-jax"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "adapttoken-jax"
+            cache.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # a user without a home, or one who may not write there, as in containers
+            return
+        if not os.access(cache, os.W_OK):
+            return
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 

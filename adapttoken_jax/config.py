@@ -140,8 +140,13 @@ def _model_config(raw, text, vision, source) -> ModelConfig:
     found = ModelConfig(_vision_config(vision), _text_config(text, tied, source), **token_ids)
     for part in (found, found.vision, found.text):
         for field in dataclasses.fields(part):
-            if field.type is int and type(getattr(part, field.name)) is not int:
-                raise TypeError(f"{getattr(part, field.name)!r} for the {field.name}")
+            value = getattr(part, field.name)
+            kinds = {int: (int,), float: (int, float)}.get(field.type)
+            if kinds and not (type(value) in kinds and (0 < value < math.inf or field.name in _TOKEN_IDS)):
+                raise TypeError(f"{value!r} for the {field.name}")
+    layers = found.vision.full_attention_layers
+    if not all(type(layer) is int and 0 <= layer < found.vision.layers for layer in layers):
+        raise ValueError(f"{list(layers)} for the full_attention_layers")
     return found
 
 
@@ -316,7 +321,9 @@ class AdaptTokenConfig:
     stop_groups: int = _number(
         3, low=1, high=_INT32, help="lite: certain groups needed to stop; rule rerun: groups between checks"
     )
-    stop_entropy: float = _number(0.25, low=0.0, help="lite: an answer is certain at or below this entropy, nats")
+    stop_entropy: float = _number(
+        0.25, low=0.0, high=1e6, help="lite: an answer is certain at or below this entropy, nats"
+    )
     stop_agreement: bool = _switch(True, help="lite: the certain groups must agree on the answer")
     stop_gain: float = _number(
         0.0, low=0.0, help="lite: nats that certainty must gain over the question without the video; 0: off"
@@ -325,7 +332,7 @@ class AdaptTokenConfig:
         0, low=0, high=_INT32, help="lite: stop after this many groups without a more certain one; 0: off"
     )
     max_answer_tokens: int = _number(16, low=1, high=2**20, help="most tokens of an answer")
-    sampling_temperature: float = _number(0.0, low=0.0, help="temperature of the final answer; 0 is greedy")
+    sampling_temperature: float = _number(0.0, low=0.0, high=1e6, help="temperature of the final answer; 0 is greedy")
     top_p: float = _number(1.0, low=1e-6, high=1.0, help="sample from the likeliest tokens that hold this probability")
     seed: int = _number(0, low=0, high=2**32 - 1, help="seed of sampling")
 

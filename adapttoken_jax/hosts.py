@@ -48,7 +48,7 @@ def start(program: str, process: str | None = None, lost_after: int = LOST_AFTER
       UserError: nothing says which process this is, or the others cannot be reached.
     """
     global _index, _together
-    known = _parse(process) if process else {}
+    known = {} if process is None else _parse(process)
     if not debug:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "4")  # else a page of C++ frames precedes the one line
     import jax  # after the variable above, and the help need not wait for it

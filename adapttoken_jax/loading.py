@@ -1,6 +1,7 @@
 """Opens a checkpoint directory as a model that can answer."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,8 @@ def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None, 
 
     if attention not in ATTENTION:
         raise UserError(f"--attention={attention}: choose one of {', '.join(ATTENTION)}")
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"model: {path!r} is no path; give a checkpoint's directory")
     path = checkpoint_directory(path)
     config = read_model_config(path)
     tokenizer = ChatTokenizer.from_directory(path)
@@ -86,6 +89,8 @@ def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None, 
         mesh = sharding.MeshShape.parse(mesh)
     if isinstance(mesh, sharding.MeshShape):
         mesh = sharding.make_mesh(mesh)
+    if not isinstance(mesh, Mesh | None):
+        raise UserError(f'mesh: {mesh!r} is no mesh; write one as a text, such as "data=4,model=2"')
     if mesh is not None:
         sharding.check_mesh(config, mesh)
     values = load_parameters(path, config, dtype=_dtype(dtype), mesh=mesh)

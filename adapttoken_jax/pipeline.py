@@ -8,6 +8,7 @@ everything. Options beyond the paper are off by default; with them off nothing o
 import contextlib
 import dataclasses
 import math
+import numbers
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -120,6 +121,7 @@ def answer(
     """
     begin = time.perf_counter()
     single = question is None or isinstance(question, (str, Ask))
+    _check_kinds(model, question, config, single)
     questions = [question] if single else list(question)
     choices = [options] if single else list(() if options is None else options) or [None] * len(questions)
     if not questions or len(choices) != len(questions):
@@ -142,10 +144,19 @@ def answer(
     return results[0] if single else results
 
 
+def _check_kinds(model, question, config, single: bool) -> None:
+    if not isinstance(model, Model):
+        raise UserError("model: give what adapttoken_jax.load returns")
+    if not (single or isinstance(question, Sequence)):
+        raise UserError("question: give a text, an Ask, or a list of them")
+    if not isinstance(config, AdaptTokenConfig | None):
+        raise UserError("config: give an adapttoken_jax.AdaptTokenConfig")
+
+
 def _check_limits(abstain_above: float | None, deadline: float | None) -> None:
     for name, value in (("abstain_above", abstain_above), ("deadline", deadline)):
-        if value is not None and not value >= 0:
-            raise UserError(f"--{name}={value}: must be at least 0")
+        if value is not None and not (isinstance(value, numbers.Real) and value >= 0):
+            raise UserError(f"--{name}={value}: must be a number of at least 0")
 
 
 def check_feature_cache(cache: str | os.PathLike | FeatureCache | None, trace: bool) -> None:

@@ -16,7 +16,7 @@ import pathlib
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -259,6 +259,8 @@ def build_prompt(
     else:
         ask = plain_ask(question, options, system)
     letters = tuple(string.ascii_uppercase[: len(ask.options)])
+    for name, text in (("system", ask.system), ("begin", ask.begin)):
+        _check_characters(name, text)
     span, text_ids = _text_ids(tokenizer, ask)
     turn_end = [tokenizer.im_end, *tokenizer.encode("\n")]
     prefix = [
@@ -286,14 +288,20 @@ def check_question(question: str, options: Sequence[str] | None = None) -> None:
     for letter, option in zip(string.ascii_uppercase, options, strict=False):
         if not option.strip():
             raise UserError(f"--option: option {letter} is empty; give each option a text")
-    for flag, text in [("question", question), *(("option", option) for option in options)]:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError(f"--{flag}: the text is not valid UTF-8")
+    for text in (question, *options):
+        _check_characters("--question" if text is question else "--option", text)
+
+
+def _check_characters(name: str, text: str | None) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text or ""):
+        raise UserError(f"{name}: the text is not valid UTF-8")
 
 
 def _texts(options: Iterable[str] | None) -> tuple[str, ...]:
     if isinstance(options, str):  # a sequence of letters, each of which would become an option
         raise UserError(f"options: {options!r} is one text; give a list of texts, one list per question")
+    if isinstance(options, Mapping | Set):  # their order is not the letters'
+        raise UserError("options: give a list of texts, in the order of their letters")
     texts = () if options is None else tuple(options)
     for text in texts:
         if not isinstance(text, str):

@@ -396,7 +396,7 @@ def atomic_file(path) -> Iterator[typing.BinaryIO]:
         return
     partial = partial_path(path)
     try:
-        with naming(path):
+        with naming(path, partial):
             with open(partial, "wb") as file:
                 yield file
                 file.flush()
@@ -433,12 +433,12 @@ def made_directory(flag: str, path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def naming(path) -> Iterator[None]:
-    """Within the block an `OSError` that names no file, such as that of a full disk, gets this one's name."""
+def naming(path, partial=None) -> Iterator[None]:
+    """Within the block an `OSError` that names no file, or the `partial` one, names this one."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or error.filename not in (None, partial and str(partial)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
 

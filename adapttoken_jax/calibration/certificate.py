@@ -232,7 +232,8 @@ def read_certificate(path) -> Certificate:
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: not a certificate ({error})") from None
+        why = f" ({error})" if isinstance(error, ValueError) else ", its fields are others"
+        raise UserError(f"{path}: not a certificate{why}") from None
     if not sound or not supported:
         raise UserError(f"{path}: not a valid certificate: its figures do not support its promise; calibrate again")
     return certificate

@@ -34,6 +34,15 @@ class _Number(flags.ArgumentParser):
         return value
 
 
+class _Text(flags.ArgumentParser):
+    """Any text that can be a name of a file."""
+
+    def parse(self, argument):
+        if "\0" in argument:
+            raise ValueError("holds a zero byte")
+        return argument
+
+
 class _Choice(flags.ArgumentParser):
     """One of a few words."""
 
@@ -77,7 +86,7 @@ class Flag:
             parser = _Number(self.kind, self.low, self.high)
             flags.DEFINE(parser, self.name, self.default, self.help, flag_values=values)
         else:
-            flags.DEFINE_string(self.name, self.default, self.help, flag_values=values)
+            flags.DEFINE(_Text(), self.name, self.default, self.help, flag_values=values)
 
     def usage(self) -> str:
         """The flag as the help text's left column shows it."""

@@ -31,11 +31,14 @@ def check_output(flag: str, path: str) -> None:
 
     if not path:
         raise UserError(f"--{flag}=: the name is empty; give a file")
+    if path == "-":
+        raise UserError(f"--{flag}=-: only JSON goes to stdout; give a file")
     target = real_path(path)
     if target.is_dir():
         raise UserError(f"--{flag}={path}: is a directory; name a file in it")
     if not target.parent.is_dir():
-        raise UserError(f"--{flag}={path}: the directory {target.parent} does not exist; create it first")
+        what = "is no directory; name another" if target.parent.exists() else "does not exist; create it first"
+        raise UserError(f"--{flag}={path}: the directory {target.parent} {what}")
     # A plain file is replaced, which needs the directory; anything else, as /dev/null, is written to.
     if not os.access(target if target.exists() and not target.is_file() else target.parent, os.W_OK):
         raise UserError(f"--{flag}={path}: {os.strerror(errno.EACCES)}; choose a directory that you can write to")

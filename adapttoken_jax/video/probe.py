@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import numbers
 import os
+import stat
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -56,7 +59,7 @@ class Frames:
             raise UserError(
                 f"Frames.images: shape {images.shape}; give [frames, height, width, 3] with a frame or more"
             )
-        if not (np.isfinite(self.fps) and self.fps > 0):
+        if not (isinstance(self.fps, numbers.Real) and 0 < self.fps < math.inf):
             raise UserError(f"Frames.fps={self.fps}: give a positive number of frames per second")
 
 
@@ -118,7 +121,7 @@ def probe(source: str | os.PathLike | Frames | VideoInfo) -> VideoInfo:
         return _probe_frames(source)
     if not isinstance(source, str | bytes | os.PathLike):
         raise UserError(f"video: {type(source).__name__} is no path; give one, or images as adapttoken_jax.Frames")
-    path = os.fspath(source)
+    path = os.fsdecode(source)
     with open_video(path) as (container, stream):
         packets = _scan(container, stream)
         _check(path, container, stream, packets)
@@ -137,6 +140,18 @@ def _probe_frames(frames: Frames) -> VideoInfo:
     return VideoInfo(None, total / frames.fps, float(frames.fps), times, np.arange(total), width, height, frames=frames)
 
 
+def _check_file(path: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # a name may hold a character that none can
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        raise UserError(f"{path}: {'no such file' if missing else error}") from None
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a directory; name a file in it")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is no plain file, which a video must be")
+
+
 @contextlib.contextmanager
 def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Opens a file and its video track, of several the one that FFmpeg finds best (a cover picture is none).
@@ -146,8 +161,7 @@ def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.Vide
     """
     import av
 
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: {'is a directory; name a file in it' if os.path.isdir(path) else 'no such file'}")
+    _check_file(path)
     # Tags in another encoding than UTF-8 are none of our business; from version 19 on PyAV never fails on them.
     options = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
