@@ -6,8 +6,10 @@ must be the same, so that a token is where it was.
 """
 
 import dataclasses
+import hashlib
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -26,20 +28,46 @@ from adapttoken_jax.run import Run, Selected
 REASON = "replayed selection"
 
 
-def read_selections(directory) -> tuple[dict[str, SavedSelection], int]:
-    """The selections of a run, by question, and the run's budget.
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """What an earlier run selected.
+
+    Attributes:
+      selections: by question; those of videos that the run could not read are not there.
+      budget: tokens, under which they were selected.
+      sha256: of their records.
+    """
+
+    selections: Mapping[str, SavedSelection]
+    budget: int
+    sha256: str
+
+
+def read_replay(directory, questions: Sequence[str]) -> Replay:
+    """The selections of a run for questions, by their ids.
 
     Raises:
-      UserError: not the directory of a run, or a damaged file.
+      UserError: not the directory of a run, a damaged file, or a question that the run has not come to.
     """
-    budget, records = workdir.read_run(directory)["config"]["budget"], workdir.read_all(directory, "selections")
-    return {name: SavedSelection.from_record(record) for name, record in records.items()}, budget
+    if not str(directory):  # which would be the current directory
+        raise UserError("--replay: the name is empty; give the directory of an evaluation")
+    try:
+        budget = workdir.read_run(directory)["config"]["budget"]
+        found, samples = (workdir.read_all(directory, name) for name in ("selections", "samples"))
+        records = {name: found[name] for name in questions if name in found}
+        selections = {name: SavedSelection.from_record(record) for name, record in records.items()}
+    except UserError as error:
+        raise UserError(f"--replay: {error}") from None
+    if left := [name for name in questions if name not in records and "error" not in samples.get(name, ())]:
+        raise UserError(
+            f"--replay={directory}: {len(left)} of {len(questions)} questions have no selection, the first is "
+            f"{left[0]}; finish that run first"
+        )
+    return Replay(selections, budget, hashlib.sha256(json.dumps(records, sort_keys=True).encode("utf-8")).hexdigest())
 
 
-def replayed(
-    model: Model, config: AdaptTokenConfig, method: str, selections: Mapping[str, SavedSelection], budget: int
-) -> Answerer:
-    """Answers from saved selections, made under `budget`: only a smaller one in `config` takes tokens away.
+def replayed(model: Model, config: AdaptTokenConfig, method: str, replay: Replay) -> Answerer:
+    """Answers from saved selections: only a budget in `config` below theirs takes tokens away.
 
     What was answered without a scan, such as the whole video, may have more tokens than the budget, and keeps them.
 
@@ -49,16 +77,16 @@ def replayed(
     def answer(plan, tokens, prompts, items, begin):
         seconds = {stage: tokens.seconds[stage] for stage in ("decode", "vision")} | {"groups": 0.0}
         runs = [Run(model, plan, tokens, config, method, prompt, seconds=dict(seconds)) for prompt in prompts]
-        chosen = [_chosen(selections, item.id, tokens) for item in items]
-        chosen = [each.best(config.budget) if config.budget < budget else each.tokens for each in chosen]
+        chosen = [_chosen(replay.selections, item.id, tokens) for item in items]
+        chosen = [each.best(config.budget) if config.budget < replay.budget else each.tokens for each in chosen]
         return [_result(run, each, begin) for run, each in zip(runs, chosen, strict=True)]
 
     return answer
 
 
 def _chosen(selections, name: str, video: VisualTokens) -> SavedSelection:
-    if name not in selections:
-        raise UserError(f"--replay: the run has no selection for question {name}; finish it first")
+    if name not in selections:  # a reason to pass over this video, not to end the run
+        raise UserError("the replayed run could not read this video")
     saved, (slots, _, width) = selections[name], video.clip.grid
     cols = width // video.merge
     grid = (slots, video.per_slot // cols, cols)

@@ -16,7 +16,7 @@ from adapttoken_jax.config import SIZES, AdaptTokenConfig, ModelConfig, read_mod
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import interchange, workdir
 from adapttoken_jax.evaluation.outlook import Outlook
-from adapttoken_jax.evaluation.replay import read_selections, replayed
+from adapttoken_jax.evaluation.replay import read_replay, replayed
 from adapttoken_jax.evaluation.runner import Video, group_by_video, run_videos, scanned, shard
 from adapttoken_jax.evaluation.summary import summarise
 from adapttoken_jax.evaluation.workdir import RunFiles, Shard
@@ -106,24 +106,26 @@ def evaluate(asked: Evaluation) -> dict[str, Any] | None:
     sizes = read_model_config(asked.model)
     config = AdaptTokenConfig.for_model(sizes, **asked.settings)
     hashes = {"questions": questions_hash(items)}
-    if asked.replay:
-        hashes["selections"] = selections_hash(asked.replay)
+    replay = None if asked.replay is None else read_replay(asked.replay, [item.id for item in items])
+    if replay:
+        hashes["selections"] = replay.sha256
     describe = lambda: workdir.describe_run(asked.flags(), dataclasses.asdict(config), hashes, size_name(sizes))
-    workdir.check_run(asked.workdir, describe(), asked.resume)
-    model = load_here(asked)
-    hashes["model"] = model_fingerprint(model)
-    run = workdir.begin_run(asked.workdir, describe(), asked.resume)
-    for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    videos = group_by_video(items)
-    with RunFiles(asked.workdir, part, videos) as files:
-        _answer(asked, model, config, files, shard(videos, part.index, part.count))
-        files.refresh(videos)
-        if len(files.samples) < len(items):
-            left = len(items) - len(files.samples)
-            print(f"{left} of {len(items)} questions are left to other shards", file=sys.stderr)
-            return None
-        return finish(asked.workdir, items, [files.samples[item.id] for item in items], report, run)
+    with workdir.joined(asked.workdir):
+        workdir.check_run(asked.workdir, describe(), asked.resume)
+        model = load_here(asked)
+        hashes["model"] = model_fingerprint(model)
+        run = workdir.begin_run(asked.workdir, describe(), asked.resume)
+        for warning in report.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        videos = group_by_video(items)
+        with RunFiles(asked.workdir, part, videos) as files:
+            _answer(asked, model, config, files, shard(videos, part.index, part.count), replay)
+            files.refresh(videos)
+            if len(files.samples) < len(items):
+                left = len(items) - len(files.samples)
+                print(f"{left} of {len(items)} questions are left to other shards", file=sys.stderr)
+                return None
+            return finish(asked.workdir, items, [files.samples[item.id] for item in items], report, run)
 
 
 def this_part(asked: Evaluation) -> Shard:
@@ -139,14 +141,12 @@ def load_here(asked: Evaluation) -> Model:
     return load(asked.model, mesh=mesh, dtype=asked.dtype, attention=asked.attention)
 
 
-def _answer(asked: Evaluation, model: Model, config, files: RunFiles, videos: Sequence[Video]) -> None:
+def _answer(asked: Evaluation, model: Model, config, files: RunFiles, videos: Sequence[Video], replay) -> None:
     todo = [video for video in videos if not files.has(video)]
     done = sum(len(video.questions) for video in videos) - sum(len(video.questions) for video in todo)
     if done:
         print(f"going on after {done} questions that are done", file=sys.stderr)
-    answerer = scanned(model, config, asked.method)
-    if asked.replay:
-        answerer = replayed(model, config, asked.method, *read_selections(asked.replay))
+    answerer = replayed(model, config, asked.method, replay) if replay else scanned(model, config, asked.method)
     with Outlook(todo, config, done) as outlook:
 
         def write(video, records):
@@ -185,12 +185,6 @@ def questions_hash(items: Sequence[Item]) -> str:
         content = [item.id, item.video_id, item.question, list(item.options), item.answer]
         digest.update(json.dumps(content, ensure_ascii=False).encode("utf-8"))
     return digest.hexdigest()
-
-
-def selections_hash(directory) -> str:
-    """SHA-256 of the saved selections of a run."""
-    found = workdir.read_all(directory, "selections")
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def with_verdicts(benchmark: str, items: Sequence[Item], samples: Sequence[dict]) -> list[dict]:

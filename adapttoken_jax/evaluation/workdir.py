@@ -7,16 +7,18 @@
     results.json       scores, once every question has its line
 
 A sample is what makes a question done. Its lines in the other files are written before it. One that says why its video
-could not be read stands until there is an answer: a run that goes on tries the video again.
+could not be read stands until there is an answer: a run that goes on tries the video again. A run without a sample has
+not begun: its files are removed.
 """
 
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ from adapttoken_jax.evaluation.journal import Journal, json_line, read_lines
 from adapttoken_jax.evaluation.runner import Records, Video
 from adapttoken_jax.result import atomic_file, git_commit, library_versions, made_directory, partial_path
 
+_JOURNALS = ("samples", "selections", "costs")
 RUN_VERSION = 2  # 1: samples did not tell what the scan took
 
 # Flags that name places and may differ between two parts of one run; hashes tell whether the content is the same.
@@ -74,6 +77,48 @@ def describe_run(
         "git_commit": git_commit(),
         "begun": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@contextlib.contextmanager
+def joined(directory) -> Iterator[None]:
+    """Within the block this process is one of those that run in a directory, which is made if missing.
+
+    If no other process does, a run without a sample is removed at both ends: a mistaken flag ties nothing to itself.
+
+    Raises:
+      UserError: the directory cannot be written, or holds files that are no run's.
+    """
+    directory = made_directory("workdir", directory)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        _forget_empty_run(directory, handle)
+        _locked(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        with contextlib.suppress(UserError, OSError):  # the block's own error counts
+            _forget_empty_run(directory, handle)
+        os.close(handle)
+
+
+def _forget_empty_run(directory: pathlib.Path, handle: int) -> None:
+    if not (directory / "run.json").exists() or not _locked(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        return
+    read_run(directory)  # else it is not ours to remove
+    if read_all(directory, "samples"):
+        return
+    for name in _JOURNALS:
+        for file in directory.glob(f"{name}*.jsonl"):
+            file.unlink()
+    (directory / "run.json").unlink()
+
+
+def _locked(handle: int, kind: int) -> bool:
+    """Whether the lock is held: not if others hold it, nor where the file system locks no directories."""
+    try:
+        fcntl.flock(handle, kind)
+    except OSError:
+        return False
+    return True
 
 
 def check_run(directory, description: Mapping[str, Any], resume: bool = True) -> bool:
@@ -173,10 +218,9 @@ class RunFiles:
     def __init__(self, directory, shard: Shard, videos: Sequence[Video]):
         """`videos` are all of the benchmark, whichever shard they belong to."""
         self._directory = pathlib.Path(directory)
-        names = ("samples", "selections", "costs")
         with contextlib.ExitStack() as stack:
             self._journals = {
-                name: stack.enter_context(contextlib.closing(Journal(self._path(name, shard)))) for name in names
+                name: stack.enter_context(contextlib.closing(Journal(self._path(name, shard)))) for name in _JOURNALS
             }
             self._stack = stack.pop_all()
         self.samples = self._whole_videos(videos)

@@ -246,6 +246,52 @@ def test_a_flag_that_does_not_suit_a_video_names_it(places, tmp_path, capsys):
     assert re.search(r"--budget=1: one slot of this video has \d+ tokens; allow at least that \(video \w+\)$", error)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        (["--method=uniform", "--budget=1"], ["--method=uniform", "--budget=6"]),
+        (["--min_tokens_per_group=100"], []),
+    ],
+)
+def test_a_mistaken_flag_ties_the_directory_to_nothing(places, tmp_path, capsys, wrong, right):
+    data, model, _ = places
+    words = lambda *more: bench.evaluate_flags(data, model, tmp_path / "run", "--limit=2", *more)
+    assert wrong[-1].partition("=")[0] in run(capsys, words(*wrong), status=2)[1].splitlines()[-1]
+    assert list((tmp_path / "run").iterdir()) == []
+    run(capsys, words(*right))
+
+
+def test_a_replay_that_cannot_be_is_refused_before_anything_is_written(places, tmp_path, capsys):
+    data, model, whole = places
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    selections = (whole / "selections.jsonl").read_text().splitlines(keepends=True)
+    (part / "selections.jsonl").write_text("".join(selections[:-1]))
+    words = lambda replay: bench.evaluate_flags(data, model, tmp_path / "run", f"--replay={replay}", "--budget=7")
+    for replay, reason in (
+        (tmp_path / "none", r"^--replay: .*/none: no run\.json"),
+        (part, r"^--replay=.*/part: 1 of 6 questions have no selection, the first is 2-1; finish that run first$"),
+        ("", r"^--replay: the name is empty"),
+    ):
+        err = run(capsys, words(replay), status=2)[1]
+        assert re.search(reason, err.removeprefix("adapttoken evaluate: ").strip()) and err.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+    (part / "selections.jsonl").write_text("".join(selections))
+    run(capsys, words(part))
+
+
+def test_what_a_replayed_run_could_not_read_is_passed_over(places, tmp_path, capsys):
+    data, model, whole = places
+    shutil.copytree(whole, tmp_path / "part")
+    samples = [sample | {"error": "no video"} if sample["video_id"] == "clip1" else sample for sample in lines(whole)]
+    selections = [record for record in lines(whole, "selections") if not record["id"].startswith("1-")]
+    for name, records in (("samples", samples), ("selections", selections)):
+        (tmp_path / "part" / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run(capsys, bench.evaluate_flags(data, model, tmp_path / "run", f"--replay={tmp_path / 'part'}"))
+    reasons = [sample.get("error") for sample in lines(tmp_path / "run")]
+    assert reasons == [None] * 2 + ["the replayed run could not read this video"] * 2 + [None] * 2
+
+
 def test_the_command_knows_the_benchmarks(places):
     listed = next(flag for flag in cli._EVALUATE_FLAGS if flag.name == "benchmark")
     assert set(listed.choices) == set(BENCHMARKS)

@@ -130,6 +130,32 @@ def test_another_configuration_is_refused_by_name(tmp_path, change, words):
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == begun
 
 
+def test_a_run_without_samples_is_forgotten_unless_somebody_runs_it(tmp_path):
+    begin = lambda **changed: workdir.begin_run(tmp_path, description(**changed))["flags"]["prompt"]
+    begin()
+    with workdir.joined(tmp_path):  # one that was killed
+        assert os.listdir(tmp_path) == []
+        begin()
+        (tmp_path / "selections-0-of-2.jsonl").touch()
+        with workdir.joined(tmp_path), pytest.raises(UserError, match="began with official"):  # another shard
+            begin(prompt="qwen")
+        assert (tmp_path / "run.json").exists()
+    assert os.listdir(tmp_path) == []
+    with workdir.joined(tmp_path):
+        assert begin(prompt="qwen") == "qwen"
+        with open_files(tmp_path, group_by_video(items())) as files:
+            files.write(records(group_by_video(items())[0]))
+    with workdir.joined(tmp_path), pytest.raises(UserError, match="began with qwen"):
+        begin()
+
+
+def test_a_run_json_of_something_else_is_kept(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run\.json: "), workdir.joined(tmp_path):
+        pass
+    assert (tmp_path / "run.json").read_text() == "{}"
+
+
 def test_without_resume_a_run_is_not_touched(tmp_path):
     workdir.begin_run(tmp_path, description())
     with pytest.raises(UserError, match="drop --noresume"):
