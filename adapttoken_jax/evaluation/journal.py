@@ -45,13 +45,17 @@ class Journal:
             os.fsync(self._file.fileno())
 
     def keep_while(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Drops the first record that is not wanted, and all after it."""
-        end = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            if not wanted(json.loads(line)):
-                break
-            end += len(line)
-        self._truncate(end)
+        """Drops the records at the end that are not wanted.
+
+        Raises:
+          UserError: a line that is no record, or a wanted record after one that is not: no crash leaves that.
+        """
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        keep = [wanted(_record(self.path, number, line)) for number, line in enumerate(lines, 1)]
+        count = keep.index(False) if False in keep else len(keep)
+        if any(keep[count:]):
+            raise _damaged(self.path, count + 1, "no record of this run, or part of one")
+        self._truncate(sum(map(len, lines[:count])))
 
     def close(self) -> None:
         """Closes the file and lets other processes write it."""
@@ -72,12 +76,23 @@ def read_lines(path) -> list[dict[str, Any]]:
     """The whole lines of a file; an unfinished last one is left out. A file that does not exist has none.
 
     Raises:
-      UserError: a line that is not JSON.
+      UserError: a line that is no JSON object.
     """
     path = pathlib.Path(path)
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1].splitlines()
+    return [_record(path, number, line) for number, line in enumerate(whole, 1)]
+
+
+def _record(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); remove the run's directory and begin again") from None
+        record = json.loads(line.decode("utf-8"))  # of bytes with zeros, `json` would guess another encoding
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, number, str(error)) from None
+    if not isinstance(record, dict):
+        raise _damaged(path, number, "no JSON object")
+    return record
+
+
+def _damaged(path: pathlib.Path, number: int, reason: str) -> UserError:
+    return UserError(f"{path}: damaged (line {number}: {reason}); remove the run's directory and begin again")

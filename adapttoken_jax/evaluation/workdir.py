@@ -28,8 +28,23 @@ from adapttoken_jax.evaluation.journal import Journal, json_line, read_lines
 from adapttoken_jax.evaluation.runner import Records, Video
 from adapttoken_jax.result import atomic_file, git_commit, library_versions, made_directory, partial_path
 
-_JOURNALS = ("samples", "selections", "costs")
+# What of a journal's records is read again; a sample also says why there is no answer, or what the answer took.
+_JOURNALS = {
+    "samples": ("id", "doc_id", "video_id", "target", "prediction"),
+    "selections": ("id", "grid", "tokens", "ranks"),
+    "costs": ("id", "amortised"),
+}
+_ANSWERED = ("groups", "visual_tokens", "flops")
 RUN_VERSION = 2  # 1: samples did not tell what the scan took
+# What of `run.json` is read again.
+_RUN = {
+    "flags": ("benchmark", "method", "model", "prompt", "replay", "subtitles"),
+    "config": ("budget",),
+    "hashes": ("questions",),
+    "model_size": (),
+    "git_commit": (),
+    "begun": (),
+}
 
 # Flags that name places and may differ between two parts of one run; hashes tell whether the content is the same.
 _FREE = ("data", "model", "replay")
@@ -173,11 +188,14 @@ def read_run(directory) -> dict[str, Any]:
         raise UserError(f"{directory}: no run.json; give the directory of an evaluation")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     version = run.get("version") if isinstance(run, dict) else None
     if version != RUN_VERSION:
         raise UserError(f"{path}: version {version!r} of a run's files; this release reads {RUN_VERSION}; begin again")
+    for name, keys in _RUN.items():
+        if name not in run or (keys and not (isinstance(run[name], dict) and run[name].keys() >= {*keys})):
+            raise UserError(f"{path}: damaged (no {name}{' with ' * bool(keys)}{', '.join(keys)}); begin again")
     return run
 
 
@@ -222,10 +240,11 @@ class RunFiles:
             self._journals = {
                 name: stack.enter_context(contextlib.closing(Journal(self._path(name, shard)))) for name in _JOURNALS
             }
+            self.samples = self._whole_videos(videos)
+            for name, journal in self._journals.items():
+                read_all(self._directory, name)  # its errors, before anything is dropped
+                journal.keep_while(lambda record: record["id"] in self.samples)
             self._stack = stack.pop_all()
-        self.samples = self._whole_videos(videos)
-        for journal in self._journals.values():
-            journal.keep_while(lambda record: record["id"] in self.samples)
 
     def __enter__(self) -> "RunFiles":
         return self
@@ -260,10 +279,23 @@ class RunFiles:
 
 
 def read_all(directory, name: str) -> dict[str, dict]:
-    """Records of a run by question, from the files of all its shards. An answer replaces an error anywhere."""
+    """Records of a run by question, from the files of all its shards. An answer replaces an error anywhere.
+
+    Raises:
+      UserError: a line that is no such record.
+    """
     files = sorted(pathlib.Path(directory).glob(f"{name}*.jsonl"))
-    records = [record for file in files for record in read_lines(file)]
+    records = [_whole(file, name, record) for file in files for record in read_lines(file)]
     return {record["id"]: record for record in sorted(records, key=lambda record: "error" not in record)}
+
+
+def _whole(file: pathlib.Path, name: str, record: dict[str, Any]) -> dict[str, Any]:
+    columns = _JOURNALS[name] + (_ANSWERED if name == "samples" and "error" not in record else ())
+    lacks = [column for column in columns if column not in record]
+    if lacks or not isinstance(record["id"], str):
+        reason = f"a record without {lacks[0]}" if lacks else f"the id {record['id']!r}"
+        raise UserError(f"{file}: damaged ({reason}); remove the run's directory and begin again")
+    return record
 
 
 def write_samples(directory, samples: Sequence[Mapping[str, Any]]) -> None:

@@ -18,8 +18,9 @@ def items(videos=3, questions=2):
 
 
 def records(video):
-    lines = [{"id": item.id, "é": 1} for _, item in video.questions]
-    return Records(lines, [{"id": line["id"], "tokens": 1} for line in lines], [{"id": line["id"]} for line in lines])
+    names = ("doc_id", "video_id", "target", "prediction", "groups", "visual_tokens", "flops")
+    made = lambda *names: [dict.fromkeys(names, "é") | {"id": item.id} for _, item in video.questions]
+    return Records(made(*names), made("grid", "tokens", "ranks"), made("amortised"))
 
 
 def open_files(directory, videos, part="0/1"):
@@ -105,7 +106,8 @@ def test_a_shard_that_is_none(text):
 
 
 def description(**changed):
-    flags = {"prompt": "official", "data": "/a", "model": "/m", "limit": None, "replay": None} | changed
+    flags = {"benchmark": "lvbench", "method": "lite", "prompt": "official", "subtitles": False}
+    flags |= {"data": "/a", "model": "/m", "limit": None, "replay": None} | changed
     return workdir.describe_run(flags, {"budget": 20}, {"questions": "q", "model": "m"})
 
 
@@ -170,7 +172,56 @@ def test_a_directory_that_cannot_be_is_one_line(tmp_path, place):
         workdir.check_run(tmp_path / place, description())
 
 
-def test_damage_in_the_middle_is_reported_not_dropped(tmp_path):
-    (tmp_path / "samples.jsonl").write_text('{"id": "a"}\n{"id"\n{"id": "b"}\n')
-    with pytest.raises(UserError, match=r"samples\.jsonl: damaged"):
-        open_files(tmp_path, group_by_video(items()))
+@pytest.mark.parametrize("name", ["samples", "selections", "costs"])
+@pytest.mark.parametrize("place", [0, 1, 4])
+@pytest.mark.parametrize(
+    "line",
+    ["garbage", "", "\0" * 8, "[]", "{}", "5", "null", '{"id"', '{"id": "0-0"}', '{"id": []}', "[" * 100_000, "é"],
+)
+def test_a_damaged_line_is_reported_and_nothing_dropped(tmp_path, name, place, line):
+    videos = group_by_video(items())
+    with open_files(tmp_path, videos) as files:
+        for video in videos[:2]:
+            files.write(records(video))
+    path = tmp_path / f"{name}.jsonl"
+    whole = path.read_bytes().splitlines(keepends=True)
+    whole.insert(place, line.encode("latin-1") + b"\n")
+    path.write_bytes(b"".join(whole))
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=rf"^{path}: damaged \(.*\); remove the run's directory and begin again$"):
+        open_files(tmp_path, videos)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("foreign", ["other", "2-0"])
+def test_what_no_crash_leaves_before_finished_answers_deletes_none_of_them(tmp_path, foreign):
+    videos = group_by_video(items())
+    with open_files(tmp_path, videos) as files:
+        for video in videos[:2]:
+            files.write(records(video))
+    path = tmp_path / "samples.jsonl"
+    before = path.read_text().splitlines(keepends=True)
+    before.insert(2, before[0].replace("0-0", foreign))
+    path.write_text("".join(before))
+    with pytest.raises(UserError, match=r"samples\.jsonl: damaged \(line 3: no record of this run, or part of one\)"):
+        open_files(tmp_path, videos)
+    assert path.read_text() == "".join(before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda run: [],
+        lambda run: {},
+        lambda run: None,
+        lambda run: {"version": run["version"]},
+        lambda run: run | {"flags": []},
+        lambda run: run | {"config": {}},
+        lambda run: {name: run[name] for name in run if name != "begun"},
+    ],
+)
+def test_a_damaged_run_json_is_one_line(tmp_path, change):
+    begun = workdir.begin_run(tmp_path, description())
+    (tmp_path / "run.json").write_text(json.dumps(change(begun)))
+    with pytest.raises(UserError, match=r"run\.json: [^\n]*; begin again$"):
+        workdir.begin_run(tmp_path, description())

@@ -29,7 +29,8 @@ def finished(directory, predictions, method="adapttoken", size="qwen2.5-vl-7b", 
     flags = {"benchmark": "videomme", "method": method, "prompt": "official", "subtitles": subtitles, "model": "/m/x"}
     flags |= {"data": "/d", "replay": None}
     run = workdir.begin_run(
-        directory, workdir.describe_run(flags, {"max_frames": 4096}, {"questions": "q", "model": "m"}, size)
+        directory,
+        workdir.describe_run(flags, {"max_frames": 4096, "budget": 20}, {"questions": "q", "model": "m"}, size),
     )
     samples = []
     for number, (item, text) in enumerate(zip(items(), predictions, strict=True)):
