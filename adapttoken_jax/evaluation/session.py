@@ -63,7 +63,8 @@ class Evaluation:
         Raises:
           UserError: the benchmark has none of this name.
         """
-        name, known = self.prompt or BENCHMARKS[self.benchmark].default_prompt, (*PROMPTS[self.benchmark], PLAIN)
+        name = BENCHMARKS[self.benchmark].default_prompt if self.prompt is None else self.prompt
+        known = (*PROMPTS[self.benchmark], PLAIN)
         if name not in known:
             raise UserError(f"--prompt={name}: {self.benchmark} has {', '.join(known)}")
         if name == PLAIN and self.subtitles:
@@ -130,14 +131,14 @@ def evaluate(asked: Evaluation) -> dict[str, Any] | None:
 
 def this_part(asked: Evaluation) -> Shard:
     """The shard of this process: as asked for, else by its number among the JAX processes."""
-    if asked.shard:
+    if asked.shard is not None:
         return Shard.parse(asked.shard)
     return Shard(jax.process_index(), jax.process_count())
 
 
 def load_here(asked: Evaluation) -> Model:
     """The model, on devices of this host alone: shards share nothing but the work directory."""
-    mesh = make_mesh(MeshShape.parse(asked.mesh), jax.local_devices()) if asked.mesh else None
+    mesh = None if asked.mesh is None else make_mesh(MeshShape.parse(asked.mesh), jax.local_devices())
     return load(asked.model, mesh=mesh, dtype=asked.dtype, attention=asked.attention)
 
 

@@ -280,6 +280,14 @@ def test_a_replay_that_cannot_be_is_refused_before_anything_is_written(places, t
     run(capsys, words(part))
 
 
+@pytest.mark.parametrize("flag", ["shard", "replay", "prompt", "mesh"])
+def test_an_empty_value_is_not_no_value(places, tmp_path, capsys, flag):
+    data, model, _ = places
+    err = run(capsys, bench.evaluate_flags(data, model, tmp_path / "run", f"--{flag}="), status=2)[1]
+    assert f"--{flag}" in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
 def test_what_a_replayed_run_could_not_read_is_passed_over(places, tmp_path, capsys):
     data, model, whole = places
     shutil.copytree(whole, tmp_path / "part")
