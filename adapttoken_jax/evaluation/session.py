@@ -103,6 +103,8 @@ def evaluate(asked: Evaluation) -> dict[str, Any] | None:
     items, report = BENCHMARKS[asked.benchmark].load(asked.data)
     if asked.strict:
         report.require_complete()
+    if asked.subtitles and not any(item.subtitles for item in items):
+        raise UserError(f"--subtitles: no video of --data={asked.data} has any; drop it, or complete the directory")
     items = items[: asked.limit]
     sizes = read_model_config(asked.model)
     config = AdaptTokenConfig.for_model(sizes, **asked.settings)

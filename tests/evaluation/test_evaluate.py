@@ -288,6 +288,12 @@ def test_an_empty_value_is_not_no_value(places, tmp_path, capsys, flag):
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
+def test_subtitles_of_a_benchmark_without_any_are_refused(places, tmp_path, capsys):
+    data, model, _ = places
+    err = run(capsys, bench.evaluate_flags(data, model, tmp_path / "run", "--subtitles"), status=2)[1]
+    assert "--subtitles: no video" in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 def test_what_a_replayed_run_could_not_read_is_passed_over(places, tmp_path, capsys):
     data, model, whole = places
     shutil.copytree(whole, tmp_path / "part")
