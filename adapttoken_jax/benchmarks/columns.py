@@ -12,7 +12,7 @@ from adapttoken_jax.errors import UserError
 def _is_number(cell: Any) -> bool:
     try:
         return not isinstance(cell, bool) and math.isfinite(float(cell))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

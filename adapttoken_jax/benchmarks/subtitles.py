@@ -40,7 +40,7 @@ def read(file: SubtitleFile, duration_s: float | None = None) -> tuple[Subtitle,
     try:
         text = file.path.read_text(encoding="utf-8-sig", errors="replace")
         lines = _from_srt(text) if file.path.suffix == ".srt" else [_from_json(entry) for entry in json.loads(text)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{file.path}: no readable subtitles ({type(error).__name__}: {error})") from None
     if file.path.suffix == ".srt" and text.strip() and not _TIMES.search(text):
         raise UserError(f"{file.path}: no readable subtitles (no line as 00:00:01,000 --> 00:00:02,000)")
@@ -67,6 +67,7 @@ def _from_json(entry: dict) -> Subtitle:
 
 
 def _plain(text: str) -> str:
+    text.encode("utf-8")  # raises for half a character, which JSON can write and no prompt can hold
     return " ".join(_TAG.sub("", text).split())
 
 

@@ -255,6 +255,7 @@ WRONG_KINDS = [
         "lvbench", "video_info.meta.jsonl", in_question(layouts.lvbench_rows()[0], question_type=3),
         "row 0 has 3 as its question_type, not a text or a list of texts",
     ),
+    (*other("longvideobench", "lvb_val.json", duration=10**400), "as its duration, not a number"),
     (
         *other("longvideobench", "lvb_val.json", question="x" * 40 + "\ud83d"),
         "row 0 has half a character ('\\ud83d') in its question",
@@ -301,7 +302,7 @@ def test_a_length_may_be_written_as_a_text_where_it_was_passed_on(tmp_path, dura
         ("mlvu", "json/1_plotQA.json"),
     ],
 )
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe{not json}\n[", b'"a text"'])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{not json}\n[", b'"a text"', b"[" * 100_000])
 def test_an_unreadable_file_is_named(tmp_path, benchmark, name, content):
     path = layouts.write_video(tmp_path / name, content)
     with pytest.raises(UserError) as error:

@@ -101,7 +101,14 @@ def test_a_subrip_file_without_times_says_what_it_lacks(tmp_path):
         subtitles.read(SubtitleFile(path))
 
 
-@pytest.mark.parametrize("content", ["{", '{"a": 1}', '[{"text": "no time"}]', '[{"timestamp": [1], "text": "x"}]'])
+BROKEN = (
+    "{", '{"a": 1}', '[{"text": "no time"}]', '[{"timestamp": [1], "text": "x"}]', "[" * 100_000,
+    '[{"timestamp": [1, 2], "text": "\\ud800"}]', '[{"start": "1", "end": "2", "line": "a \\ud83d"}]',
+    f'[{{"timestamp": [1, {10**400}], "text": "x"}}]',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_unreadable_subtitles_are_named(tmp_path, content):
     path = written(tmp_path, "a.json", content)
     with pytest.raises(UserError, match=f"{path}: no readable subtitles"):
