@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from adapttoken_jax import memory
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import VisualTokens, encode_video, stream_video
@@ -91,6 +93,7 @@ def run_videos(
     *,
     answerer: Answerer | None = None,
     strict: bool = False,
+    fits: bool = False,
 ) -> None:
     """Answers the questions of videos, in order, and hands each video's records to `write` as soon as they are there.
 
@@ -98,6 +101,7 @@ def run_videos(
       config: resolved for the model.
       answerer: how an encoded video is answered; None: `scanned`.
       strict: a video that cannot be read ends the run; else it is recorded as broken.
+      fits: whether the run has answered about a video before, so that too little memory for one is no setting's fault.
 
     Raises:
       UserError: a setting with which no video can be answered, or with `strict` a video that cannot be read.
@@ -108,13 +112,21 @@ def run_videos(
             try:
                 records = _answer_video(model, video, decoded, wording, config, method, answerer)
             except UserError as error:
-                if str(error).startswith("--"):  # a flag to change, not a video to pass over
+                passed_over = fits and not strict and _out_of_memory(error)
+                if str(error).startswith("--") and not passed_over:  # a flag to change, not a video to pass over
                     raise UserError(f"{error} (video {video.id})") from None
                 if strict:
                     raise UserError(f"--strict: {error}") from None
                 reason = str(error).removeprefix(f"{video.path}: ")
                 records = Records([broken_sample(number, item, reason) for number, item in video.questions])
+            else:
+                fits = True
             write(video, records)
+
+
+def _out_of_memory(error: UserError) -> bool:
+    """Whether `memory.explained` made it."""
+    return isinstance(error.__cause__, (jax.errors.JaxRuntimeError, MemoryError))
 
 
 @memory.explained(*memory.ANSWERING)

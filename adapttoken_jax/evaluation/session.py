@@ -156,7 +156,10 @@ def _answer(asked: Evaluation, model: Model, config, files: RunFiles, videos: Se
             files.write(records)
             outlook.video_done(video)
 
-        run_videos(model, todo, wording(asked), config, asked.method, write, answerer=answerer, strict=asked.strict)
+        run_videos(
+            model, todo, wording(asked), config, asked.method, write,
+            answerer=answerer, strict=asked.strict, fits=done > 0,
+        )  # fmt: skip
 
 
 def wording(asked: Evaluation):

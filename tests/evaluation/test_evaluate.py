@@ -1,5 +1,6 @@
 """`adapttoken evaluate` from files to files, on a tiny checkpoint and real videos."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -13,7 +14,7 @@ import adapttoken_jax as at
 from adapttoken_jax import cli
 from adapttoken_jax.benchmarks import BENCHMARKS, PROMPTS, SCORERS
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.evaluation.runner import group_by_video, run_videos
+from adapttoken_jax.evaluation.runner import group_by_video, run_videos, scanned
 from adapttoken_jax.evaluation.saved_selection import SavedSelection
 from tests import media, tiny
 from tests.evaluation import bench
@@ -292,6 +293,38 @@ def test_subtitles_of_a_benchmark_without_any_are_refused(places, tmp_path, caps
     data, model, _ = places
     err = run(capsys, bench.evaluate_flags(data, model, tmp_path / "run", "--subtitles"), status=2)[1]
     assert "--subtitles: no video" in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("lacking", "more", "written"),
+    [
+        ({"clip1"}, {}, ["clip0", "clip1: too little memory", "clip2"]),
+        ({"clip0"}, {}, []),
+        ({"clip0"}, {"fits": True}, ["clip0: too little memory", "clip1", "clip2"]),
+        ({"clip1"}, {"strict": True}, ["clip0"]),
+    ],
+)
+def test_too_little_memory_for_one_video_is_that_videos_failure(places, lacking, more, written):
+    data, path, _ = places
+    model, found = at.load(path), []
+    config = at.AdaptTokenConfig.for_model(model.config, **SETTINGS)
+    scan = scanned(model, config, "uniform")
+
+    def answer(plan, tokens, prompts, items, begin):
+        if items[0].video_id in lacking:
+            raise MemoryError("Unable to allocate 900. GiB for an array")
+        return scan(plan, tokens, prompts, items, begin)
+
+    def write(video, records):
+        error = records.samples[0].get("error")
+        found.append(video.id if error is None else f"{video.id}: {error.removeprefix('--mesh: ')[:17]}")
+
+    videos = group_by_video(BENCHMARKS["lvbench"].load(data)[0])
+    word = lambda item, clip: PROMPTS["lvbench"]["lmms-eval"](item, None)
+    ends = len(written) < len(videos)
+    with pytest.raises(UserError, match=r"^--mesh: too little") if ends else contextlib.nullcontext():
+        run_videos(model, videos, word, config, "uniform", write, answerer=answer, **more)
+    assert found == written
 
 
 def test_what_a_replayed_run_could_not_read_is_passed_over(places, tmp_path, capsys):
