@@ -205,7 +205,7 @@ def _hold_against(directory: pathlib.Path, ours: Mapping[str, Any]) -> None:
     for part in ("flags", "config"):
         for name in {**theirs[part], **ours[part]}:
             then, now = theirs[part].get(name), json.loads(json.dumps(ours[part].get(name)))
-            if then != now and name not in _FREE:
+            if then != now and (name not in _FREE or None in (then, now)):  # a run is a replay, or it is none
                 raise UserError(
                     f"--{name}={_shown(now)}: the run in {directory} began with {_shown(then)}; "
                     "give that, or another --workdir"

@@ -116,6 +116,7 @@ def description(**changed):
     [
         (lambda d: d["flags"].update(prompt="qwen"), "--prompt=qwen: the run in .* began with official"),
         (lambda d: d["flags"].update(limit=3), "--limit=3: the run in .* began with nothing"),
+        (lambda d: d["flags"].update(replay="/r"), "--replay=/r: the run in .* began with nothing"),
         (lambda d: d["config"].update(budget=21), "--budget=21: the run in .* began with 20"),
         (lambda d: d["hashes"].update(questions="other"), "--data=/a: not the same questions"),
         (lambda d: d["hashes"].update(model="other"), "--model=/m: not the same model"),
