@@ -30,11 +30,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """
     try:
         rows = _READERS[path.suffix](path)
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # pyarrow's errors and UnicodeDecodeError are ValueErrors too
+    except (OSError, ValueError, RecursionError) as error:  # pyarrow's and UnicodeDecodeError are ValueErrors
         raise UserError(f"{path}: cannot be read ({_one_line(error)}); download it again") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: holds no rows with named columns; download it again")
