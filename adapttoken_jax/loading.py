@@ -82,11 +82,11 @@ def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None, 
         raise UserError(f"--attention={attention}: choose one of {', '.join(ATTENTION)}")
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"model: {path!r} is no path; give a checkpoint's directory")
+    if isinstance(mesh, str):
+        mesh = sharding.MeshShape.parse(mesh)
     path = checkpoint_directory(path)
     config = read_model_config(path)
     tokenizer = ChatTokenizer.from_directory(path)
-    if isinstance(mesh, str):
-        mesh = sharding.MeshShape.parse(mesh)
     if isinstance(mesh, sharding.MeshShape):
         mesh = sharding.make_mesh(mesh)
     if not isinstance(mesh, Mesh | None):

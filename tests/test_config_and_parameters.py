@@ -61,6 +61,8 @@ def test_a_config_that_is_not_supported_says_why(changes, words):
         {"num_hidden_layers": True},
         {"image_token_id": None},
         {"num_attention_heads": 0},
+        {"num_hidden_layers": -1},
+        {"rms_norm_eps": "x"},
         {"text_config": 3},
         {"vision_config": None},
     ],
@@ -69,6 +71,20 @@ def test_a_config_that_is_not_supported_says_why(changes, words):
 def test_a_field_of_the_wrong_kind_is_one_line(changes):
     with pytest.raises(UserError, match=r"^DIR/config\.json: [^\n]*$"):
         model_config(flat(**changes), "DIR/config.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_heads": 0}, {"patch_size": 0}, {"spatial_merge_size": 0}, {"temporal_patch_size": 0}, {"window_size": 0},
+        {"tokens_per_second": "x"}, {"tokens_per_second": -1}, {"fullatt_block_indexes": "x"},
+        {"fullatt_block_indexes": [99]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_field_of_the_vision_tower_that_no_tower_has_is_one_line(changes):
+    with pytest.raises(UserError, match=r"^DIR/config\.json: [^\n]*$"):
+        model_config(flat(vision_config=flat()["vision_config"] | changes), "DIR/config.json")
 
 
 @pytest.mark.parametrize("raw", [None, [], "x"])

@@ -196,7 +196,8 @@ def test_a_mesh_that_does_not_fit_is_one_line_in_every_process(files, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("process", "message"), [("1/1@h:1", "INDEX counts from 0"), ("0/2", "write INDEX/COUNT@HOST:PORT"), ("a", "write")]
+    ("process", "message"),
+    [("1/1@h:1", "INDEX counts from 0"), ("0/2", "write INDEX/COUNT@HOST:PORT"), ("a", "write"), ("", "write")],
 )
 def test_who_a_process_is_must_be_readable(files, capsys, process, message):
     assert cli.main(answer_words(files, process)[1:]) == 2
@@ -206,7 +207,8 @@ def test_who_a_process_is_must_be_readable(files, capsys, process, message):
 
 def test_without_a_cluster_the_message_says_how_to_go_on(files):
     """In a process of its own, as joining must be the first thing that JAX does."""
-    words = [sys.executable, "-m", *answer_words(files, ""), "--distributed"]
+    words = [word for word in answer_words(files, "") if word != "--process="]
+    words = [sys.executable, "-m", *words, "--distributed"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "--distributed: " in done.stderr and "--process=INDEX/COUNT@HOST:PORT" in done.stderr

@@ -299,6 +299,12 @@ def test_a_full_device_is_named():
         file.write(b"x")
 
 
+def test_a_file_that_cannot_be_begun_is_named_as_it_was_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised, atomic_file(tmp_path / "missing" / "r.json"):
+        pass
+    assert raised.value.filename == str(tmp_path / "missing" / "r.json")
+
+
 def test_a_new_file_has_the_usual_permissions(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     with atomic_file(tmp_path / "file") as file:

@@ -273,10 +273,27 @@ def test_an_uncertain_answer_is_withheld(model, plain):
     assert ask(model, limits={"abstain_above": math.inf}).answer == plain.answer
 
 
-@pytest.mark.parametrize("limits", [{"deadline": -1}, {"abstain_above": -0.1}, {"deadline": math.nan}])
+@pytest.mark.parametrize(
+    "limits", [{"deadline": -1}, {"abstain_above": -0.1}, {"deadline": math.nan}, {"deadline": "5"}]
+)
 def test_limits_below_zero_are_refused(model, limits):
-    with pytest.raises(UserError, match=f"--{next(iter(limits))}=.*: must be at least 0"):
+    with pytest.raises(UserError, match=f"--{next(iter(limits))}=.*: must be a number of at least 0"):
         ask(model, limits=limits)
+
+
+def test_arguments_of_another_kind_are_named(model, directory):
+    for words, call in {
+        "model: give what": lambda: at.answer("needle", VIDEO, QUESTION),
+        "question: give a text": lambda: at.answer(model, VIDEO, {"q": QUESTION}),
+        "question: give a text,": lambda: at.answer(model, VIDEO, 5),
+        "config: give an": lambda: at.answer(model, VIDEO, QUESTION, config={"budget": 8}),
+        "model: None is no path": lambda: at.load(None),
+        "mesh: {'data': 1} is no mesh": lambda: at.load(directory, mesh={"data": 1}),
+        "Frames.fps=None": lambda: at.Frames(VIDEO.images, None),
+        "no such file": lambda: at.answer(model, b"no.mp4", QUESTION),
+    }.items():
+        with pytest.raises(UserError, match=words):
+            call()
 
 
 def test_a_target_below_one_group_is_refused():

@@ -40,6 +40,13 @@ def test_an_answer_is_told_even_if_its_report_cannot_be_written(checkpoint, tmp_
     assert out.strip() and err.endswith("adapttoken answer: /dev/full: No space left on device\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_file_that_cannot_be_written_keeps_no_other_back(checkpoint, tmp_path, capsys):
+    video, paths = media.write(tmp_path / "v.mp4", 50), [tmp_path / "r.html", tmp_path / "r.json"]
+    assert answer(checkpoint, video, "--trace=/dev/full", f"--report={paths[0]}", f"--json={paths[1]}") == 2
+    assert "/dev/full" in capsys.readouterr().err and all(path.stat().st_size for path in paths)
+
+
 def test_the_name_of_a_video_need_not_be_utf_8(checkpoint, tmp_path):
     video = media.write(tmp_path / "v.mp4", 50).rename(tmp_path / os.fsdecode(b"caf\xe9.mp4"))
     assert answer(checkpoint, video, f"--report={tmp_path}/r.html", f"--json={tmp_path}/r.json") == 0
