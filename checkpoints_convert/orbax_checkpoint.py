@@ -5,13 +5,16 @@ orbax/                           the nested dictionary of the parameter table, e
 provenance.json                  where the weights come from
 """
 
+import asyncio
 import concurrent.futures
 import contextlib
 import errno
+import logging
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -93,13 +96,37 @@ def read(directory, config: ModelConfig, dtype=None, shardings: dict | None = No
 
 @contextlib.contextmanager
 def _damage_reported(path: pathlib.Path) -> Iterator[None]:
-    """Turns any failure to read into a UserError: Orbax raises plain `Exception` for a damaged file, among others."""
+    """Turns any failure to read into a UserError: Orbax raises plain `Exception` for a damaged file, among others.
+
+    What it logs of it meanwhile, and what its abandoned reads would print, is left out.
+    """
+    log, silent = logging.getLogger("absl"), lambda record: False
+    log.addFilter(silent)
     try:
-        yield
+        with mock.patch.object(asyncio, "new_event_loop", _QuietLoop):
+            yield
     except jax.errors.JaxRuntimeError:  # the devices' failure, such as too little memory, not the checkpoint's
         raise
     except Exception as error:
         raise UserError(f"{path}: incomplete or damaged; convert the source again") from error
+    finally:
+        log.removeFilter(silent)
+
+
+class _QuietLoop(asyncio.SelectorEventLoop):
+    """An event loop for Orbax, which closes it when one of its reads fails and abandons the others."""
+
+    def close(self):
+        """Ends them first: later, when they are collected, each would print a traceback."""
+        if abandoned := asyncio.all_tasks(self):
+            for task in abandoned:
+                task.cancel()
+            self.run_until_complete(asyncio.gather(*abandoned, return_exceptions=True))
+        super().close()
+
+    def call_soon_threadsafe(self, *args, **kwargs):
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and TensorStore's threads still call it
+            return super().call_soon_threadsafe(*args, **kwargs)
 
 
 def _checkpointer(largest: int) -> ocp.Checkpointer:
