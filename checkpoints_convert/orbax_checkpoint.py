@@ -14,7 +14,6 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -102,14 +101,15 @@ def _damage_reported(path: pathlib.Path) -> Iterator[None]:
     """
     log, silent = logging.getLogger("absl"), lambda record: False
     log.addFilter(silent)
+    make, asyncio.new_event_loop = asyncio.new_event_loop, _QuietLoop
     try:
-        with mock.patch.object(asyncio, "new_event_loop", _QuietLoop):
-            yield
+        yield
     except jax.errors.JaxRuntimeError:  # the devices' failure, such as too little memory, not the checkpoint's
         raise
     except Exception as error:
         raise UserError(f"{path}: incomplete or damaged; convert the source again") from error
     finally:
+        asyncio.new_event_loop = make
         log.removeFilter(silent)
 
 
