@@ -14,6 +14,7 @@ import numpy as np
 from adapttoken_jax import needle, report
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import Progress
+from adapttoken_jax.errors import UserError
 from adapttoken_jax.loading import load
 from adapttoken_jax.needle.questions import choice_question
 from adapttoken_jax.pipeline import answer
@@ -50,6 +51,9 @@ def run(directory, frames: int, seed: int, on_progress: Progress | None = None) 
     """
     scene = needle.scene(seed, "test", frames, "pair")
     directory = made_directory("output", directory)
+    for name in ("video.mp4", "report.html", "result.json", "results.json"):
+        if (directory / name).is_dir():
+            raise UserError(f"--output={directory}: {name} in it is a directory; choose another")
     video = needle.write_mp4(scene, directory / "video.mp4", FPS)
     model = load("needle")
     config = AdaptTokenConfig.for_model(model.config, fps=FPS, max_frames=frames)

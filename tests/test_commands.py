@@ -214,3 +214,10 @@ def test_a_demo_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "demo").write_text("")
     _, err = run(capsys, "demo", f"--output={tmp_path / 'demo'}", status=2)
     assert err.count("\n") == 1 and f"--output={tmp_path / 'demo'}: " in err
+
+
+def test_a_demo_whose_files_cannot_be_written_does_nothing(tmp_path, capsys):
+    (tmp_path / "results.json").mkdir()
+    _, err = run(capsys, "demo", f"--output={tmp_path}", "--frames=64", status=2)
+    assert err == f"adapttoken demo: --output={tmp_path}: results.json in it is a directory; choose another\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
