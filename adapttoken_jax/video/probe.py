@@ -145,7 +145,7 @@ def _check_file(path: str) -> None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # a name may hold a character that none can
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        raise UserError(f"{path}: {'no such file' if missing else error}") from None
+        raise UserError(f"{path}: {'no such file' if missing else getattr(error, 'strerror', error)}") from None
     if stat.S_ISDIR(mode):
         raise UserError(f"{path}: is a directory; name a file in it")
     if not stat.S_ISREG(mode):

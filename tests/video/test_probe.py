@@ -225,6 +225,13 @@ def test_mistakes_are_one_line_that_names_the_file(tmp_path):
         assert message.startswith(str(path)) and "\n" not in message, message
 
 
+def test_a_file_that_the_system_refuses_is_named_once(tmp_path):
+    path = str(tmp_path / ("x" * 300))
+    with pytest.raises(UserError) as caught:
+        probe(path)
+    assert str(caught.value) == f"{path}: File name too long"
+
+
 def test_cover_picture_is_not_a_video(tmp_path):
     with pytest.raises(UserError, match="audio only"):
         probe(media.song_with_cover(tmp_path / "song.mp4"))
