@@ -326,7 +326,7 @@ class AdaptTokenConfig:
     )
     stop_agreement: bool = _switch(True, help="lite: the certain groups must agree on the answer")
     stop_gain: float = _number(
-        0.0, low=0.0, help="lite: nats that certainty must gain over the question without the video; 0: off"
+        0.0, low=0.0, high=1e6, help="lite: nats that certainty must gain over the question without the video; 0: off"
     )
     give_up_groups: int = _number(
         0, low=0, high=_INT32, help="lite: stop after this many groups without a more certain one; 0: off"

@@ -472,6 +472,19 @@ def test_the_program_as_a_process():
     assert time.monotonic() - started < 10  # 0.1 s on an idle machine; JAX alone would take longer under load
 
 
+@pytest.mark.parametrize("refusal", [None, PermissionError(13, "Permission denied")])
+def test_a_cache_is_named_where_it_can_be_written_and_else_left_off(tmp_path, monkeypatch, refusal):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if refusal:  # root may write anywhere
+        monkeypatch.setattr(pathlib.Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(refusal))
+    cli._keep_compilations()
+    found = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    assert found == (None if refusal else str(tmp_path / "cache" / "adapttoken-jax"))
+
+
 # What is printed
 
 
@@ -592,6 +605,7 @@ def test_a_dry_run_shows_what_would_be_done_and_needs_neither_weights_nor_questi
         ({"stop_calibration": "", "method": "lite"}, "--stop_calibration=: the name is empty"),
         ({"process": ""}, "--process=: write INDEX/COUNT@HOST:PORT"),
         ({"stop_entropy": 1e300}, "--stop_entropy=1e+300: must be at most"),
+        ({"stop_gain": 1e300}, "--stop_gain=1e+300: must be at most"),
         ({"sampling_temperature": 1e300}, "--sampling_temperature=1e+300: must be at most"),
         ({"reference_layer": 4}, "--reference_layer=4: the model has layers 0 to 3"),
         ({"slots_per_group": 4, "budget": 40, "min_tokens_per_group": 9}, "--budget=40"),
