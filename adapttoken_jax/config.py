@@ -135,19 +135,37 @@ _TOKEN_IDS = {
 
 def _model_config(raw, text, vision, source) -> ModelConfig:
     _check_supported(text, vision, source)
+    _check_values(raw, text, vision, source)
     tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     token_ids = {field: raw[key] for field, key in _TOKEN_IDS.items() if key in raw}
-    found = ModelConfig(_vision_config(vision), _text_config(text, tied, source), **token_ids)
-    for part in (found, found.vision, found.text):
-        for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            kinds = {int: (int,), float: (int, float)}.get(field.type)
-            if kinds and not (type(value) in kinds and (0 < value < math.inf or field.name in _TOKEN_IDS)):
-                raise TypeError(f"{value!r} for the {field.name}")
-    layers = found.vision.full_attention_layers
-    if not all(type(layer) is int and 0 <= layer < found.vision.layers for layer in layers):
-        raise ValueError(f"{list(layers)} for the full_attention_layers")
-    return found
+    return ModelConfig(_vision_config(vision), _text_config(text, tied, source), **token_ids)
+
+
+# Keys whose values are above 0 where they are given: whole numbers, other numbers, and those that may be null.
+_WHOLE = {
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "vocab_size", "depth", "num_heads", "out_hidden_size", "patch_size", "temporal_patch_size"),
+    *("spatial_merge_size", "window_size", "in_channels", "in_chans"),
+}
+_NUMBERS = {"rms_norm_eps", "rope_theta", "tokens_per_second"}
+_NULLABLE = {"num_key_value_heads", "head_dim", "rope_theta"}
+
+
+def _check_values(raw, text, vision, source) -> None:
+    parts = (("", text), ("", _rope(text)), ("vision_config.", vision), ("vision_config.", _rope(vision)))
+    for place, part in parts:
+        for key in sorted(part.keys() & (_WHOLE | _NUMBERS)):
+            value, kinds = part[key], (int,) if key in _WHOLE else (int, float)
+            valid = key in _NULLABLE if value is None else type(value) in kinds and 0 < value < math.inf
+            if not valid:
+                kind = "a whole number" if key in _WHOLE else "a number"
+                raise UserError(f"{source}: {place}{key} is {value!r}; it must be {kind} above 0")
+    for key in _TOKEN_IDS.values():
+        if type(raw.get(key, 0)) is not int:
+            raise UserError(f"{source}: {key} is {raw[key]!r}; it must be a whole number")
+    key, depth = "fullatt_block_indexes", range(vision["depth"])
+    if not (isinstance(vision[key], list) and all(type(layer) is int and layer in depth for layer in vision[key])):
+        raise UserError(f"{source}: vision_config.{key} is {vision[key]!r}; it must list layers below {len(depth)}")
 
 
 def _rope(text) -> dict:

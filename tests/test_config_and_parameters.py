@@ -61,8 +61,6 @@ def test_a_config_that_is_not_supported_says_why(changes, words):
         {"num_hidden_layers": True},
         {"image_token_id": None},
         {"num_attention_heads": 0},
-        {"num_hidden_layers": -1},
-        {"rms_norm_eps": "x"},
         {"text_config": 3},
         {"vision_config": None},
     ],
@@ -82,9 +80,20 @@ def test_a_field_of_the_wrong_kind_is_one_line(changes):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_field_of_the_vision_tower_that_no_tower_has_is_one_line(changes):
-    with pytest.raises(UserError, match=r"^DIR/config\.json: [^\n]*$"):
+def test_a_field_of_the_vision_tower_that_no_tower_has_is_named(changes):
+    with pytest.raises(UserError, match=rf"^DIR/config\.json: vision_config\.{next(iter(changes))} is .*; it must "):
         model_config(flat(vision_config=flat()["vision_config"] | changes), "DIR/config.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_hidden_layers": -1}, {"rms_norm_eps": "x"}, {"hidden_size": True}, {"rope_theta": "x"}, {"head_dim": 1.5},
+     {"vision_start_token_id": "x"}, {"num_key_value_heads": 0}, {"vocab_size": None}],
+    ids=str,
+)  # fmt: skip
+def test_a_field_of_the_decoder_that_no_decoder_has_is_named(changes):
+    with pytest.raises(UserError, match=rf"^DIR/config\.json: {next(iter(changes))} is .*; it must be a"):
+        model_config(flat(**changes), "DIR/config.json")
 
 
 @pytest.mark.parametrize("raw", [None, [], "x"])
