@@ -121,7 +121,7 @@ def answer(
     """
     begin = time.perf_counter()
     single = question is None or isinstance(question, (str, Ask))
-    _check_kinds(model, question, config, single)
+    _check_kinds(model, question, options, config, single)
     questions = [question] if single else list(question)
     choices = [options] if single else list(() if options is None else options) or [None] * len(questions)
     if not questions or len(choices) != len(questions):
@@ -144,11 +144,13 @@ def answer(
     return results[0] if single else results
 
 
-def _check_kinds(model, question, config, single: bool) -> None:
+def _check_kinds(model, question, options, config, single: bool) -> None:
     if not isinstance(model, Model):
         raise UserError("model: give what adapttoken_jax.load returns")
     if not (single or isinstance(question, Sequence)):
         raise UserError("question: give a text, an Ask, or a list of them")
+    if not (single or isinstance(options, Sequence | None)):
+        raise UserError("options: give a list with one entry per question")
     if not isinstance(config, AdaptTokenConfig | None):
         raise UserError("config: give an adapttoken_jax.AdaptTokenConfig")
 

@@ -259,7 +259,7 @@ def build_prompt(
     else:
         ask = plain_ask(question, options, system)
     letters = tuple(string.ascii_uppercase[: len(ask.options)])
-    for name, text in (("system", ask.system), ("begin", ask.begin)):
+    for name, text in (("system", ask.system or ""), ("begin", ask.begin)):
         _check_characters(name, text)
     span, text_ids = _text_ids(tokenizer, ask)
     turn_end = [tokenizer.im_end, *tokenizer.encode("\n")]
@@ -292,15 +292,17 @@ def check_question(question: str, options: Sequence[str] | None = None) -> None:
         _check_characters("--question" if text is question else "--option", text)
 
 
-def _check_characters(name: str, text: str | None) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text or ""):
+def _check_characters(name: str, text: str) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"{name}: {text!r} is no text")
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{name}: the text is not valid UTF-8")
 
 
 def _texts(options: Iterable[str] | None) -> tuple[str, ...]:
     if isinstance(options, str):  # a sequence of letters, each of which would become an option
         raise UserError(f"options: {options!r} is one text; give a list of texts, one list per question")
-    if isinstance(options, Mapping | Set):  # their order is not the letters'
+    if not isinstance(options, Iterable | None) or isinstance(options, Mapping | Set):  # of which no order is meant
         raise UserError("options: give a list of texts, in the order of their letters")
     texts = () if options is None else tuple(options)
     for text in texts:
@@ -310,6 +312,8 @@ def _texts(options: Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _check_ask(ask: Ask, options: Sequence[str] | None, system: str | None) -> None:
+    for name in ("before", "after"):
+        _check_characters(name, getattr(ask, name))
     for text in (ask.question, ask.text):
         check_question(text, ask.options)
     if _texts(options) or system is not None:

@@ -147,6 +147,10 @@ def test_the_projects_own_wording_is_one_ask_among_others(chat):
         (Ask("Where?"), {"system": "Be brief."}, "brings its own options"),
         (Ask("", before="Look."), {}, "question is empty"),
         (Ask("Where?", before="\ud800"), {}, "UTF-8"),
+        (Ask("Where?", before=None), {}, "before: None is no text"),
+        (Ask("Where?", after=5), {}, "after: 5 is no text"),
+        (Ask("Where?", begin=None), {}, "begin: None is no text"),
+        (Ask("Where?", system=5), {}, "system: 5 is no text"),
     ],
 )
 def test_a_bad_ready_text_is_a_user_error(chat, ask, given, words):
@@ -187,6 +191,7 @@ def test_twenty_six_options_have_letters_to_z(chat):
         ("Which?", (option for option in ("red", None)), "None is no text; give a list of texts"),
         ("Which?", {"A": "red", "B": "blue"}, "in the order of their letters"),
         ("Which?", {"red", "blue"}, "in the order of their letters"),
+        ("Which?", 5, "in the order of their letters"),
         (Ask("Which?", system="\udcff"), None, "system: the text is not valid UTF-8"),
         (Ask("Which?", begin="\udcff"), None, "begin: the text is not valid UTF-8"),
         ("Which?", ["red", "  "], "option B is empty"),

@@ -286,6 +286,7 @@ def test_arguments_of_another_kind_are_named(model, directory):
         "model: give what": lambda: at.answer("needle", VIDEO, QUESTION),
         "question: give a text": lambda: at.answer(model, VIDEO, {"q": QUESTION}),
         "question: give a text,": lambda: at.answer(model, VIDEO, 5),
+        "options: give a list with one": lambda: at.answer(model, VIDEO, [QUESTION], {QUESTION: None}),
         "config: give an": lambda: at.answer(model, VIDEO, QUESTION, config={"budget": 8}),
         "model: None is no path": lambda: at.load(None),
         "mesh: {'data': 1} is no mesh": lambda: at.load(directory, mesh={"data": 1}),
