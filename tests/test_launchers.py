@@ -35,6 +35,7 @@ def test_help_is_no_failure(name):
         ("scaling", ["--frames="], "--frames=: give numbers of at least 1"),
         ("calibrate_stop", ["--needle", "--log=log", "--thresholds="], "--thresholds=: give numbers of at least 0"),
         ("calibrate_stop", ["--needle", "--log=log", "--alpha=2"], "--alpha=2.0: must lie between 0 and 1"),
+        ("load_memory", ["--flagfile={zero}"], "--workdir=a\0b: holds a zero byte"),
         ("load_memory", ["--workdir=/proc/x"], "--workdir=/proc/x: No such file or directory; choose a directory"),
         ("needle_benchmark", ["--output=/proc/x"], "--output=/proc/x: No such file or directory; choose a directory"),
         ("train_needle", ["--workdir=/proc/x"], "--workdir=/proc/x: No such file or directory; choose a directory"),
@@ -46,8 +47,9 @@ def test_help_is_no_failure(name):
         ("table", ["/proc/x"], "/proc/x: no run.json"),
     ],
 )
-def test_a_mistake_is_one_line(name, argv, words):
-    done = run(name, *argv)
+def test_a_mistake_is_one_line(tmp_path, name, argv, words):
+    (tmp_path / "zero").write_text("--workdir=a\0b\n")  # which no argument can hold
+    done = run(name, *(word.format(zero=tmp_path / "zero") for word in argv))
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"{name}: {words}")
 

@@ -34,15 +34,6 @@ class _Number(flags.ArgumentParser):
         return value
 
 
-class _Text(flags.ArgumentParser):
-    """Any text that can be a name of a file."""
-
-    def parse(self, argument):
-        if "\0" in argument:
-            raise ValueError("holds a zero byte")
-        return argument
-
-
 class _Choice(flags.ArgumentParser):
     """One of a few words."""
 
@@ -86,7 +77,7 @@ class Flag:
             parser = _Number(self.kind, self.low, self.high)
             flags.DEFINE(parser, self.name, self.default, self.help, flag_values=values)
         else:
-            flags.DEFINE(_Text(), self.name, self.default, self.help, flag_values=values)
+            flags.DEFINE_string(self.name, self.default, self.help, flag_values=values)
 
     def usage(self) -> str:
         """The flag as the help text's left column shows it."""
@@ -204,7 +195,7 @@ def read_flags(program: str, values: flags.FlagValues, argv: Sequence[str]) -> l
     """
     values.set_gnu_getopt(True)
     try:
-        return values([program, *argv])[1:]
+        words = values([program, *argv])[1:]
     except flags.UnrecognizedFlagError as error:
         near = difflib.get_close_matches(error.flagname, list(values), 1)
         meant = f"did you mean --{near[0]}?" if near else f"see {program} --help"
@@ -213,6 +204,11 @@ def read_flags(program: str, values: flags.FlagValues, argv: Sequence[str]) -> l
         raise UserError(_flag_error(error)) from None
     except UnicodeDecodeError:
         raise UserError("--flagfile: the file is not UTF-8 text; save it as UTF-8") from None
+    for name in values:
+        value = values[name].value
+        if isinstance(value, str) and "\0" in value:  # a flag file can hold what no name of a file can
+            raise UserError(f"--{name}={value}: holds a zero byte")
+    return words
 
 
 def _flag_error(error: flags.Error) -> str:
