@@ -23,7 +23,7 @@ from absl import flags
 from tqdm import tqdm
 
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.evaluation.journal import Journal, read_lines
+from adapttoken_jax.journal import Journal, read_lines
 from adapttoken_jax.needle import training
 from adapttoken_jax.needle.clips import ClipMaker, ClipSettings
 from adapttoken_jax.needle.export import export

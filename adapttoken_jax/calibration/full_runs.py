@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.evaluation.journal import Journal, json_line
+from adapttoken_jax.journal import Journal, json_line
 
 LOG_VERSION = 1
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adapttoken_jax.benchmarks import SCORERS, Item
-from adapttoken_jax.evaluation.journal import json_line
+from adapttoken_jax.journal import json_line
 from adapttoken_jax.result import atomic_file
 
 _Pairs = Sequence[tuple[Item, Mapping[str, Any]]]  # the answered questions and their samples

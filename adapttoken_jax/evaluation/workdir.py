@@ -24,8 +24,8 @@ from typing import Any
 import jax
 
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.evaluation.journal import Journal, json_line, read_lines
 from adapttoken_jax.evaluation.runner import Records, Video
+from adapttoken_jax.journal import Journal, json_line, read_lines
 from adapttoken_jax.result import atomic_file, git_commit, library_versions, made_directory, partial_path
 
 # What of a journal's records is read again; a sample also says why there is no answer, or what the answer took.

@@ -9,8 +9,8 @@ import pytest
 from adapttoken_jax.benchmarks import Item
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import workdir
-from adapttoken_jax.evaluation.journal import Journal, read_lines
 from adapttoken_jax.evaluation.runner import Records, group_by_video, shard
+from adapttoken_jax.journal import Journal, read_lines
 
 
 def items(videos=3, questions=2):
