@@ -119,15 +119,11 @@ def answer(
     Raises:
       UserError: something about the video, the question or the settings that the user can mend.
     """
-    begin = time.perf_counter()
-    single = question is None or isinstance(question, (str, Ask))
-    _check_kinds(model, question, options, config, single)
-    questions = [question] if single else list(question)
-    choices = [options] if single else list(() if options is None else options) or [None] * len(questions)
-    if not questions or len(choices) != len(questions):
-        raise UserError(f"options: give one entry per question ({len(questions)}), None for an open one")
+    begin, single = time.perf_counter(), question is None or isinstance(question, (str, Ask))
+    _check_kinds(model, config)
     config = AdaptTokenConfig.for_model(model.config) if config is None else config.resolve(model.config)
-    prompts = [build_prompt(model.tokenizer, q, o, system) for q, o in zip(questions, choices, strict=True)]
+    asked = [(question, options)] if single else _paired(question, options)
+    prompts = [build_prompt(model.tokenizer, each, choices, system) for each, choices in asked]
     _check_limits(abstain_above, deadline)
     check_feature_cache(feature_cache, trace)
     if loop not in LOOPS:
@@ -144,15 +140,23 @@ def answer(
     return results[0] if single else results
 
 
-def _check_kinds(model, question, options, config, single: bool) -> None:
+def _check_kinds(model, config) -> None:
     if not isinstance(model, Model):
         raise UserError("model: give what adapttoken_jax.load returns")
-    if not (single or isinstance(question, Sequence)):
-        raise UserError("question: give a text, an Ask, or a list of them")
-    if not (single or isinstance(options, Sequence | None)):
-        raise UserError("options: give a list with one entry per question")
     if not isinstance(config, AdaptTokenConfig | None):
         raise UserError("config: give an adapttoken_jax.AdaptTokenConfig")
+
+
+def _paired(questions, options) -> list[tuple]:
+    """Each of a list of questions, with its options."""
+    if not isinstance(questions, Sequence):
+        raise UserError("question: give a text, an Ask, or a list of them")
+    if not isinstance(options, Sequence | None):
+        raise UserError("options: give a list with one entry per question")
+    options = options or [None] * len(questions)
+    if not questions or len(options) != len(questions):
+        raise UserError(f"options: give one entry per question ({len(questions)}), None for an open one")
+    return list(zip(questions, options, strict=True))
 
 
 def _check_limits(abstain_above: float | None, deadline: float | None) -> None:
