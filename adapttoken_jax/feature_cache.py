@@ -5,12 +5,15 @@ it and their size, the weights of the vision tower, the number format, the kind 
 much is computed at once, and the libraries' versions.
 It holds the slots that have been encoded so far, so a scan that stopped early leaves what it has. Entries are replaced
 as a whole under a temporary name: nobody reads half of one, and of several writers the last one stays.
+
+An entry is a zip of plain bytes: NumPy reads its own files with `ast`, which Python 3.11 cannot use in several threads.
 """
 
 import hashlib
 import os
 import pathlib
 import sys
+import zipfile
 
 import jax
 import numpy as np
@@ -21,6 +24,7 @@ from adapttoken_jax.result import atomic_file, library_versions, made_directory
 from adapttoken_jax.video import PRESETS, Clip
 
 _VERSION = 3  # 1: pixels were normalised on the host, which rounds otherwise; 2: on whatever devices
+_SLOT = np.dtype("<i4")
 
 
 class FeatureCache:
@@ -41,7 +45,7 @@ class FeatureCache:
         digest = hashlib.sha256(f"{_VERSION} {self._model} {_content_hash(clip)}".encode())
         digest.update(f"{clip.height} {clip.width} {PRESETS[clip.preset].resizer}".encode())
         digest.update(clip.slot_frames.tobytes())
-        return Entry(self._directory / f"{digest.hexdigest()[:40]}.npz")
+        return Entry(self._directory / f"{digest.hexdigest()[:40]}.zip")
 
 
 class Entry:
@@ -57,13 +61,14 @@ class Entry:
         """
         there = np.zeros(len(features), bool)
         try:
-            with np.load(self.path, allow_pickle=False) as content:
-                slots, values = content["slots"], content["features"]
-            features[slots] = values.view(features.dtype)
+            with zipfile.ZipFile(self.path) as content:
+                slots = np.frombuffer(content.read("slots"), _SLOT)
+                values = np.frombuffer(content.read("features"), features.dtype)
+            features[slots] = values.reshape(len(slots), *features.shape[1:])
             there[slots] = True
         except FileNotFoundError:
             pass
-        except Exception as error:  # NumPy and zip, which checks a sum over each array, have many for changed bytes
+        except Exception as error:  # of which changed bytes give many; zip checks a sum over each array
             print(f"{self.path}: damaged ({error}); its features are computed again", file=sys.stderr)
         return there
 
@@ -71,8 +76,9 @@ class Entry:
         """Replaces the entry by the slots that are `there`; a full disk or memory costs no more than the entry."""
         try:
             known = features if there.all() else features[there]
-            with atomic_file(self.path) as file:
-                np.savez(file, slots=np.flatnonzero(there), features=known.view(np.uint8))
+            with atomic_file(self.path) as file, zipfile.ZipFile(file, "w") as content:
+                content.writestr("slots", np.flatnonzero(there).astype(_SLOT).tobytes())
+                content.writestr("features", np.ascontiguousarray(known).reshape(-1).view(np.uint8))
         except (OSError, MemoryError) as error:
             why = getattr(error, "strerror", None) or "too little memory"
             print(f"{self.path}: not written ({why}); the features are not kept", file=sys.stderr)
