@@ -13,12 +13,12 @@ import numpy as np
 
 from adapttoken_jax import needle, report
 from adapttoken_jax.config import AdaptTokenConfig
-from adapttoken_jax.encoding import Progress
+from adapttoken_jax.encoding import OnProgress
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.loading import load
 from adapttoken_jax.needle.questions import choice_question
 from adapttoken_jax.pipeline import answer
-from adapttoken_jax.result import Result, atomic_file, made_directory, write_result
+from adapttoken_jax.result import Result, made_directory, write_result, write_text
 
 METHODS = ("uniform", "flexselect", "adapttoken", "lite")
 FPS = 4.0
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
     needles: tuple[needle.Needle, ...]
 
 
-def run(directory, frames: int, seed: int, on_progress: Progress | None = None) -> list[dict]:
+def run(directory, frames: int, seed: int, on_progress: OnProgress | None = None) -> list[dict]:
     """Makes the video, answers every question by every method and writes what came of it.
 
     Args:
@@ -112,5 +112,4 @@ def _entry(model, video, question: Asked, result: Result) -> report.ReportEntry:
 
 def _write_all(path: pathlib.Path, rows: list[dict], results: Iterable[Result]) -> None:
     content = {"rows": rows, "results": [result.to_dict() for result in results]}
-    with atomic_file(path) as file:
-        file.write(json.dumps(content, allow_nan=False).encode("utf-8"))
+    write_text(path, json.dumps(content, allow_nan=False))

@@ -24,7 +24,7 @@ import numpy as np
 from adapttoken_jax import sharding
 from adapttoken_jax.compilation import compiled
 from adapttoken_jax.config import AdaptTokenConfig
-from adapttoken_jax.encoding import Progress, VisualTokens
+from adapttoken_jax.encoding import OnProgress, VisualTokens
 from adapttoken_jax.loading import Model
 from adapttoken_jax.passes import GPU_OPTIONS, TPU_OPTIONS, PassSpec, PromptBatch, exact, prompts_pass
 from adapttoken_jax.prompt import Prompt
@@ -96,7 +96,7 @@ def visit_groups(
     config: AdaptTokenConfig,
     stop: Stopping | None = None,
     time_is_up: Callable[[], bool] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Scan]:
     """Steps 3 to 7 as `scan.visit_groups`, same arguments and results; progress is reported per chunk.
 

@@ -13,7 +13,7 @@ import numpy as np
 from adapttoken_jax.geometry import bucket, round_up
 from adapttoken_jax.run import Run, Selected
 from adapttoken_jax.scan import context_size
-from adapttoken_jax.selection import adaptive_temperature, compiled, coverage_count
+from adapttoken_jax.selection import budget_temperature, compiled, coverage_count
 from adapttoken_jax.survivors import relevance_of
 
 _MANY_SLOTS = 8192  # two and a quarter hours at two slots a second
@@ -33,7 +33,7 @@ def select(run: Run) -> tuple[Selected, jax.Array]:
         kept = found.free
         if not equal:
             similar = features if config.similarity == "projector" else _padded(_hidden(run, candidates), most)
-            positions = np.column_stack([run.video.slot_times[candidates[:, 0]], candidates[:, 1:]])
+            positions = np.column_stack([run.plan.clip.slot_times[candidates[:, 0]], candidates[:, 1:]])
             kept = compiled.remove_redundant(
                 similar.astype(np.float32), _padded(positions, most), found, numbers.scale, kernel=config.proximity
             )
@@ -70,10 +70,9 @@ def _numbers(run: Run) -> compiled.Numbers:
     if run.method == "flexselect":
         over_selection, temperature, minimum = 1.0, 1.0, 0
     else:
-        over_selection, temperature, minimum = config.over_selection, config.temperature, config.min_tokens_per_group
-        if config.temperature_target:
-            certainty = [v.reply.certainty for v in sorted(run.scan.visits, key=lambda v: v.index)]
-            temperature = adaptive_temperature(certainty, config.temperature_target)
+        certainty = [v.reply.certainty for v in sorted(run.scan.visits, key=lambda v: v.index)]
+        temperature = budget_temperature(certainty, config.temperature, config.temperature_target)
+        over_selection, minimum = config.over_selection, config.min_tokens_per_group
     whole, real = np.int32, np.float64
     return compiled.Numbers(
         whole(config.budget), real(over_selection), real(temperature), whole(minimum), real(config.proximity_scale)
@@ -83,13 +82,13 @@ def _numbers(run: Run) -> compiled.Numbers:
 def _coordinates(run: Run, places: np.ndarray, padding: int) -> np.ndarray:
     """(slot, row, column), int64[n, 3], of places in the video's order; padding is left out."""
     slot, token = np.divmod(places[places < padding].astype(np.int64), run.video.per_slot)
-    row, col = np.divmod(token, run.plan.clip.grid[2] // run.video.merge)
+    row, col = np.divmod(token, run.plan.clip.token_grid[1])
     return np.stack([slot, row, col], 1)
 
 
 def _hidden(run: Run, candidates: np.ndarray) -> np.ndarray:
     """Hidden states [n, D] of the candidates at the reference layer."""
-    M, cols = run.video.per_slot, run.plan.clip.grid[2] // run.video.merge
+    M, cols = run.video.per_slot, run.plan.clip.token_grid[1]
     where = {int(slot): (visit, i * M) for visit in run.scan.visits for i, slot in enumerate(visit.slots)}
     return np.stack([where[s][0].hidden[where[s][1] + r * cols + c] for s, r, c in candidates.tolist()])
 

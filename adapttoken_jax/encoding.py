@@ -33,7 +33,7 @@ _PATCHES_PER_CHUNK = 16384
 _PATCHES_PER_GPU_CHUNK = 32768
 _SLOTS_PER_CHUNK = 64
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
+OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,6 @@ class VisualTokens:
       features: [T, M, D], in the model's type, M in raster order of the merged grid. Rows of slots that `ensure` has
         not been asked for may not have been computed yet.
       clip: where they come from.
-      merge: patches per token side.
-      tokens_per_second: temporal M-RoPE ids per second.
       patches: float32[T h w, 1176] as fed to the vision tower, if they were kept.
       seconds: spent so far, see `SlotEncoder`.
       source: what encodes slots that are still missing; None if there are none.
@@ -53,8 +51,6 @@ class VisualTokens:
 
     features: np.ndarray
     clip: Clip
-    merge: int
-    tokens_per_second: float
     patches: np.ndarray | None
     seconds: dict[str, float]
     source: "SlotEncoder | None" = None
@@ -78,15 +74,9 @@ class VisualTokens:
         """M, visual tokens per slot."""
         return self.features.shape[1]
 
-    @property
-    def slot_times(self) -> np.ndarray:
-        """Time of each slot's first frame, seconds."""
-        return self.clip.slot_times
-
     def coordinates(self, slots) -> np.ndarray:
         """(slot, row, column) of every token of `slots`, int64[len(slots) M, 3]."""
-        cols = self.clip.grid[2] // self.merge
-        row, col = np.divmod(np.arange(self.per_slot), cols)
+        row, col = np.divmod(np.arange(self.per_slot), self.clip.token_grid[1])
         slot = np.repeat(np.asarray(slots, np.int64), self.per_slot)
         return np.stack([slot, np.tile(row, len(slots)), np.tile(col, len(slots))], 1)
 
@@ -94,7 +84,7 @@ class VisualTokens:
         """Features [n, D] of tokens given by (slot, row, column), which are encoded first if need be."""
         slot, row, col = coordinates.T
         self.ensure(np.unique(slot))
-        return self.features[slot, row * (self.clip.grid[2] // self.merge) + col]
+        return self.features[slot, row * self.clip.token_grid[1] + col]
 
     def read_slots(self, slots: Sequence[int], out: np.ndarray) -> None:
         """Copies the features of whole slots, which are encoded already, to out[len(slots) M, D]."""
@@ -110,7 +100,8 @@ class VisualTokens:
         seconds = self.clip.seconds_per_slot
         if renumber:
             slot, seconds = np.unique(slot, return_inverse=True)[1], 1.0
-        return token_position_ids(start, time_ids(slot, seconds, self.tokens_per_second), row, col)
+        times = time_ids(slot, seconds, self.clip.vision.tokens_per_second)
+        return token_position_ids(start, times, row, col)
 
 
 class SlotEncoder:
@@ -140,7 +131,7 @@ class SlotEncoder:
         clip: Clip,
         order: Sequence[Part],
         keep_patches: bool = False,
-        on_progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
         chunks: Iterable | None = None,
         entry: Entry | None = None,
     ):
@@ -225,32 +216,25 @@ class SlotEncoder:
 
 @contextlib.contextmanager
 def stream_video(
-    model: Model, clip: Clip, order: Sequence[Part], on_progress: Progress | None = None, entry: Entry | None = None
+    model: Model, clip: Clip, order: Sequence[Part], on_progress: OnProgress | None = None, entry: Entry | None = None
 ) -> Iterator[VisualTokens]:
     """Visual tokens that are decoded and encoded when they are asked for; leaving the block ends that."""
     with SlotEncoder(model, clip, order, on_progress=on_progress, entry=entry) as source:
-        yield _visual_tokens(model, clip, source, None, source)
+        yield VisualTokens(source.features, clip, None, source.seconds, source)
 
 
 def encode_video(
     model: Model,
     clip: Clip,
     keep_patches: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     chunks: Iterable | None = None,
 ) -> VisualTokens:
     """Encodes every slot of a clip in one pass over the file; the arguments are those of `SlotEncoder`."""
     with SlotEncoder(model, clip, one_pass(clip), keep_patches, on_progress, chunks) as done:
         done.encode(np.arange(clip.grid[0]))
     patches = [normalised(each).reshape(-1, each.shape[-1]) for each in done.patches]
-    return _visual_tokens(model, clip, done, np.concatenate(patches) if keep_patches else None)
-
-
-def _visual_tokens(model, clip, encoder, patches, source=None) -> VisualTokens:
-    vision = model.config.vision
-    return VisualTokens(
-        encoder.features, clip, vision.merge, vision.tokens_per_second, patches, encoder.seconds, source
-    )
+    return VisualTokens(done.features, clip, np.concatenate(patches) if keep_patches else None, done.seconds)
 
 
 def chunk_slots(model: Model, clip: Clip) -> int:

@@ -1,4 +1,4 @@
-"""The two compiled programs of the method: encode some slots, and run a batch of prompts.
+"""The model's two compiled programs: encode some slots, and run a batch of prompts.
 
 A group pass and the final pass are the same program: a context of prompt prefix and visual tokens, then every question
 against it. Shapes are static: visual tokens, questions' suffixes and answers are padded, and padding changes nothing.
@@ -132,8 +132,8 @@ def exact(function):
 
     @functools.wraps(function)
     def traced(model, *args, **kwargs):
-        exact = model.text.embedding.dtype == jnp.float32
-        with jax.default_matmul_precision("highest" if exact else "default"):
+        wide = model.text.embedding.dtype == jnp.float32
+        with jax.default_matmul_precision("highest" if wide else "default"):
             return function(model, *args, **kwargs)
 
     return traced

@@ -18,7 +18,7 @@ import numpy as np
 
 from adapttoken_jax import device_scan, device_survivors, memory, result, scan
 from adapttoken_jax.config import METHODS, AdaptTokenConfig, ModelConfig, read_model_config
-from adapttoken_jax.encoding import Progress, VisualTokens, encode_video, stream_video
+from adapttoken_jax.encoding import OnProgress, VisualTokens, encode_video, stream_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.feature_cache import FeatureCache
 from adapttoken_jax.loading import Model
@@ -91,7 +91,7 @@ def answer(
     deadline: float | None = None,
     feature_cache: str | os.PathLike | FeatureCache | None = None,
     loop: str = "device",
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> result.Result | list[result.Result]:
     """Answers a question about a video, or several in one scan.
 
@@ -204,7 +204,7 @@ def scan_video(
     config: AdaptTokenConfig,
     method: str,
     time_is_up: Callable[[], bool] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     loop: str = "device",
 ) -> list[Run]:
     """Steps 3 to 7 for all questions of a video: one `Run` each, ready for `conclude`. `loop` is one of `LOOPS`.

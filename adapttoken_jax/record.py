@@ -71,7 +71,7 @@ def _group_results(run: Run, selected: Selected) -> list[result.GroupResult]:
     kept = np.bincount([group_of_slot[int(s)] for s in selected.tokens[:, 0]] if group_of_slot else [],
                        minlength=len(run.plan.groups))  # fmt: skip
     return [
-        result.GroupResult(index=g, slots=slots, times_s=run.video.slot_times[slots], visited=g in visits,
+        result.GroupResult(index=g, slots=slots, times_s=run.plan.clip.slot_times[slots], visited=g in visits,
                            selected=int(kept[g]), **_visited(run, selected, visits.get(g)))
         for g, slots in enumerate(run.plan.groups)
     ]  # fmt: skip

@@ -406,6 +406,12 @@ def atomic_file(path) -> Iterator[typing.BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path, text: str) -> None:
+    """Replaces a file by this text, in UTF-8; see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
 def partial_path(path: pathlib.Path) -> pathlib.Path:
     """A name beside a file under which to write it first: no other process has it, on no host and in no container.
 
@@ -445,17 +451,4 @@ def naming(path, partial=None) -> Iterator[None]:
 
 def write_result(path, result: Result) -> None:
     """Writes `result.json` to `path`."""
-    with atomic_file(path) as file:
-        file.write(result.to_json().encode("utf-8"))
-
-
-def read_result(path) -> Result:
-    """Reads a `result.json`.
-
-    Raises:
-      UserError: no such file, or what `Result.from_json` refuses.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    return Result.from_json(path.read_text(encoding="utf-8"), str(path))
+    write_text(path, result.to_json())

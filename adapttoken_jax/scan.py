@@ -15,7 +15,7 @@ import numpy as np
 
 from adapttoken_jax import sharding
 from adapttoken_jax.config import AdaptTokenConfig
-from adapttoken_jax.encoding import Progress, VisualTokens
+from adapttoken_jax.encoding import OnProgress, VisualTokens
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.geometry import bucket, round_up, text_start
 from adapttoken_jax.loading import Model
@@ -123,7 +123,7 @@ class ScanLog:
                 self.visits[q].append(visit)
                 self.reasons[q] = self.stop.reason(q, self.visits[q]) if self.stop else ""
 
-    def after_wave(self, time_is_up: Callable[[], bool] | None, on_progress: Progress | None) -> None:
+    def after_wave(self, time_is_up: Callable[[], bool] | None, on_progress: OnProgress | None) -> None:
         """Reports progress, and stops every question if the time is up."""
         if on_progress:
             on_progress("groups", max(len(v) for v in self.visits), len(self.groups))
@@ -154,7 +154,7 @@ def visit_groups(
     config: AdaptTokenConfig,
     stop: Stopping | None = None,
     time_is_up: Callable[[], bool] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Scan]:
     """Steps 3 to 7: every question on every group, until all have stopped or the time is up.
 
@@ -170,7 +170,7 @@ def visit_groups(
     log = ScanLog.start(video, prompts, config, stop)
     order = iter(visiting_order(len(log.groups), config.group_order))
     while not log.done and (wave := list(itertools.islice(order, model.wave))):
-        contexts = [group_context(video, log.groups[g], prompts, config) for g in wave]
+        contexts = [group_context(video, log.groups[g], prompts[0], config) for g in wave]
         # A short wave repeats its last group, so that every wave has the same shape.
         contexts += [contexts[-1]] * (model.wave - len(contexts))
         batch = prompt_batch(model, video, contexts, prompts, config, config.slots_per_group * video.per_slot)
@@ -196,9 +196,9 @@ def agreed_answer(model: Model, prompt: Prompt, reply: Reply) -> str | None:
     return option or text.casefold() or None
 
 
-def group_context(video: VisualTokens, slots, prompts: list[Prompt], config: AdaptTokenConfig) -> ContextTokens:
+def group_context(video: VisualTokens, slots, prompt: Prompt, config: AdaptTokenConfig) -> ContextTokens:
     """The visual tokens of one group, as if it were a short video."""
-    ids = group_position_ids(video, slots, prompts[0], config)
+    ids = group_position_ids(video, slots, prompt, config)
     return ContextTokens(video.gather(video.coordinates(slots)), ids)
 
 
@@ -258,15 +258,19 @@ def suffix_start(visual_ids: np.ndarray, prompt: Prompt, config: AdaptTokenConfi
     if visual_ids.shape[1] == 0:
         return len(prompt.prefix_ids)
     _, height, width = video.clip.grid
-    return text_start(config.mrope, len(prompt.prefix_ids), visual_ids, height, width, video.merge)
+    return text_start(config.mrope, len(prompt.prefix_ids), visual_ids, height, width, video.clip.vision.merge)
 
 
 def full_position_ids(visual_ids, prompt, config, video) -> np.ndarray:
     """M-RoPE ids int32[3, P + n + T] of a whole unpadded prompt."""
-    prefix = np.arange(len(prompt.prefix_ids), dtype=np.int32)
-    suffix = suffix_start(visual_ids, prompt, config, video) + np.arange(len(prompt.suffix_ids), dtype=np.int32)
-    text = lambda ids: np.broadcast_to(ids, (3, len(ids)))
-    return np.concatenate([text(prefix), visual_ids, text(suffix)], 1)
+    start = suffix_start(visual_ids, prompt, config, video)
+    before, after = _text_ids(0, len(prompt.prefix_ids)), _text_ids(start, len(prompt.suffix_ids))
+    return np.concatenate([before, visual_ids, after], 1)
+
+
+def _text_ids(start: int, count: int) -> np.ndarray:
+    """M-RoPE ids int32[3, count] of text, the same in every dimension."""
+    return np.broadcast_to(start + np.arange(count, dtype=np.int32), (3, count))
 
 
 def prompt_batch(
@@ -303,12 +307,16 @@ def prompt_batch(
     if waves is not None:
         split = {name: value.reshape(waves, -1, *value.shape[1:]) for name, value in split.items()}
     if model.mesh is not None:
-        whole_waves = waves is not None or len(contexts) % model.wave == 0
-        everywhere = sharding.replicated(model.mesh)
-        over_data = sharding.batch_sharding(model.mesh, axis=0 if waves is None else 1)
-        split = sharding.place(split, over_data if whole_waves else everywhere)
-        shared = sharding.place(shared, everywhere)
+        split, shared = _placed(model, split, shared, 0 if waves is None else 1)
     return PromptBatch(**split, **shared)
+
+
+def _placed(model, split: dict, shared: dict, axis: int) -> tuple[dict, dict]:
+    """On the mesh: `split` over `data` by this axis, unless it makes no whole waves; `shared` everywhere."""
+    everywhere = sharding.replicated(model.mesh)
+    whole_waves = len(split["suffix_start"]) % model.wave == 0 or axis > 0
+    over_data = sharding.batch_sharding(model.mesh, axis=axis) if whole_waves else everywhere
+    return sharding.place(split, over_data), sharding.place(shared, everywhere)
 
 
 def context_size(tokens: int) -> int:
@@ -332,8 +340,7 @@ def _padded(array: np.ndarray, size: int, axis: int, fill=0) -> np.ndarray:
 
 
 def _context_positions(prefix: int, context: ContextTokens, size: int) -> np.ndarray:
-    text = np.broadcast_to(np.arange(prefix, dtype=np.int32), (3, prefix))
-    return np.concatenate([text, _padded(context.position_ids, size, 1)], 1)
+    return np.concatenate([_text_ids(0, prefix), _padded(context.position_ids, size, 1)], 1)
 
 
 def _query_rows(prompt: Prompt, T: int, queries: str) -> np.ndarray:

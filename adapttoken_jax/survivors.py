@@ -5,8 +5,8 @@ import numpy as np
 from adapttoken_jax.run import Run, Selected
 from adapttoken_jax.scan import Visit
 from adapttoken_jax.selection import (
-    adaptive_temperature,
     allocate_budget,
+    budget_temperature,
     candidate_count,
     coverage_count,
     coverage_tokens,
@@ -59,8 +59,7 @@ def _budgets(run: Run, visits, relevance) -> tuple[np.ndarray, np.ndarray, list[
         equal, nothing = np.full(len(visits), 1 / len(visits)), [np.zeros(n, bool) for n in capacity]
         return equal, equal_budget(capacity, config.budget), nothing
     certainty = np.array([v.reply.certainty for v in visits])
-    target = config.temperature_target
-    temperature = adaptive_temperature(certainty, target) if target else config.temperature
+    temperature = budget_temperature(certainty, config.temperature, config.temperature_target)
     weights = group_weights(certainty, temperature)
     covering = _cover(run, visits, relevance, weights)
     reserved = np.array([own.sum() for own in covering])
@@ -97,7 +96,7 @@ def _without_redundancy(run: Run, visits, chosen, by_place, candidates, score, k
         features = run.video.gather(candidates)
     else:
         features = np.concatenate([v.hidden[c] for v, c in zip(visits, chosen, strict=True)])[by_place]
-    positions = np.column_stack([run.video.slot_times[candidates[:, 0]], candidates[:, 1:]])
+    positions = np.column_stack([run.plan.clip.slot_times[candidates[:, 0]], candidates[:, 1:]])
     return remove_redundant(
         features.astype(np.float32), positions, score, keep, kernel=config.proximity, scale=config.proximity_scale
     )

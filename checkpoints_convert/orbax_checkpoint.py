@@ -24,29 +24,11 @@ from flax import traverse_util
 from adapttoken_jax import parameters
 from adapttoken_jax.config import ModelConfig
 from adapttoken_jax.errors import UserError
-from checkpoints_convert import target
 from checkpoints_convert.load import ORBAX_DIRECTORY
 
 # Arrays are cut into pieces of at most this many bytes on disk, so that a process that needs one device's part of a
 # large stack does not fetch and hold all of it.
 _CHUNK_BYTES = 1 << 26
-
-
-def write(directory, config: ModelConfig, params: dict, companions=None) -> None:
-    """Writes a new directory with an Orbax checkpoint of `params` in it, every parameter's dtype kept.
-
-    Args:
-      directory: must not exist; it appears only when complete.
-      params: nested dictionary of `jax.Array`, laid out in any way.
-      companions: directory whose `config.json`, tokenizer and other companion files are copied along, if given.
-
-    Raises:
-      UserError: `directory` exists or cannot be written.
-    """
-    with target.new_directory(directory) as partial:
-        if companions is not None:
-            target.copy_companions(companions, partial)
-        write_weights(partial, config, params)
 
 
 def write_weights(directory: pathlib.Path, config: ModelConfig, params: dict) -> None:

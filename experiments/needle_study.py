@@ -104,8 +104,7 @@ def study(own: lab.Lab, size: sections.Size, config) -> dict:
         begin = time.perf_counter()
         found[name] = todo[name]()
         found.setdefault("wall_seconds", {})[name] = time.perf_counter() - begin
-        with result.atomic_file(store) as file:
-            file.write(document.json_lines(found).encode("utf-8"))
+        result.write_text(store, document.json_lines(found))
     return found
 
 
@@ -167,8 +166,7 @@ def write_page(found: dict) -> None:
     if "layers" in found:
         plots.draw_layers(found["layers"]["rows"], directory / "evidence" / "layers.png")
         figures.append("layers.png")
-    with result.atomic_file(directory / "evidence.md") as file:
-        file.write(document.evidence_page(found, figures).encode("utf-8"))
+    result.write_text(directory / "evidence.md", document.evidence_page(found, figures))
 
 
 def run() -> None:

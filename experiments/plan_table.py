@@ -19,7 +19,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run
 from adapttoken_jax import planning
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.planning.command import as_json
-from adapttoken_jax.result import atomic_file, made_directory, plain_json
+from adapttoken_jax.result import made_directory, plain_json, write_text
 from experiments import command
 
 _PLANS = flags.DEFINE_string("plans", "plans", "Directory of the plans, made if missing.")
@@ -37,8 +37,7 @@ def planned(case: str, frames: int, workdir: pathlib.Path) -> dict:
         settings = {"max_frames": frames}
         progress = lambda text: print(text, file=sys.stderr, flush=True)
         plan = planning.plan(model, topology, mesh.replace(":", ","), settings=settings, on_progress=progress)
-        with atomic_file(target) as file:
-            file.write(json.dumps(plain_json(as_json(plan)), indent=2).encode())
+        write_text(target, json.dumps(plain_json(as_json(plan)), indent=2))
     return json.loads(target.read_text())
 
 

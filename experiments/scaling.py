@@ -27,7 +27,7 @@ from adapttoken_jax import needle
 from adapttoken_jax.encoding import chunk_slots
 from adapttoken_jax.parity.shapes import SHAPES, random_model
 from adapttoken_jax.pipeline import plan_run
-from adapttoken_jax.result import atomic_file, made_directory
+from adapttoken_jax.result import made_directory, write_text
 from adapttoken_jax.terminal import table
 from adapttoken_jax.video import read_patches
 from experiments import command
@@ -164,8 +164,7 @@ def run() -> None:
         rows = [child(path) for path in write_videos(directory, lengths)]
     print(table(rows))
     if _JSON.value:
-        with atomic_file(_JSON.value) as file:
-            file.write(json.dumps({"rows": rows}).encode("utf-8"))
+        write_text(_JSON.value, json.dumps({"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -438,7 +438,7 @@ PROMPTS = [Prompt((1,) * 16, (1,) * length, (0, length), tuple("ABCD"), (5, 6, 7
 def test_shapes_are_those_of_the_scan():
     """`scan.prompt_batch` pads and places real arrays; the plan must ask the compiler about the same."""
     model = dataclasses.replace(on_cpu(), tokenizer=Tokenizer())
-    video = types.SimpleNamespace(clip=types.SimpleNamespace(grid=WORK.grid), merge=2)
+    video = types.SimpleNamespace(clip=types.SimpleNamespace(grid=WORK.grid, vision=TINY.vision))
     tokens = scan.ContextTokens(np.zeros((100, 128), np.float32), np.zeros((3, 100), np.int32))
     real = scan.prompt_batch(model, video, [tokens], PROMPTS, SETTINGS, size=8 * PER_SLOT)
     asked = programs.abstract_batch(model, 1, 8 * PER_SLOT, prefix=16, question=64, questions=2)

@@ -6,6 +6,7 @@ from adapttoken_jax.benchmarks import columns
 from adapttoken_jax.benchmarks.files import find_video, first_file, read_rows
 from adapttoken_jax.benchmarks.items import Benchmark, Item
 from adapttoken_jax.benchmarks.options import letter_in, split_options
+from adapttoken_jax.benchmarks.subtitles import clock_seconds
 from adapttoken_jax.errors import UserError
 
 # The abbreviations under which LVBench's leaderboard lists its six abilities.
@@ -65,17 +66,10 @@ def _item(row: dict, line: dict, file: pathlib.Path | None, path: pathlib.Path) 
 def parse_time_reference(text: str) -> tuple[float, float] | None:
     """`mm:ss-mm:ss` (or with hours) in seconds; a single time is both ends. None if it is no such text."""
     try:
-        times = [_seconds(part) for part in text.split("-")]
+        times = [clock_seconds(part) for part in text.split("-")]
     except ValueError:
         return None
     return (times[0], times[-1]) if len(times) <= 2 and times[0] <= times[-1] else None
-
-
-def _seconds(clock: str) -> float:
-    total = 0.0
-    for part in clock.split(":"):
-        total = 60 * total + float(part)
-    return total
 
 
 BENCHMARK = Benchmark(

@@ -55,7 +55,7 @@ def _from_srt(text: str) -> list[Subtitle]:
         body = text[mark.end() : following.start() if following else len(text)].strip().splitlines()
         # The number of the next entry stands before its times.
         body = body[:-1] if following and body and body[-1].strip().isdigit() else body
-        lines.append(Subtitle(_seconds(mark[1]), _seconds(mark[2]), _plain(" ".join(body))))
+        lines.append(Subtitle(clock_seconds(mark[1]), clock_seconds(mark[2]), _plain(" ".join(body))))
     return [line for line in lines if line.text]
 
 
@@ -63,7 +63,7 @@ def _from_json(entry: dict) -> Subtitle:
     if "timestamp" in entry:
         start, end = entry["timestamp"]
         return Subtitle(float(start), None if end is None else float(end), _plain(entry["text"]))
-    return Subtitle(_seconds(entry["start"]), _seconds(entry["end"]), _plain(entry["line"]))
+    return Subtitle(clock_seconds(entry["start"]), clock_seconds(entry["end"]), _plain(entry["line"]))
 
 
 def _plain(text: str) -> str:
@@ -71,7 +71,8 @@ def _plain(text: str) -> str:
     return " ".join(_TAG.sub("", text).split())
 
 
-def _seconds(clock: str | float) -> float:
+def clock_seconds(clock: str | float) -> float:
+    """`[hh:]mm:ss[.fff]`, or seconds by themselves, in seconds; a comma is a point. ValueError: no such text."""
     total = 0.0
     for part in str(clock).replace(",", ".").split(":"):
         total = 60 * total + float(part)

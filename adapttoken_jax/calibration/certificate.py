@@ -20,7 +20,7 @@ from adapttoken_jax.calibration.replay import at_threshold, replay
 from adapttoken_jax.calibration.statistics import binomial_tail, certified, required_videos
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.result import atomic_file
+from adapttoken_jax.result import write_text
 
 CERTIFICATE_VERSION = 1
 
@@ -209,8 +209,7 @@ def check_enough(videos: int, alpha: float, delta: float) -> None:
 
 def write_certificate(path, certificate: Certificate) -> None:
     """Writes a certificate."""
-    with atomic_file(path) as file:
-        file.write(certificate.to_json().encode("utf-8"))
+    write_text(path, certificate.to_json())
 
 
 def read_certificate(path) -> Certificate:

@@ -17,7 +17,7 @@ from typing import Any
 
 from adapttoken_jax.benchmarks import SCORERS, Item
 from adapttoken_jax.journal import json_line
-from adapttoken_jax.result import atomic_file
+from adapttoken_jax.result import write_text
 
 _Pairs = Sequence[tuple[Item, Mapping[str, Any]]]  # the answered questions and their samples
 
@@ -37,8 +37,7 @@ def write_exports(directory, items: Sequence[Item], samples: Sequence[Mapping], 
     if benchmark in _SUBMISSIONS:
         texts[f"{benchmark}.json"] = _pretty(_SUBMISSIONS[benchmark](pairs))
     for name, text in texts.items():
-        with atomic_file(folder / name) as file:
-            file.write(text.encode("utf-8"))
+        write_text(folder / name, text)
 
 
 def _pretty(content) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from adapttoken_jax.needle import Needle, Scene, scene, write_mp4
 from adapttoken_jax.needle.questions import LETTERS, Question, choice_question
-from adapttoken_jax.result import atomic_file
+from adapttoken_jax.result import atomic_file, write_text
 
 FPS = 4.0
 _PURPOSE_QUESTIONS = 2
@@ -50,8 +50,7 @@ def write_benchmark(
         if on_progress:
             on_progress("videos", number + 1, videos)
     _write_parquet(directory / "videomme" / "test-00000-of-00001.parquet", rows)
-    with atomic_file(directory / "video_info.meta.jsonl") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode("utf-8"))
+    write_text(directory / "video_info.meta.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def questions(made: Scene) -> Iterator[tuple[Question, tuple[Needle, ...]]]:

@@ -3,7 +3,7 @@
 A row is (model, method, most frames); frames are None where the row does not say them.
 """
 
-BENCHMARKS = ("videomme", "mlvu", "longvideobench", "lvbench")
+COLUMNS = ("videomme", "mlvu", "longvideobench", "lvbench")
 
 _7B, _72B = "qwen2.5-vl-7b", "qwen2.5-vl-72b"
 
@@ -24,4 +24,4 @@ def published(model: str | None, method: str, frames: int, benchmark: str) -> fl
     """The printed accuracy of a row, or None. The row "base" is the model alone: our arm `full`."""
     name = "base" if method == "full" else method
     row = _ROWS.get((model, name, frames)) or _ROWS.get((model, name, None))
-    return row[BENCHMARKS.index(benchmark)] if row and benchmark in BENCHMARKS else None
+    return row[COLUMNS.index(benchmark)] if row and benchmark in COLUMNS else None

@@ -87,9 +87,7 @@ def replayed(model: Model, config: AdaptTokenConfig, method: str, replay: Replay
 def _chosen(selections, name: str, video: VisualTokens) -> SavedSelection:
     if name not in selections:  # a reason to pass over this video, not to end the run
         raise UserError("the replayed run could not read this video")
-    saved, (slots, _, width) = selections[name], video.clip.grid
-    cols = width // video.merge
-    grid = (slots, video.per_slot // cols, cols)
+    saved, grid = selections[name], (video.clip.grid[0], *video.clip.token_grid)
     if saved.grid != grid:
         raise UserError(
             f"--replay: question {name} was selected from {'x'.join(map(str, saved.grid))} tokens, and the video has "

@@ -22,7 +22,7 @@ from adapttoken_jax.evaluation.summary import summarise
 from adapttoken_jax.evaluation.workdir import RunFiles, Shard
 from adapttoken_jax.loading import Model, load
 from adapttoken_jax.prompt import plain_ask
-from adapttoken_jax.result import atomic_file
+from adapttoken_jax.result import write_text
 from adapttoken_jax.sharding import MeshShape, make_mesh
 
 PLAIN = "plain"  # the wording of `adapttoken answer`, beside the prompts of each benchmark
@@ -214,6 +214,5 @@ def finish(directory, items: Sequence[Item], samples: Sequence[dict], report: Re
     workdir.write_samples(directory, with_verdicts(run["flags"]["benchmark"], items, samples))
     results = summarise(items, samples, report, run)
     interchange.write_exports(directory, items, samples, results, run)
-    with atomic_file(directory / "results.json") as file:
-        file.write((json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8"))
+    write_text(directory / "results.json", json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return results

@@ -14,7 +14,7 @@ from adapttoken_jax.benchmarks import SCORERS
 from adapttoken_jax.benchmarks.statistics import paired_difference
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import workdir
-from adapttoken_jax.evaluation.published import BENCHMARKS, published
+from adapttoken_jax.evaluation.published import COLUMNS, published
 from adapttoken_jax.result import atomic_file
 
 Row = dict[str, Any]
@@ -94,7 +94,7 @@ def accuracy_table(runs: Sequence[FinishedRun], rule: str) -> list[Row]:
 
     A cell is the accuracy in percent, [its 95 % interval], and (the published number, the difference from it).
     """
-    names = [name for name in BENCHMARKS if any(run.benchmark == name for run in runs)]
+    names = [name for name in COLUMNS if any(run.benchmark == name for run in runs)]
     rows: dict[tuple, Row] = {}
     for run in runs:
         empty = dict(zip(("model", "method", "frames"), run.key, strict=True)) | dict.fromkeys(names, "–")
@@ -225,7 +225,7 @@ def pareto_plot(path, runs: Sequence[FinishedRun], rule: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [name for name in BENCHMARKS if any(run.benchmark == name for run in runs)]
+    names = [name for name in COLUMNS if any(run.benchmark == name for run in runs)]
     figure = Figure(figsize=(5 * len(names), 3.6), dpi=130, layout="constrained")
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(1, len(names), place)

@@ -26,7 +26,7 @@ import jax
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation.runner import Records, Video
 from adapttoken_jax.journal import Journal, json_line, read_lines
-from adapttoken_jax.result import atomic_file, git_commit, library_versions, made_directory, partial_path
+from adapttoken_jax.result import git_commit, library_versions, made_directory, partial_path, write_text
 
 # What of a journal's records is read again; a sample also says why there is no answer, or what the answer took.
 _JOURNALS = {
@@ -170,8 +170,7 @@ def _create(path: pathlib.Path, text: str) -> None:
     """Writes a file that must not exist yet: of several processes one succeeds, and none sees half of it."""
     partial = partial_path(path)
     try:
-        with atomic_file(partial) as file:
-            file.write(text.encode("utf-8"))
+        write_text(partial, text)
         os.link(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -300,6 +299,4 @@ def _whole(file: pathlib.Path, name: str, record: dict[str, Any]) -> dict[str, A
 
 def write_samples(directory, samples: Sequence[Mapping[str, Any]]) -> None:
     """Replaces `samples.jsonl` by all samples, in the order given."""
-    with atomic_file(pathlib.Path(directory) / "samples.jsonl") as file:
-        for sample in samples:
-            file.write(json_line(sample).encode("utf-8"))
+    write_text(pathlib.Path(directory) / "samples.jsonl", "".join(map(json_line, samples)))

@@ -25,8 +25,6 @@ from adapttoken_jax.model.pieces import WHOLE, Pieces
 from adapttoken_jax.model.spread import EVERYWHERE, TILE_ROWS, Spread
 from adapttoken_jax.sharding import batch_axes
 
-NAMES = ("xla", "splash", "cudnn", "windows")  # the last for the vision tower alone
-
 _BLOCKS = (384, 512)  # of whole contexts; of pieces, whose runs are the blocks, up to _LONGEST_BLOCK
 _LONGEST_BLOCK = 1024
 _MOST_PADDING = 2  # times the rows of a context; what needs more is too short for so many pieces
@@ -41,7 +39,7 @@ class Kernel:
     """An attention kernel on a mesh; hashable, so that it can be a static argument.
 
     Attributes:
-      name: one of `NAMES`.
+      name: `xla`, `splash`, `cudnn`, or in the vision tower alone `windows`.
       mesh: the mesh that the program runs on; None for one device.
       largest: rows of the largest window that `windows` has memory for.
     """

@@ -91,17 +91,16 @@ class Probe(NamedTuple):
 
     Attributes:
       layer: 0-based decoder layer.
-      observe: maps that layer's attention to the context, float32[B, Q, N, T, S], to what is kept of it; with `rows`,
-        those of the T tokens are its second argument.
+      observe: maps that layer's attention to the context, float32[B, Q, N, T, S], and `rows` of its T tokens to what
+        is kept of it.
       rows: bool[Q, T], the tokens that count.
-      join: what is kept of many tokens, from what is kept of blocks of them, [blocks, ...]. Needs `rows`; None: all are
-        observed at once, however many they are.
+      join: what is kept of many tokens, from what is kept of blocks of them, [blocks, ...].
     """
 
     layer: int
     observe: Callable[..., jax.Array]
-    rows: jax.Array | None = None
-    join: Callable[[jax.Array], jax.Array] | None = None
+    rows: jax.Array
+    join: Callable[[jax.Array], jax.Array]
 
 
 _TURNED = ("gate_kernel", "up_kernel")
@@ -372,8 +371,7 @@ class TextDecoder(Block):
             return None
         B, Q, T, S = shape
         rows = jax.ShapeDtypeStruct((B, Q, self.config.heads, T, S), jnp.float32)
-        own = () if probe.rows is None else (probe.rows,)
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(probe.observe, rows, *own))
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(probe.observe, rows, probe.rows))
 
 
 def _by_suffix(x, questions: int, length: int) -> jax.Array:
@@ -449,11 +447,9 @@ def _observe(probe, index, observed, rows):
 
 def _looked(probe, q, k, valid, lse):
     """What the probe keeps of `probabilities_from_lse` of these arguments, of all rows at once or block by block."""
-    look = lambda q, lse, *own: probe.observe(probabilities_from_lse(q, k, valid, lse), *own)
-    if probe.rows is None:
-        return look(q, lse)
+    look = lambda q, lse, rows: probe.observe(probabilities_from_lse(q, k, valid, lse), rows)
     size = rows_at_once(*q.shape[1:3])
-    if probe.join is None or q.shape[2] <= size:
+    if q.shape[2] <= size:
         return look(q, lse, probe.rows)
     parts = blocks(q, 2, size), blocks(lse, 3, size), blocks(probe.rows, 1, size)
     return probe.join(jax.lax.map(lambda part: look(*part), parts))

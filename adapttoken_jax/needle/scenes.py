@@ -95,11 +95,6 @@ class Scene:
         """How many the video has."""
         return len(self.table.phase)
 
-    def visible(self, frames: Sequence[int]) -> tuple[bool, ...]:
-        """For each needle, whether any of the given frames shows it."""
-        frames = np.asarray(frames)
-        return tuple(bool(np.any((frames >= n.start) & (frames < n.stop))) for n in self.needles)
-
     def visible_in_cells(self, slots: Sequence[int], rows: Sequence[int], cols: Sequence[int]) -> tuple[bool, ...]:
         """For each needle, whether one of the visual tokens (slot, row, column) holds it."""
         slots, rows, cols = (np.asarray(values) for values in (slots, rows, cols))

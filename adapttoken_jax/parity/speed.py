@@ -168,7 +168,7 @@ def group_spec(pair: Pair, questions: int = 1) -> passes.PassSpec:
 def wave_batch(pair: Pair, video: VisualTokens, questions: int = 1) -> passes.PromptBatch:
     """The first wave of groups and the first few questions, ready for the compiled pass."""
     prompts = pair.prompts[:questions]
-    contexts = [scan.group_context(video, slots, prompts, pair.config) for slots in wave(pair)]
+    contexts = [scan.group_context(video, slots, prompts[0], pair.config) for slots in wave(pair)]
     return scan.prompt_batch(pair.model, video, contexts, prompts, pair.config, len(contexts[0].features))
 
 

@@ -72,9 +72,9 @@ class Program:
     groups: int
     flops: float
     absent: str
-    trips: Mapping[str, float]
-    shares: Mapping[str, float]
-    visited: Mapping[str, float]
+    trips: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    visited: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def abstract_model(config: ModelConfig, mesh: Mesh, dtype=jnp.bfloat16) -> Model:
@@ -112,9 +112,6 @@ def vision(model: Model, work: Work) -> Program:
         groups=0,
         flops=costs.vision_flops(model.config, size, height, width),
         absent="text",
-        trips={},
-        shares={},
-        visited={},
     )
 
 

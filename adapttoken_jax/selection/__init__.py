@@ -23,7 +23,7 @@ from adapttoken_jax.selection.relevance import reduce_relevance, top_tokens
 from adapttoken_jax.selection.stop_rule import CERTAIN_OVER_ALL, GAVE_UP, RULES, StopRule, blind_gain, gave_up
 from adapttoken_jax.selection.stopping import CERTAIN_GROUPS_AGREE, ENOUGH_CERTAIN_GROUPS, GO_ON, should_stop
 from adapttoken_jax.selection.temperature import (
-    adaptive_temperature,
+    budget_temperature,
     effective_groups,
     solve_temperature,
     target_groups,
@@ -39,9 +39,9 @@ __all__ = [
     "KERNELS",
     "RULES",
     "StopRule",
-    "adaptive_temperature",
     "allocate_budget",
     "blind_gain",
+    "budget_temperature",
     "candidate_count",
     "coverage_count",
     "coverage_tokens",

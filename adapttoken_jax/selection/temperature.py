@@ -58,6 +58,6 @@ def solve_temperature(certainty, target: float) -> float:
     return float(np.exp((low + high) / 2))
 
 
-def adaptive_temperature(certainty, fewest: float) -> float:
-    """`solve_temperature` for the target of `target_groups`."""
-    return solve_temperature(certainty, target_groups(certainty, fewest))
+def budget_temperature(certainty, fixed: float, fewest: float) -> float:
+    """The temperature of step 8: `fixed`, or with `fewest` > 0 `solve_temperature` for `target_groups`."""
+    return solve_temperature(certainty, target_groups(certainty, fewest)) if fewest else fixed

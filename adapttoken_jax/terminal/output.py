@@ -46,11 +46,10 @@ def check_output(flag: str, path: str) -> None:
 
 def write_json(target: str | None, content: Mapping[str, Any]) -> None:
     """Writes JSON where `--json` says: to a file, to stdout for "-", nowhere for None."""
-    from adapttoken_jax.result import atomic_file, plain_json
+    from adapttoken_jax.result import plain_json, write_text
 
     text = json.dumps(plain_json(content), indent=2) + "\n"
     if target == "-":
         sys.stdout.write(text)
     elif target:
-        with atomic_file(target) as file:
-            file.write(text.encode("utf-8"))
+        write_text(target, text)

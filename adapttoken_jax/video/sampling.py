@@ -74,9 +74,14 @@ class Clip:
     vision: VisionConfig = dataclasses.field(repr=False)
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of visual tokens (merged) in one slot."""
+        return self.grid[1] // self.vision.merge, self.grid[2] // self.vision.merge
+
+    @property
     def tokens_per_slot(self) -> int:
-        """M, visual tokens (merged) of one slot."""
-        return self.grid[1] * self.grid[2] // self.vision.merge**2
+        """M, visual tokens of one slot."""
+        return math.prod(self.token_grid)
 
     @property
     def tokens(self) -> int:

@@ -13,7 +13,7 @@ import pytest
 from adapttoken_jax import parameters, sharding
 from adapttoken_jax.config import read_model_config
 from adapttoken_jax.errors import UserError
-from checkpoints_convert import orbax_checkpoint
+from checkpoints_convert import orbax_checkpoint, target
 from tests import tiny
 from tests.checkpoints.random_bits import DTYPES, SMALL, random_array, same_bits
 
@@ -39,8 +39,15 @@ def params(config):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, config, params, companions):
     directory = tmp_path_factory.mktemp("orbax") / "converted"
-    orbax_checkpoint.write(directory, config, params, companions=companions)
+    _write(directory, config, params, companions=companions)
     return directory
+
+
+def _write(directory, config, params, companions=None) -> None:
+    with target.new_directory(directory) as partial:
+        if companions is not None:
+            target.copy_companions(companions, partial)
+        orbax_checkpoint.write_weights(partial, config, params)
 
 
 def _same_tree(a, b) -> bool:
@@ -66,7 +73,7 @@ def test_sharded_reading_equals_unsharded(checkpoint, config, params, mesh):
 
 def test_sharded_writing(tmp_path, checkpoint, config, params):
     sharded = orbax_checkpoint.read(checkpoint, config, shardings=_shardings(config, "model=2"))
-    orbax_checkpoint.write(tmp_path / "sharded", config, sharded)
+    _write(tmp_path / "sharded", config, sharded)
     written = orbax_checkpoint.read(tmp_path / "sharded", config)
     assert jax.tree.all(jax.tree.map(_same_numbers, written, params))
 
@@ -79,7 +86,7 @@ def _same_numbers(a, b) -> bool:
 
 def test_cast_is_that_of_jax(tmp_path, config):
     params = parameters.initialise(config, jax.random.key(0))
-    orbax_checkpoint.write(tmp_path / "float32", config, params)
+    _write(tmp_path / "float32", config, params)
     for dtype in (jnp.bfloat16, "float16"):
         cast = orbax_checkpoint.read(tmp_path / "float32", config, dtype=dtype)
         assert _same_tree(cast, jax.tree.map(lambda array: np.asarray(array).astype(jnp.dtype(dtype)), params))  # noqa: B023
@@ -101,7 +108,7 @@ def test_no_path_of_this_machine_is_inside(checkpoint):
 def test_large_arrays_are_cut_into_pieces(tmp_path, config, monkeypatch):
     monkeypatch.setattr(orbax_checkpoint, "_CHUNK_BYTES", 4096)
     params = parameters.initialise(config, jax.random.key(0))
-    orbax_checkpoint.write(tmp_path / "cut", config, params)
+    _write(tmp_path / "cut", config, params)
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(tmp_path / "cut" / "orbax").item_metadata.tree
     embedding = stored["text"]["embedding"]

@@ -32,7 +32,7 @@ def rows(text):
 @pytest.mark.parametrize("room", [0, 4])
 def test_one_loop_gives_the_numbers_of_two(text, layers, room):
     context, suffixes = rows(text)
-    probe = Probe(1, lambda p: p.max((2, 3)))
+    probe = Probe(1, lambda p, _: p.max((2, 3)), np.ones((Q, T), bool), lambda parts: parts.max(0))
     keep = (layers or range(text.config.layers))[-1]
 
     @jax.jit

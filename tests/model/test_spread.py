@@ -51,7 +51,7 @@ def read(mesh=None, keep_layer=1):
 
     @jax.jit
     def run(text, context, suffixes):
-        probe = Probe(1, lambda p: p[..., :S].max((2, 3)))
+        probe = Probe(1, lambda p, _: p[..., :S].max((2, 3)), np.ones((Q, T), bool), lambda parts: parts.max(0))
         hidden, _, found = text.read(context, suffixes, keep_layer=keep_layer, probe=probe, kernel=kernel)
         return hidden, found["kept"][:, :S], found["observed"]
 

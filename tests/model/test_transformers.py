@@ -84,7 +84,7 @@ def test_vision_tower_and_decoder_match_transformers(load, shape, grid):
     @jax.jit
     def run(model, x, ids):
         text = model.text
-        probe = Probe(layer, lambda p: p.max((2, 3)))
+        probe = Probe(layer, lambda p, _: p.max((2, 3)), jnp.ones((1, 6), bool), lambda parts: parts.max(0))
         context, kept = text.prefill(x[None, :S], ids[None, :, :S], jnp.ones((1, S), bool), return_layers=True)
         hidden, _, found = text.extend(
             x[None, None, S:], ids[None, None, :, S:], jnp.ones((1, 1, 6), bool), context,

@@ -13,9 +13,9 @@ from adapttoken_jax.selection import (
     GAVE_UP,
     GO_ON,
     StopRule,
-    adaptive_temperature,
     allocate_budget,
     blind_gain,
+    budget_temperature,
     coverage_count,
     coverage_tokens,
     debias_relevance,
@@ -213,7 +213,9 @@ def test_the_target_falls_with_the_spread():
 
 
 def test_one_certain_group_gets_most_of_the_budget_however_many_groups_there_are():
-    shares = [group_weights(c, adaptive_temperature(c, 1.0))[0] for c in (np.r_[0, [-1.386] * n] for n in (7, 31, 127))]
+    shares = [
+        group_weights(c, budget_temperature(c, 2.0, 1.0))[0] for c in (np.r_[0, [-1.386] * n] for n in (7, 31, 127))
+    ]
     fixed = [group_weights(np.r_[0, [-1.386] * n], 2.0)[0] for n in (7, 31, 127)]
     assert min(shares) > 0.8 and fixed[-1] < 0.02
 

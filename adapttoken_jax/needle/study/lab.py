@@ -6,16 +6,15 @@ A small model keeps no more than one core busy, and selection is Python: two pro
 import concurrent.futures
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
 import adapttoken_jax
+from adapttoken_jax.encoding import OnProgress
 from adapttoken_jax.loading import Model
 from adapttoken_jax.needle.study.cells import Arm, Cell, CellResult, Shot, answer_shots, join_results, parts_of, shoot
 from adapttoken_jax.video.ahead import usable_cores
-
-Progress = Callable[[str, int, int], None]
 
 
 class Lab:
@@ -27,7 +26,7 @@ class Lab:
       on_progress: called with (stage, done, total).
     """
 
-    def __init__(self, model: Model, processes: int = 1, on_progress: Progress = lambda *_: None):
+    def __init__(self, model: Model, processes: int = 1, on_progress: OnProgress = lambda *_: None):
         self.model, self.on_progress = model, on_progress
         self._bench = Bench(model)
         # A pool each: the same videos always go to the same worker, which may still hold their scans.

@@ -28,7 +28,7 @@ def scene_needles(footage: Footage) -> Needles:
     """The needles of a generated scene of which every frame was sampled."""
     tokens = footage.tokens
     shows = np.zeros((tokens.clip.grid[0], tokens.per_slot), bool)
-    columns = tokens.clip.grid[2] // tokens.merge
+    columns = tokens.clip.token_grid[1]
     for needle in footage.scene.needles:
         shows[needle.slots, needle.cell[0] * columns + needle.cell[1]] = True
     return Needles(footage, shows)
@@ -39,13 +39,12 @@ def boxed_needles(footage: Footage, boxes: Iterable[tuple[float, float, float, f
 
     A token shows a needle if the middle of its slot's time and of its area lie inside.
     """
-    tokens = footage.tokens
-    _, height, width = tokens.clip.grid
-    rows, cols = height // tokens.merge, width // tokens.merge
+    clip = footage.tokens.clip
+    rows, cols = clip.token_grid
     row, col = np.divmod(np.arange(rows * cols), cols)
     down, across = (row + 0.5) / rows, (col + 0.5) / cols
-    ends = np.append(tokens.slot_times[1:], tokens.clip.info.duration_s)
-    middle = (tokens.slot_times + ends) / 2
+    ends = np.append(clip.slot_times[1:], clip.info.duration_s)
+    middle = (clip.slot_times + ends) / 2
     shows = np.zeros((len(middle), rows * cols), bool)
     for start, stop, top, left, bottom, right in boxes:
         inside = (top <= down) & (down <= bottom) & (left <= across) & (across <= right)

@@ -15,8 +15,8 @@ from adapttoken_jax.encoding import VisualTokens
 from adapttoken_jax.needle.study.scans import Log
 from adapttoken_jax.prompt import Prompt
 from adapttoken_jax.selection import (
-    adaptive_temperature,
     allocate_budget,
+    budget_temperature,
     candidate_count,
     coverage_count,
     coverage_tokens,
@@ -61,8 +61,7 @@ def select(video: VisualTokens, log: Log, prompt: Prompt, config: AdaptTokenConf
         taken = top_tokens(relevance, equal_budget(capacity, min(config.budget, capacity.sum())))
         return Choice(np.full(len(capacity), 1 / len(capacity)), in_video_order(places[taken]))
     certainty = certainties(log, prompt, config.certainty)
-    target = config.temperature_target
-    temperature = adaptive_temperature(certainty, target) if target else config.temperature
+    temperature = budget_temperature(certainty, config.temperature, config.temperature_target)
     weights = group_weights(certainty, temperature)
     covering = _covering(video, log, relevance, weights, config)
     reserved = covering.sum(1)
@@ -114,7 +113,7 @@ def _without_redundancy(video, log, taken, places, scores, config, reserved) -> 
     order = np.lexsort(tokens.T[::-1])
     tokens, scores = tokens[order], scores[taken][order]
     features = video.gather(tokens) if config.similarity == "projector" else log.hidden[taken][order]
-    positions = np.column_stack([video.slot_times[tokens[:, 0]], tokens[:, 1:]])
+    positions = np.column_stack([video.clip.slot_times[tokens[:, 0]], tokens[:, 1:]])
     kept = remove_redundant(
         features.astype(np.float32), positions, scores, keep, kernel=config.proximity, scale=config.proximity_scale
     )

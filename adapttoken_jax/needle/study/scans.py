@@ -6,7 +6,6 @@ Letters: G groups, K slots per group, M tokens per slot, n = K M tokens per grou
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from adapttoken_jax import scan
@@ -15,7 +14,7 @@ from adapttoken_jax.encoding import VisualTokens, encode_video
 from adapttoken_jax.loading import Model
 from adapttoken_jax.needle.scenes import Scene
 from adapttoken_jax.needle.study.videos import differing_frames, draw_frames, variant
-from adapttoken_jax.passes import encode_slots, run_prompts
+from adapttoken_jax.passes import encode_slots
 from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.prompt import Prompt, build_prompt
 from adapttoken_jax.run import option_probabilities
@@ -178,16 +177,10 @@ def ask_groups(model: Model, visits: Sequence[tuple[Footage, np.ndarray]], confi
     outs = []
     for start in range(0, len(visits), GROUPS_PER_PASS):
         wave = visits[start : start + GROUPS_PER_PASS]
-        contexts = [
-            scan.ContextTokens(
-                each.tokens.gather(each.tokens.coordinates(slots)),
-                scan.group_position_ids(each.tokens, slots, each.prompt, config),
-            )
-            for each, slots in wave
-        ]
+        contexts = [scan.group_context(each.tokens, slots, each.prompt, config) for each, slots in wave]
         contexts += [contexts[-1]] * (GROUPS_PER_PASS - len(wave))
         batch = scan.prompt_batch(model, footage.tokens, contexts, [footage.prompt], config, size)
-        out = jax.device_get(run_prompts(model.module, batch, spec))
+        out = scan.run_and_read(model, batch, spec)
         outs.append({name: value[: len(wave)] for name, value in out.items()})
     out = {name: np.concatenate([each[name] for each in outs]) for name in outs[0]}
     return _log(model, footage, [slots for _, slots in visits], out, config)

@@ -219,7 +219,7 @@ def lite_arms(config: AdaptTokenConfig) -> dict[str, Arm]:
     return arms
 
 
-def _pruning(kernel: str, scale: float, over_selection: float) -> dict[str, Any]:
+def _redundancy(kernel: str, scale: float, over_selection: float) -> dict[str, Any]:
     return {"over_selection": over_selection, "proximity": kernel, "proximity_scale": scale}
 
 
@@ -236,13 +236,13 @@ REPLAYED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("final positions", "original *", {"final_positions": "original"}),
     ("final positions", "compact", {"final_positions": "compact"}),
     ("redundancy", "off, over-selection 1", {"over_selection": 1.0}),
-    ("redundancy", "exponential 2 s, 1.1 *", _pruning("exponential", 2.0, 1.1)),
-    ("redundancy", "exponential 0.5 s, 1.1", _pruning("exponential", 0.5, 1.1)),
-    ("redundancy", "exponential 8 s, 1.1", _pruning("exponential", 8.0, 1.1)),
-    ("redundancy", "window 2 s, 1.1", _pruning("window", 2.0, 1.1)),
-    ("redundancy", "exponential 2 s, 1.25", _pruning("exponential", 2.0, 1.25)),
-    ("redundancy", "exponential 2 s, 1.5", _pruning("exponential", 2.0, 1.5)),
-    ("redundancy", "exponential 2 s, 2", _pruning("exponential", 2.0, 2.0)),
+    ("redundancy", "exponential 2 s, 1.1 *", _redundancy("exponential", 2.0, 1.1)),
+    ("redundancy", "exponential 0.5 s, 1.1", _redundancy("exponential", 0.5, 1.1)),
+    ("redundancy", "exponential 8 s, 1.1", _redundancy("exponential", 8.0, 1.1)),
+    ("redundancy", "window 2 s, 1.1", _redundancy("window", 2.0, 1.1)),
+    ("redundancy", "exponential 2 s, 1.25", _redundancy("exponential", 2.0, 1.25)),
+    ("redundancy", "exponential 2 s, 1.5", _redundancy("exponential", 2.0, 1.5)),
+    ("redundancy", "exponential 2 s, 2", _redundancy("exponential", 2.0, 2.0)),
     ("coverage floor", "0 *", {"coverage": 0.0}),
     ("coverage floor", "0.05", {"coverage": 0.05}),
     ("coverage floor", "0.1", {"coverage": 0.1}),
