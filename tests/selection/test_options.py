@@ -287,6 +287,9 @@ def test_few_slots_get_a_line_and_fewer_nothing():
     )
     np.testing.assert_array_equal(position_trend(steep[:3]), np.ones(3))
     np.testing.assert_array_equal(position_trend(steep[:1]), np.ones(1))
+    evidence = np.full((3, 4), 0.01)
+    evidence[0, 0] = evidence[:, 2] = 0.9
+    np.testing.assert_array_equal(debias_relevance(evidence), evidence.astype(np.float32))
 
 
 def test_slots_without_attention_bend_nothing_much():

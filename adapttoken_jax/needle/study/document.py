@@ -130,7 +130,8 @@ def _accuracy_part(study) -> str:
 
 AdaptToken and Lite here have the recommended settings, chosen on validation videos: {_settings_text(study)}; all \
 else as published.
-"AdaptToken, published values" keeps every published or implied value (temperature 2 above all).
+"AdaptToken, published values" keeps every published or implied value (temperature 2 above all). Uniform sampling and \
+the whole video are answered directly, with every slot at its true time.
 
 ![Accuracy over the length of the video](evidence/accuracy.png)
 """
