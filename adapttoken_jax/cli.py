@@ -33,7 +33,6 @@ from adapttoken_jax.terminal import (
     Command,
     Flag,
     aligned,
-    check_output,
     check_outputs,
     check_required,
     exit_status,
@@ -153,7 +152,7 @@ def _answer(values: flags.FlagValues) -> int:
     """`adapttoken answer`. What can be wrong is checked before weights are loaded."""
     method = _method(values)
     if hosts.leads():
-        check_outputs(values, ("json", "report", "trace"))
+        check_outputs({name: values[name].value for name in ("json", "report", "trace")}, {"--video": values.video})
     if values.question is None and not values.dry_run:
         raise UserError("--question is required: what to ask about the video")
     from adapttoken_jax import pipeline
@@ -362,8 +361,7 @@ def _plan(values: flags.FlagValues) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # What is compiled for chips that are not here JAX can write to its cache, and then not read.
     os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
-    if values.json not in (None, "-"):
-        check_output("json", values.json)
+    check_outputs({"json": values.json})
     from adapttoken_jax import planning
     from adapttoken_jax.planning import command
 

@@ -228,7 +228,13 @@ BUNDLED = {"needle": pathlib.Path(__file__).parent / "needle" / "checkpoint"}
 
 
 def checkpoint_directory(name) -> pathlib.Path:
-    """The directory of a checkpoint: `name` itself, unless it is a bundled model's and no checkpoint lies there."""
+    """The directory of a checkpoint: `name` itself, unless it is a bundled model's and no checkpoint lies there.
+
+    Raises:
+      UserError: an empty name, which would be the current directory.
+    """
+    if not str(name):
+        raise UserError("model: the name is empty; give a checkpoint's directory")
     path = pathlib.Path(name)
     return path if (path / "config.json").is_file() else BUNDLED.get(str(name), path)
 
@@ -380,6 +386,8 @@ class AdaptTokenConfig:
         Raises:
           UserError: an unknown field, a bad value, or a reference layer that the model does not have.
         """
+        if not isinstance(model, ModelConfig):
+            raise UserError("model: give a ModelConfig, such as the config of what adapttoken_jax.load returns")
         unknown = set(given) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise UserError(f"unknown configuration field: {', '.join(sorted(unknown))}")

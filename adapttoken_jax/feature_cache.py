@@ -9,10 +9,12 @@ as a whole under a temporary name: nobody reads half of one, and of several writ
 An entry is a zip of plain bytes: NumPy reads its own files with `ast`, which Python 3.11 cannot use in several threads.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import sys
+import time
 import zipfile
 
 import jax
@@ -25,6 +27,7 @@ from adapttoken_jax.video import PRESETS, Clip
 
 _VERSION = 3  # 1: pixels were normalised on the host, which rounds otherwise; 2: on whatever devices
 _SLOT = np.dtype("<i4")
+_REMAINS_S = 3600.0
 
 
 class FeatureCache:
@@ -36,6 +39,7 @@ class FeatureCache:
 
     def __init__(self, directory: str | os.PathLike, model: Model):
         self._directory = made_directory("feature_cache", directory)
+        _remove_remains(self._directory)
         if jax.process_count() > 1:
             raise UserError("--feature_cache: works on one host only; drop it")
         self._model = _model_hash(model)
@@ -46,6 +50,14 @@ class FeatureCache:
         digest.update(f"{clip.height} {clip.width} {PRESETS[clip.preset].resizer}".encode())
         digest.update(clip.slot_frames.tobytes())
         return Entry(self._directory / f"{digest.hexdigest()[:40]}.zip")
+
+
+def _remove_remains(directory: pathlib.Path) -> None:
+    """Removes what killed processes have left of entries: parts that nobody has written to for a while."""
+    for part in directory.glob(".*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > _REMAINS_S:
+                part.unlink()
 
 
 class Entry:

@@ -102,7 +102,10 @@ def load(path, mesh: Mesh | sharding.MeshShape | str | None = None, dtype=None, 
 def _dtype(dtype):
     if dtype is None:
         return jnp.float32 if jax.default_backend() == "cpu" else None
-    name = jnp.dtype(dtype).name if not isinstance(dtype, str) else dtype
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = dtype
     if name not in DTYPES:
         raise UserError(f"--dtype={name}: choose one of {', '.join(DTYPES)}")
     return jnp.dtype(name)

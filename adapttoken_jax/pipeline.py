@@ -126,7 +126,7 @@ def answer(
     prompts = [build_prompt(model.tokenizer, each, choices, system) for each, choices in asked]
     _check_limits(abstain_above, deadline)
     check_feature_cache(feature_cache, trace)
-    if loop not in LOOPS:
+    if loop not in [*LOOPS]:
         raise UserError(f"loop={loop}: choose one of {', '.join(LOOPS)}")
     plan = plan_run(model.config, video, config, method)
     late = lambda: time.perf_counter() - begin >= deadline
@@ -149,12 +149,12 @@ def _check_kinds(model, config) -> None:
 
 def _paired(questions, options) -> list[tuple]:
     """Each of a list of questions, with its options."""
-    if not isinstance(questions, Sequence):
-        raise UserError("question: give a text, an Ask, or a list of them")
+    if not isinstance(questions, Sequence) or isinstance(questions, bytes) or not questions:
+        raise UserError("question: give a text, an Ask, or a list of one or more of them")
     if not isinstance(options, Sequence | None):
         raise UserError("options: give a list with one entry per question")
     options = options or [None] * len(questions)
-    if not questions or len(options) != len(questions):
+    if len(options) != len(questions):
         raise UserError(f"options: give one entry per question ({len(questions)}), None for an open one")
     return list(zip(questions, options, strict=True))
 
@@ -169,8 +169,10 @@ def check_feature_cache(cache: str | os.PathLike | FeatureCache | None, trace: b
     """Raises `UserError` for a cache that a run cannot use; makes the directory if it is missing."""
     if cache is not None and trace:
         raise UserError("--feature_cache: a trace needs every frame decoded; drop one of --feature_cache and --trace")
-    if cache is not None and not isinstance(cache, FeatureCache):
+    if isinstance(cache, str | os.PathLike):
         result.made_directory("feature_cache", cache)
+    elif not isinstance(cache, FeatureCache | None):
+        raise UserError(f"feature_cache={cache!r}: give a directory or a FeatureCache")
 
 
 def slot_order(

@@ -13,6 +13,7 @@ import os
 import pathlib
 import platform
 import subprocess
+import types
 import typing
 import uuid
 from collections.abc import Iterator, Mapping
@@ -196,11 +197,11 @@ class Result(_Record):
         """The result that `to_json` wrote; `source` names the file in errors.
 
         Raises:
-          UserError: not JSON, another version, or a missing or unknown key.
+          UserError: not JSON, another version, a missing or unknown key, or a value of another type.
         """
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source}: not valid JSON ({error})") from None
         version = content.pop("version", None) if isinstance(content, dict) else None
         if version != RESULT_VERSION:
@@ -261,7 +262,25 @@ def _restored_value(kind, content, where: str):
         if not isinstance(content, list):
             raise UserError(f"{where}: must be a JSON array")
         return tuple(_restored(item, each, f"{where}[{i}]") for i, each in enumerate(content))
+    if not _is_saved(kind, content):
+        raise UserError(f"{where}: {json.dumps(content)[:40]} is no {getattr(kind, '__name__', kind)}")
     return content
+
+
+def _is_saved(kind, content) -> bool:
+    """Whether `_saved` may have made `content` of a value of this type."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is typing.Any:
+        return True
+    if origin is types.UnionType:
+        return any(_is_saved(each, content) for each in inner)
+    if origin is tuple:
+        return isinstance(content, list) and all(_is_saved(inner[0], each) for each in content)
+    if origin is Mapping:
+        return isinstance(content, dict) and all(_is_saved(inner[1], each) for each in content.values())
+    if kind in (int, float) and isinstance(content, bool):
+        return False
+    return isinstance(content, int | float | None if kind is float else kind)  # None: it was not finite
 
 
 def plain_json(value) -> Any:

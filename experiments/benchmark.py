@@ -18,6 +18,7 @@ from importlib import metadata
 
 from absl import flags
 
+from adapttoken_jax import terminal
 from adapttoken_jax.errors import UserError
 from experiments import command
 
@@ -210,6 +211,7 @@ def run() -> int:
     Raises:
       UserError: a model or an element type that there is not.
     """
+    terminal.check_outputs({"json": _JSON.value})
     for dtype in _TYPES.value:
         if dtype not in _DTYPES:
             raise UserError(f"--dtypes={dtype}: choose from {', '.join(_DTYPES)}")

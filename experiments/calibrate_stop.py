@@ -32,6 +32,7 @@ from adapttoken_jax.calibration.record import record_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import DIFFICULTIES, SPLITS, TASKS, scene
 from adapttoken_jax.progress import Progress
+from adapttoken_jax.prompt import check_question
 from experiments import command
 
 _MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or needle: the bundled model.")
@@ -86,16 +87,22 @@ def read_items() -> list[Item]:
     """The videos of `--data`, in the order of their first lines.
 
     Raises:
-      UserError: no such file, or a line that is not as it must be.
+      UserError: no such file, no line, a line that is not as it must be, or a video that is not there.
     """
-    asked: dict[str, list] = {}
+    names: dict[pathlib.Path, str] = {}  # the unit of the promise is the file, however a line spells its path
+    asked: dict[pathlib.Path, list] = {}
     for where, line in command.data_lines(_DATA):
-        video, *question = _read_line(line, where)
-        asked.setdefault(video, []).append(question)
-    folder = pathlib.Path(_DATA.value).parent
+        name, *question = _read_line(line, where)
+        path = (pathlib.Path(_DATA.value).parent / name).resolve()
+        if not path.is_file():
+            raise UserError(f"{where}: {path}: no such file")
+        names.setdefault(path, name)
+        asked.setdefault(path, []).append(question)
+    if not asked:
+        raise UserError(f"--data={_DATA.value}: holds no question")
     return [
-        Item(video, lambda video=video: str(folder / video), *map(tuple, zip(*questions, strict=True)))
-        for video, questions in asked.items()
+        Item(names[path], lambda path=path: str(path), *map(tuple, zip(*questions, strict=True)))
+        for path, questions in asked.items()
     ]
 
 
@@ -108,6 +115,10 @@ def _read_line(line: str, where: str) -> tuple[str, str, tuple[str, ...] | None]
     texts = [video, question, *(options or [])] if isinstance(options, list | None) else [None]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f'{where}: "video" and "question" must be texts, "options" a list of texts')
+    try:
+        check_question(question, options)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     return video, question, tuple(options) if options else None
 
 
@@ -162,10 +173,8 @@ def calibrate() -> None:
     """The whole run, from flags to files."""
     if _NEEDLE.value == (_DATA.value is not None):
         raise UserError("--data: give either it or --needle")
-    outputs = [("log", _LOG), ("certificate", _CERTIFICATE), ("json", _JSON)]
-    for name, flag in outputs:
-        if flag.value not in (None, "-"):
-            terminal.check_output(name, flag.value)
+    outputs = {"log": _LOG.value, "certificate": _CERTIFICATE.value, "json": _JSON.value}
+    terminal.check_outputs(outputs, {"--data": _DATA.value})
     thresholds = command.numbers(_THRESHOLDS, float)
     calibration.check_levels(_ALPHA.value, _DELTA.value)
     items = needle_items() if _NEEDLE.value else read_items()

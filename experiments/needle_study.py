@@ -179,8 +179,7 @@ def run() -> None:
     unknown = set(_ARMS.value) - set(sections.ARMS)
     if unknown or not _ARMS.value:
         raise UserError(f"--arms={','.join(_ARMS.value)}: choose from {', '.join(sections.ARMS)}")
-    if _JSON.value not in (None, "-"):
-        terminal.check_output("json", _JSON.value)
+    terminal.check_outputs({"json": _JSON.value})
     if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).is_dir():
         raise UserError(f"--output={_OUTPUT.value}: no such directory; create it first")
     model = at.load(_MODEL.value)

@@ -86,9 +86,7 @@ def _read_line(line: str, where: str):
 
 def probe() -> None:
     """The whole run, from flags to files."""
-    for name, flag in (("json", _JSON), ("plot", _PLOT)):
-        if flag.value not in (None, "-"):
-            terminal.check_output(name, flag.value)
+    terminal.check_outputs({"json": _JSON.value, "plot": _PLOT.value}, {"--data": _DATA.value})
     taken = command.numbers(_TAKEN)
     model = at.load(_MODEL.value)
     last = model.config.text.layers - 1

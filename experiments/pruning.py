@@ -75,8 +75,7 @@ def row(found: cells.CellResult, name: str, moved: np.ndarray) -> dict:
 
 def run() -> None:
     """The whole run, from flags to files."""
-    if _JSON.value not in (None, "-"):
-        terminal.check_output("json", _JSON.value)
+    terminal.check_outputs({"json": _JSON.value})
     shares = command.numbers(_KEEP, float, 0, 1)
     model = at.load(_MODEL.value)
     config = at.AdaptTokenConfig.for_model(model.config, **terminal.given_settings(flags.FLAGS))

@@ -27,8 +27,8 @@ from adapttoken_jax import needle
 from adapttoken_jax.encoding import chunk_slots
 from adapttoken_jax.parity.shapes import SHAPES, random_model
 from adapttoken_jax.pipeline import plan_run
-from adapttoken_jax.result import made_directory, write_text
-from adapttoken_jax.terminal import table
+from adapttoken_jax.result import made_directory
+from adapttoken_jax.terminal import check_outputs, table
 from adapttoken_jax.video import read_patches
 from experiments import command
 
@@ -41,7 +41,7 @@ _MODEL = flags.DEFINE_string(
 _METHOD = flags.DEFINE_string("method", "adapttoken", "How tokens are chosen.")
 _SIDE = flags.DEFINE_integer("side", 56, "Side of a frame in pixels, a multiple of 28; 112 make 16 tokens per slot.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Keeps the videos here; default: a temporary directory.")
-_JSON = flags.DEFINE_string("json", None, "Writes the rows here.")
+_JSON = flags.DEFINE_string("json", None, "Write the rows here; - for stdout, in place of the table.")
 _ONE = flags.DEFINE_string("one", None, "Measure only this file and print the row as JSON (the child process).")
 
 
@@ -158,13 +158,12 @@ def run() -> None:
     if _ONE.value:
         print(json.dumps(measure(_ONE.value)))
         return
+    check_outputs({"json": _JSON.value})
     lengths = command.numbers(_FRAMES, low=1)
     with tempfile.TemporaryDirectory(prefix="scaling.") as temporary:
         directory = made_directory("workdir", _WORKDIR.value or temporary)
         rows = [child(path) for path in write_videos(directory, lengths)]
-    print(table(rows))
-    if _JSON.value:
-        write_text(_JSON.value, json.dumps({"rows": rows}))
+    command.show({"rows": rows}, _JSON.value, f"{table(rows)}\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Prints accuracy, cost, localisation where the benchmark has time references, and
 """
 
 import os
+import pathlib
 import sys
 
 from absl import flags
@@ -31,8 +32,8 @@ def run(directories: list[str]) -> None:
     """
     if not directories:
         raise UserError("give the work directories of finished evaluations")
-    if _PLOT.value:
-        terminal.check_output("plot", _PLOT.value)
+    records = [str(path) for directory in directories for path in pathlib.Path(directory).glob("*.json*")]
+    terminal.check_outputs({"plot": _PLOT.value}, {path: path for path in records})
     runs = [tables.read_finished(directory) for directory in directories]
     found = [tables.accuracy_table(runs, _RULE.value), tables.cost_table(runs, _RULE.value)]
     found.append(tables.localisation_table(runs))

@@ -582,7 +582,7 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
         write_mp4(made, tmp_path / f"{seed}.mp4")
         lines += [{"video": f"{seed}.mp4", "question": f"\u2028{made.question.text}\x85",
                    "options": made.question.options}]  # fmt: skip
-        lines += [{"video": f"{seed}.mp4", "question": "What happens?"}]
+        lines += [{"video": f"../{tmp_path.name}/./{seed}.mp4", "question": "What happens?"}]  # the same file
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8-sig")
     argv = [f"--model={directory}", f"--data={tmp_path}/data.jsonl", f"--log={tmp_path}/log", "--alpha=0.6", *FLAGS]
     argv += [f"--certificate={tmp_path}/stop.json", "--stop_groups=1", "--thresholds=0.01,9", "--signals", "--json=-"]

@@ -250,12 +250,12 @@ def test_a_directory_without_write_permission_is_refused(tmp_path, monkeypatch):
     # Root may write anywhere, so the system's answer is asked for rather than provoked.
     monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) != str(tmp_path))
     with pytest.raises(UserError, match=r"--json=.*: Permission denied"):
-        terminal.check_output("json", str(tmp_path / "out"))
+        terminal.check_outputs({"json": str(tmp_path / "out")})
 
 
 def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path, capsys):
     longest = os.pathconf(tmp_path, "PC_NAME_MAX")
-    terminal.check_output("json", str(tmp_path / ("x" * longest)))
+    terminal.check_outputs({"json": str(tmp_path / ("x" * longest))})
     terminal.write_json(str(tmp_path / ("x" * longest)), {})
     assert [path.name for path in tmp_path.iterdir()] == ["x" * longest]
     line = one_line(capsys, ["answer", *INPUT, f"--json={tmp_path / ('x' * (longest + 1))}"])
@@ -263,12 +263,12 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path, capsys):
 
 
 def test_devices_are_outputs_too(tmp_path):
-    terminal.check_output("json", os.devnull)
-    terminal.check_output("json", str(tmp_path / "new.json"))
+    terminal.check_outputs({"json": os.devnull})
+    terminal.check_outputs({"json": str(tmp_path / "new.json")})
     (tmp_path / "old.json").write_text("{}")
-    terminal.check_output("json", str(tmp_path / "old.json"))
+    terminal.check_outputs({"json": str(tmp_path / "old.json")})
     read, write = os.pipe()
-    terminal.check_output("json", f"/dev/fd/{write}")
+    terminal.check_outputs({"json": f"/dev/fd/{write}"})
     os.close(read)
     os.close(write)
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import threading
+import time
 import zipfile
 
 import jax.numpy as jnp
@@ -199,6 +200,14 @@ def test_a_full_disk_costs_the_entry_only(tmp_path, capsys):
     Entry(tmp_path / "missing" / "a.zip").write(np.ones((2, 2, 2)), np.ones(2, bool))
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "not written" in err
+
+
+def test_what_killed_processes_left_goes_and_what_is_being_written_stays(model, tmp_path):
+    for name, age in ((".dead.part", 2), (".alive.part", 0)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age * 3600,) * 2)
+    FeatureCache(tmp_path, model)
+    assert os.listdir(tmp_path) == [".alive.part"]
 
 
 def test_too_little_memory_costs_the_entry_only(tmp_path, capsys, monkeypatch):

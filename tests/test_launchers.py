@@ -28,6 +28,15 @@ def test_help_is_no_failure(name):
     assert (done.returncode, done.stderr) == (0, "") and "  --" in done.stdout
 
 
+FILES = {
+    "zero": "--workdir=a\0b\n",  # which no argument can hold
+    "results.json": "{}",
+    "bad": '{"video": "bad", "question": "?"}\n{"video": "bad", "question": "?", "options": ["a"]}\n',
+    "gone": '{"video": "v.mp4", "question": "?"}\n',
+    "empty": "\n",
+}
+
+
 @pytest.mark.parametrize(
     ("name", "argv", "words"),
     [
@@ -35,7 +44,7 @@ def test_help_is_no_failure(name):
         ("scaling", ["--frames="], "--frames=: give numbers of at least 1"),
         ("calibrate_stop", ["--needle", "--log=log", "--thresholds="], "--thresholds=: give numbers of at least 0"),
         ("calibrate_stop", ["--needle", "--log=log", "--alpha=2"], "--alpha=2.0: must lie between 0 and 1"),
-        ("load_memory", ["--flagfile={zero}"], "--workdir=a\0b: holds a zero byte"),
+        ("load_memory", ["--flagfile={at}/zero"], "--workdir=a\0b: holds a zero byte"),
         ("load_memory", ["--workdir=/proc/x"], "--workdir=/proc/x: No such file or directory; choose a directory"),
         ("needle_benchmark", ["--output=/proc/x"], "--output=/proc/x: No such file or directory; choose a directory"),
         ("train_needle", ["--workdir=/proc/x"], "--workdir=/proc/x: No such file or directory; choose a directory"),
@@ -45,13 +54,23 @@ def test_help_is_no_failure(name):
         ("pruning", ["--keep=0.5,2"], "--keep=0.5,2: give numbers from 0 to 1"),
         ("table", ["--formt=latex"], "--formt: unknown flag; did you mean --format?"),
         ("table", ["/proc/x"], "/proc/x: no run.json"),
+        ("table", ["{at}", "--plot={at}/results.json"], "--plot={at}/results.json: the same file as {at}/results.json"),
+        ("scaling", ["--json={at}/none/x"], "--json={at}/none/x: the directory {at}/none does not exist"),
+        ("benchmark", ["--json={at}"], "--json={at}: is a directory"),
+        ("calibrate_stop", ["--needle", "--log={at}/a", "--certificate={at}/./a"], "--certificate={at}/./a: the same"),
+        ("calibrate_stop", ["--data={at}/bad", "--log=l", "--json={at}/bad"], "--json={at}/bad: the same file as"),
+        ("calibrate_stop", ["--data={at}/bad", "--log=l"], "--data={at}/bad, line 2: --option: one option leaves"),
+        ("calibrate_stop", ["--data={at}/gone", "--log=l"], "--data={at}/gone, line 1: {at}/v.mp4: no such file"),
+        ("calibrate_stop", ["--data={at}/empty", "--log=l"], "--data={at}/empty: holds no question"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, name, argv, words):
-    (tmp_path / "zero").write_text("--workdir=a\0b\n")  # which no argument can hold
-    done = run(name, *(word.format(zero=tmp_path / "zero") for word in argv))
+    for file, text in FILES.items():
+        (tmp_path / file).write_text(text)
+    done = run(name, *(word.format(at=tmp_path) for word in argv))
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"{name}: {words}")
+    assert done.stderr.startswith(f"{name}: {words.format(at=tmp_path)}")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == FILES
 
 
 def importing(process, directory):

@@ -148,6 +148,11 @@ def test_the_trace_is_no_part_of_the_json():
         (lambda c: c["cost"]["seconds"].update(idle=1), "cost: seconds: the key 'idle' is unknown"),
         (lambda c: c.update(video=[]), "video: must be a JSON object"),
         (lambda c: c.update(groups={}), "groups: must be a JSON array"),
+        (lambda c: c.update(entropy="x"), 'entropy: "x" is no float | None'),
+        (lambda c: c.update(option=5), "option: 5 is no str | None"),
+        (lambda c: c.update(config=3), "config: 3 is no "),
+        (lambda c: c["video"].update(slots=True), "video: slots: true is no int"),
+        (lambda c: c["groups"][0].update(slots=[0, "1"]), r"groups\[0\]: slots: "),
     ],
 )
 def test_another_format_is_refused(change, words):
@@ -162,6 +167,8 @@ def test_what_is_no_result_is_refused():
         Result.from_json("{", "bad.json")
     with pytest.raises(UserError, match="version None"):
         Result.from_json("[]")
+    with pytest.raises(UserError, match="not valid JSON"):
+        Result.from_json("[" * 100_000)
 
 
 def test_versions_name_what_is_installed():

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 
 from adapttoken_jax.benchmarks import BENCHMARKS
 from adapttoken_jax.benchmarks.items import Benchmark, Item, SubtitleFile
+from adapttoken_jax.errors import UserError
 
 _NAN = float("nan")
 
@@ -37,10 +38,13 @@ class _Questions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(features_of(self.benchmark))
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        metadata = tfds.core.MetadataDict()
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True, metadata=metadata)
 
     def _split_generators(self, dl_manager):
-        items, _ = self.benchmark.load(pathlib.Path(dl_manager.manual_dir).absolute())
+        source = pathlib.Path(dl_manager.manual_dir).absolute()
+        items, _ = self.benchmark.load(source)
+        self.info.metadata["source"] = str(source)
         return {"test": self._generate_examples(items)}
 
     def _generate_examples(self, items: list[Item]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -80,13 +84,18 @@ def prepare(benchmark: str, source, data_dir) -> tfds.core.DatasetBuilder:
     """The builder of a benchmark after it has read `source` (unless it had before) and written to `data_dir`.
 
     Raises:
-      UserError: as `Benchmark.load`.
+      UserError: as `Benchmark.load`; no such benchmark; or `data_dir` has it from another source.
     """
+    if benchmark not in BUILDERS:
+        raise UserError(f"benchmark={benchmark}: choose one of {', '.join(BUILDERS)}")
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     builder = BUILDERS[benchmark](data_dir=data_dir)
     with contextlib.redirect_stdout(sys.stderr):
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=source))
+    known = builder.info.metadata["source"]
+    if known != str(pathlib.Path(source).absolute()):
+        raise UserError(f"data_dir={data_dir}: was prepared from {known}; remove it, or name another")
     return builder
 
 

@@ -24,6 +24,8 @@ from adapttoken_jax.prompt import Ask
 class AdaptToken(lmms):
     """A checkpoint and a method. `settings` are fields of `AdaptTokenConfig`.
 
+    lmms-eval ends an argument at a comma: the axes of a `mesh` are divided by colons, as in `mesh=data=4:model=2`.
+
     Raises:
       UserError: a checkpoint, method or setting that cannot be used.
     """
@@ -35,7 +37,7 @@ class AdaptToken(lmms):
         super().__init__()
         if method not in METHODS:
             raise UserError(f"method={method}: choose one of {', '.join(METHODS)}")
-        self._model, self._method = load(pretrained, mesh, dtype, attention), method
+        self._model, self._method = load(pretrained, mesh and mesh.replace(":", ","), dtype, attention), method
         self._config = AdaptTokenConfig.for_model(self._model.config, **settings)
 
     def generate_until(self, requests) -> list[GenerationResult]:

@@ -85,8 +85,12 @@ def read_finished(directory) -> FinishedRun:
     run = workdir.read_run(directory)
     if not path.is_file():
         raise UserError(f"{directory}: not finished; run the same evaluation again to go on")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); remove it and run the same evaluation again") from None
     records = {name: workdir.read_all(directory, name) for name in ("samples", "costs")}
-    return FinishedRun(pathlib.Path(directory).resolve(), run, json.loads(path.read_text(encoding="utf-8")), **records)
+    return FinishedRun(pathlib.Path(directory).resolve(), run, results, **records)
 
 
 def accuracy_table(runs: Sequence[FinishedRun], rule: str) -> list[Row]:

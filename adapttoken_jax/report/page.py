@@ -109,6 +109,8 @@ def render(entries: Sequence[ReportEntry], title: str | None = None) -> str:
     """The page that `write` writes."""
     if not entries:
         raise UserError("report: nothing to show; give at least one answered question")
+    if not (isinstance(entries, Sequence) and all(isinstance(each, ReportEntry) for each in entries)):
+        raise UserError("report: give a list of what report.entry returns")
     questions = _questions(entries)
     return _environment().get_template("report.html").render(
         title=title or _title(questions),

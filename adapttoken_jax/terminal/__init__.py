@@ -11,7 +11,7 @@ from adapttoken_jax.terminal.flag import (
     read_flags,
     setting_flags,
 )
-from adapttoken_jax.terminal.output import check_output, check_outputs, write_json
+from adapttoken_jax.terminal.output import check_outputs, write_json
 from adapttoken_jax.terminal.text import aligned, help_text, overview, table
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "Command",
     "Flag",
     "aligned",
-    "check_output",
     "check_outputs",
     "check_required",
     "exit_status",

@@ -4,29 +4,33 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-from absl import flags
 
 from adapttoken_jax.errors import UserError
 
 
-def check_outputs(values: flags.FlagValues, names: Sequence[str]) -> None:
-    """Refuses, before any work, a file that could not be written at its end, or that would replace another."""
-    taken = {os.path.realpath(values.video): "--video"}
-    for name in names:
-        path = values[name].value
-        if path is None or (name == "json" and path == "-"):
+def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None] | None = None) -> None:
+    """Refuses, before any work, a file that could not be written at its end, or that would replace another.
+
+    Args:
+      outputs: a flag's name -> the file to write; None for none. "-" is stdout for `json`.
+      inputs: what the command reads, as messages name it -> the file.
+
+    Raises:
+      UserError: names the flag.
+    """
+    taken = {os.path.realpath(path): name for name, path in (inputs or {}).items() if path}
+    for flag, path in outputs.items():
+        if path is None or (flag == "json" and path == "-"):
             continue
-        check_output(name, path)
-        other = taken.setdefault(os.path.realpath(path), f"--{name}")
-        if other != f"--{name}":
-            raise UserError(f"--{name}={path}: the same file as {other}; choose another")
+        _check_output(flag, path)
+        other = taken.setdefault(os.path.realpath(path), f"--{flag}")
+        if other != f"--{flag}":
+            raise UserError(f"--{flag}={path}: the same file as {other}; choose another")
 
 
-def check_output(flag: str, path: str) -> None:
-    """Raises `UserError` unless a file can be written at `path`."""
+def _check_output(flag: str, path: str) -> None:
     from adapttoken_jax.result import real_path
 
     if not path:

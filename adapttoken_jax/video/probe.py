@@ -33,6 +33,8 @@ _SEEKABLE_FORMATS = {"mov", "matroska"}
 # FFmpeg plays text files as a terminal recording.
 _NOT_VIDEO_FORMATS = {"tty"}
 
+_SLOWEST = 1e-6  # frames per second, as of `AdaptTokenConfig.fps`
+
 Orientation = tuple[bool, bool, bool]
 
 
@@ -45,7 +47,7 @@ class Frames:
       fps: frames per second at which `images` were taken.
 
     Raises:
-      UserError: on construction, for another shape or type, no image, or a rate that is not positive.
+      UserError: on construction, for another shape or type, no image, or a rate that is no number or too small.
     """
 
     images: np.ndarray = dataclasses.field(repr=False)
@@ -59,8 +61,9 @@ class Frames:
             raise UserError(
                 f"Frames.images: shape {images.shape}; give [frames, height, width, 3] with a frame or more"
             )
-        if not (isinstance(self.fps, numbers.Real) and 0 < self.fps < math.inf):
-            raise UserError(f"Frames.fps={self.fps}: give a positive number of frames per second")
+        if not (isinstance(self.fps, numbers.Real) and _SLOWEST <= self.fps < math.inf):
+            raise UserError(f"Frames.fps={self.fps!r}: give frames per second, a number of at least {_SLOWEST:g}")
+        object.__setattr__(self, "fps", float(self.fps))  # PyAV gives rates as fractions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,6 +144,8 @@ def _probe_frames(frames: Frames) -> VideoInfo:
 
 
 def _check_file(path: str) -> None:
+    if not path:
+        raise UserError("video: the name is empty; give a file")
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # a name may hold a character that none can

@@ -39,6 +39,16 @@ def test_a_flaw_in_the_files_is_the_same_user_error(tmp_path):
         tfds_builders.prepare("lvbench", tmp_path, tmp_path / "tfds")
 
 
+def test_what_was_prepared_from_elsewhere_is_not_taken_for_it(tmp_path):
+    here, there = layouts.lvbench(tmp_path / "here"), layouts.lvbench(tmp_path / "there")
+    for _ in range(2):
+        assert len(tfds_builders.read_items(tfds_builders.prepare("lvbench", here, tmp_path / "tfds"))) == 3
+    with pytest.raises(UserError, match=r"was prepared from .*/here; remove it, or name another$"):
+        tfds_builders.prepare("lvbench", there, tmp_path / "tfds")
+    with pytest.raises(UserError, match=r"^benchmark=foo: choose one of videomme, "):
+        tfds_builders.prepare("foo", here, tmp_path / "tfds")
+
+
 def test_it_works_where_tensorflow_is_not_installed(tmp_path):
     layouts.lvbench(tmp_path / "source")
     program = f"""

@@ -69,6 +69,9 @@ def test_the_accuracy_stands_beside_the_published_number(tmp_path):
     assert uniform["videomme"].startswith("50.0 [") and "(" not in uniform["videomme"]
     with pytest.raises(UserError, match="a second run of"):
         tables.accuracy_table([runs[0], runs[0]], "lmms-eval")
+    (tmp_path / "ours" / "results.json").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match=r"results\.json: damaged"):
+        tables.read_finished(tmp_path / "ours")
 
 
 def test_costs_and_pairs_by_hand(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from adapttoken_jax import report
 from adapttoken_jax.config import SIZES
 from adapttoken_jax.errors import UserError
+from adapttoken_jax.prompt import Ask
 from adapttoken_jax.result import Result
 from adapttoken_jax.video import Frames, plan_clip, probe
 from tests import media
@@ -293,8 +294,27 @@ def test_an_entry_finds_the_frames_that_were_sampled():
     entry = report.entry(model, film, result, "Who?", OPTIONS, truth="B", correct=False)
     assert entry.clip.grid == clip.grid and (entry.clip.frame_indices == clip.frame_indices).all()
     assert (entry.options, entry.truth, entry.correct) == (OPTIONS, "B", False)
+    asked = report.entry(model, film, result, Ask("Who?", before="Look. ", options=OPTIONS))
+    assert (asked.question, asked.options) == ("Who?", OPTIONS)
+    assert report.entry(model, film, result, "Who?", np.array(OPTIONS)).options == OPTIONS
+    with pytest.raises(UserError, match=r"^options: 1 are given, and the result is of "):
+        report.entry(model, film, result, "Who?", OPTIONS[:1])
     with pytest.raises(UserError, match="changed since it was answered about"):
         report.entry(model, samples.film(30, 56, 84), result, "Who?", OPTIONS)
+
+
+@pytest.mark.parametrize("stretch", [(float("nan"), 5), (50, 5), (-1, 5), (1, float("inf"))])
+def test_evidence_is_a_stretch_of_time(stretch):
+    with pytest.raises(UserError, match=r"^evidence: from "):
+        report.Evidence(*stretch)
+
+
+def test_only_entries_are_shown(tmp_path):
+    film = samples.film(40, 56, 84)
+    entry = samples.entry(samples.direct(samples.clip_of(film), samples.config()), samples.clip_of(film))
+    for entries in (entry, [entry.result]):
+        with pytest.raises(UserError, match=r"^report: give a list of what report.entry returns$"):
+            report.write(tmp_path / "r.html", entries)
 
 
 # Colours

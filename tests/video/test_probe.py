@@ -1,5 +1,8 @@
 """`probe`: what it finds must be what a player would show, or one clear error."""
 
+import decimal
+import fractions
+
 import av
 import numpy as np
 import pytest
@@ -140,12 +143,18 @@ def test_frames_in_memory():
         (np.zeros((5, 3, 30, 40), np.uint8), 1.0),
         (np.zeros((5, 30, 40, 3), np.uint8), 0.0),
         (np.zeros((5, 30, 40, 3), np.uint8), float("nan")),
+        (np.zeros((5, 30, 40, 3), np.uint8), 1e-300),
+        (np.zeros((5, 30, 40, 3), np.uint8), decimal.Decimal(4)),
         ([[1]], 1.0),
     ],
 )
 def test_bad_frames_in_memory(images, fps):
     with pytest.raises(UserError, match="Frames"):
         Frames(images, fps)
+
+
+def test_a_rate_may_be_a_fraction():
+    assert type(Frames(np.zeros((5, 30, 40, 3), np.uint8), fractions.Fraction(30000, 1001)).fps) is float
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
