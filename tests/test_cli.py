@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 
 import av
@@ -645,7 +646,7 @@ class Terminal(io.StringIO):
 def logged(monkeypatch, calls):
     """The log of calls (seconds, stage, done, total)."""
     clock = iter([call[0] for call in calls])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("adapttoken_jax.progress.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     log = io.StringIO()
     with Progress(log) as progress:
         for _, *call in calls:
