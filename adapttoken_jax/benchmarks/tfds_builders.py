@@ -93,7 +93,7 @@ def prepare(benchmark: str, source, data_dir) -> tfds.core.DatasetBuilder:
     builder = BUILDERS[benchmark](data_dir=data_dir)
     with contextlib.redirect_stdout(sys.stderr):
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=source))
-    known = builder.info.metadata["source"]
+    known = builder.info.metadata.get("source")
     if known != str(pathlib.Path(source).absolute()):
         raise UserError(f"data_dir={data_dir}: was prepared from {known}; remove it, or name another")
     return builder
