@@ -119,17 +119,20 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser, pages):
     assert browser.value("document.activeElement.getBoundingClientRect().top >= 0")
     browser.press("Enter", 13, "\r")
     assert browser.value("location.hash") == "#main"
-    seen = []
+    seen = {}
     for _ in range(12):
         browser.press("Tab", 9)
-        if focused(browser, "tagName") == "BODY":
+        place = browser.value("[...document.querySelectorAll('*')].indexOf(document.activeElement)")
+        # Behind the last one the browser begins again, or rests on the page first.
+        if place in seen or focused(browser, "tagName") == "BODY" or focused(browser, "className") == "skip":
             break
-        seen.append(focused(browser, "tagName"))
+        seen[place] = focused(browser, "tagName")
         style = browser.value(
             "(s => [s.outlineStyle, parseFloat(s.outlineWidth)])(getComputedStyle(document.activeElement))"
         )
         assert style[0] != "none" and style[1] >= 2, focused(browser)
-    assert seen.count("SUMMARY") == 3 and seen.count("INPUT") == 2
+    tags = [*seen.values()]
+    assert tags.count("SUMMARY") == 3 and tags.count("INPUT") == 2
 
 
 def test_the_switches_hide_what_lies_over_the_frames(browser, pages):
