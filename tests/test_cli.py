@@ -327,11 +327,15 @@ def test_ctrl_c_ends_the_process_with_130_and_no_traceback():
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     # Whoever runs the tests in the background has Ctrl-C ignored, and a child would inherit that.
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen([sys.executable, "-c", code], preexec_fn=heard, **pipes) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=20)[1] == "adapttoken try: interrupted\n"
+        assert process.communicate(timeout=120)[1] == "adapttoken try: interrupted\n"
     assert process.returncode == 130
 
 
@@ -374,9 +378,8 @@ def test_a_signal_that_comes_where_exceptions_get_lost_is_heard(capsys, come):
         come()
         time.sleep(20)
 
-    begin = time.monotonic()
-    assert cli.main(["try"], command(run)) == 143
-    assert capsys.readouterr() == ("", "adapttoken try: terminated\n") and time.monotonic() - begin < 10
+    assert cli.main(["try"], command(run)) == 143  # 0 if `run` came to its end
+    assert capsys.readouterr() == ("", "adapttoken try: terminated\n")
 
 
 @pytest.mark.parametrize(("sent", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -384,6 +387,7 @@ def test_an_import_is_finished_before_a_signal_is_heard(capsys, tmp_path, monkey
     code = f"import os, signal, time\nos.kill(os.getpid(), signal.{sent})\ntime.sleep(0.2)\nprint('whole')\n"
     (tmp_path / f"imported_{sent}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, f"imported_{sent}", raising=False)
 
     def run(values):
         importlib.import_module(f"imported_{sent}")
@@ -467,10 +471,8 @@ def test_the_program_as_a_process():
     done = subprocess_cli("answer", "--budgte=3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "adapttoken answer: --budgte: unknown flag; did you mean --budget?\n"
-    started = time.monotonic()
     done = subprocess_cli("--help")
     assert done.returncode == 0 and done.stderr == "" and "answer" in done.stdout
-    assert time.monotonic() - started < 10  # 0.1 s on an idle machine; JAX alone would take longer under load
 
 
 @pytest.mark.parametrize("refusal", [None, PermissionError(13, "Permission denied")])

@@ -1,9 +1,9 @@
 """Features on disk: found again bit for bit, told apart by content, computed again where damaged."""
 
+import concurrent.futures
 import dataclasses
 import os
 import shutil
-import threading
 import time
 import zipfile
 
@@ -179,11 +179,8 @@ def test_writers_and_readers_at_once(tmp_path, capsys):
             np.testing.assert_array_equal(found[there], features[there])
             assert there.any()
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))  # raises what a thread has raised
     assert capsys.readouterr().err == ""
     assert os.listdir(tmp_path) == ["a.zip"]
 

@@ -171,7 +171,8 @@ def test_a_process_that_is_lost_ends_the_others(files, tmp_path, victim):
     words = lambda process: answer_words(files, process, "--lost_after=6", f"--json={tmp_path / 'result.json'}")
     processes = start(2, words, tmp_path)
     until = time.monotonic() + _SECONDS
-    while not all(b"[Gloo]" in (tmp_path / f"err-{i}").read_bytes() for i in range(2)) and time.monotonic() < until:
+    joined = lambda: all(b"[Gloo]" in (tmp_path / f"err-{i}").read_bytes() for i in range(2))
+    while not joined() and all(each.poll() is None for each in processes) and time.monotonic() < until:
         time.sleep(0.05)
     processes[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()

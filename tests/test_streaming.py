@@ -212,7 +212,7 @@ def test_seconds_are_counted_where_they_are_spent(model, clip):
         spent = dict(tokens.seconds)
         tokens.ensure(range(66))
     assert spent["waiting"] >= spent["vision"] > 0 and spent["decode"] > 0
-    assert tokens.seconds["vision"] == spent["vision"] and tokens.seconds["waiting"] < spent["waiting"] + 0.01
+    assert (tokens.seconds["vision"], tokens.seconds["decode"]) == (spent["vision"], spent["decode"])
 
 
 def test_damage_ends_the_stream_with_one_line_and_without_threads(model, tmp_path):
@@ -220,11 +220,11 @@ def test_damage_ends_the_stream_with_one_line_and_without_threads(model, tmp_pat
     clip = plan_clip(probe(path), model.config.vision, fps=25.0, max_pixels=56 * 56)
     media.without_packets(path, tmp_path / "b.mkv", range(20, 50))
     (tmp_path / "b.mkv").replace(path)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     broken = pytest.raises(UserError, match=r"a\.mkv: the frame at 0\.80 s cannot be decoded")
     with broken, stream_video(model, clip, one_pass(clip)) as tokens:
         tokens.ensure(range(30))
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize(("sent", "word", "status"), [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)])

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -168,9 +169,11 @@ def test_a_changed_flag_is_refused_and_nothing_is_touched(places, tmp_path, caps
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_from_there(places, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_there(places, tmp_path, capsys):
     data, model, whole = places
-    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # its files are larger than the disk will be
+    # Compiled programs are larger than the disk will be, and half a one would stay in the cache.
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     shutil.copytree(whole, tmp_path / "run")
     first_video = "".join((whole / "samples.jsonl").read_text().splitlines(keepends=True)[:2])
     (tmp_path / "run" / "samples.jsonl").write_text(first_video)
@@ -180,6 +183,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_there(places, tmp_path
         _, err = run(capsys, bench.evaluate_flags(data, model, tmp_path / "run"), status=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
     assert "samples.jsonl: File too large" in err.splitlines()[-1]
     run(capsys, bench.evaluate_flags(data, model, tmp_path / "run"))
     assert bench.outcome(tmp_path / "run") == bench.outcome(whole)

@@ -70,7 +70,7 @@ def test_the_proposal_is_the_best_layer_and_the_lower_one_of_equals():
 
 def _run(*arguments):
     command = [sys.executable, "-m", "experiments.probe_layer", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1800)
 
 
 def test_the_command_reads_videos_with_boxes(tmp_path):

@@ -357,7 +357,7 @@ def test_targets_compare_with_what_was_measured():
 
 def _run(*arguments):
     command = [sys.executable, "-m", "experiments.needle_study", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1800)
 
 
 def test_the_command_prints_rows(tmp_path):
