@@ -163,7 +163,7 @@ def run() -> None:
     with tempfile.TemporaryDirectory(prefix="scaling.") as temporary:
         directory = made_directory("workdir", _WORKDIR.value or temporary)
         rows = [child(path) for path in write_videos(directory, lengths)]
-    command.show({"rows": rows}, _JSON.value, f"{table(rows)}\n")
+    command.show({"rows": rows}, _JSON.value, table(rows))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 # A cell is a sink if its median over the group's slots is this many times the median cell's.
 _SINK_FACTOR = 8.0
 
-_LEAST_SLOTS = 4
+_LEAST_SLOTS = 4  # of a group whose trend can be told from its evidence
 
 # Slots without any attention count as this share of the middle slot's: a logarithm of 0 would bend every other slot.
 _FLOOR = 1e-3
