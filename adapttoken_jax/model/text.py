@@ -156,17 +156,31 @@ class TextLayer(Block):
         mixed, lse = two_part_attention(q, context, (k, v, mask), kernel.over_context)
         return self.finish(x, shared_rows(mixed, kernel.mesh)), (k, v), q, lse
 
-    def read(self, rows, h, turn, past, tail, kernel, first, pieces=WHOLE, spread=EVERYWHERE):
-        """The output half of one layer of `TextDecoder.read`, of the rows from `first` on.
+    def read(self, rows, turn, masks, kernel, first, pieces=WHOLE, spread=EVERYWHERE):
+        """One layer of `TextDecoder.read`: its output for the rows from `first` on.
 
         Args:
-          rows: [P, s + Q x t, D] of contexts and suffixes, or of `pieces` of them, in parts of `spread`; h: the same
-            normalised, all on every place.
-          past: (k, v, valid) of the contexts, [P, S or more, K, H] and bool; what is more is not valid.
-          tail: (k, v, mask) of the suffixes, [P, Q, T, K, H] and bool[P, Q, t, T].
+          rows: [P, s + Q x t, D] of contexts and suffixes, or of `pieces` of them, in parts of `spread`.
+          masks: `valid` of the contexts, bool[P, S or more], and `mask` of the suffixes, bool[P, Q, t, T].
 
         Returns:
-          Those rows, in parts; the suffixes' queries [P, Q, t, N, H] and the log-sum-exp of their scores [P, Q, N, t].
+          Those rows, in parts; k and v, each a pair of the contexts' [P, S or more, K, H] and the suffixes'
+          [P, Q, T, K, H]; the suffixes' queries [P, Q, t, N, H] and the log-sum-exp of their scores [P, Q, N, t].
+        """
+        h = [spread.whole(rms_norm(part, self.norm1, self.config.eps)) for part in rows]
+        keys_and_values = functools.partial(self.keys_and_values, at_once=len(h) > 1)
+        new = spread.join(map(keys_and_values, h, spread.split(turn)))
+        k, v = (_of_context_and_suffixes(x, *masks[1].shape[1:3], pieces) for x in new)
+        past, tail = zip(k, v, masks, strict=True)
+        with jax.named_scope("rows"):
+            rows, q, lse = self.attend(rows, h, turn, past, tail, kernel, first, pieces, spread)
+        return rows, (k, v), q, lse
+
+    def attend(self, rows, h, turn, past, tail, kernel, first, pieces, spread):
+        """The output half of `read`, from h, the normalised rows, on every place.
+
+        `past` is (k, v, valid) of the contexts, `tail` (k, v, mask) of the suffixes. What the past holds beyond the
+        contexts is not valid.
         """
         if first:
             rows, h, spread = [spread.together(rows, first)], [spread.together(h, first)], EVERYWHERE
@@ -322,9 +336,7 @@ class TextDecoder(Block):
         last = self.config.layers - 1
         ends = layers[-1] == last != keep_layer
         (B, S), (Q, T) = context.valid.shape, suffixes.valid.shape[1:]
-        pieces = kernel.pieces(B, S)
-        context = _in_runs(context, pieces, kernel.run)
-        suffixes = _in_runs(suffixes, pieces, functools.partial(kernel.suffix_run, questions=Q))
+        context, suffixes, pieces = _in_pieces(context, suffixes, kernel)
         s, t = (rows.valid.shape[-1] // pieces.count for rows in (context, suffixes))
         rows, position_ids = _side_by_side(context, suffixes, pieces)
         turn = self.turns(position_ids)
@@ -335,17 +347,11 @@ class TextDecoder(Block):
             rows, kept, observed = carry
             rows = [spread.own(split_rows(part, kernel.mesh)) for part in rows]
             layer = gathered(self.layer(index), kernel.mesh, B)
-            h = [spread.whole(rms_norm(part, layer.norm1, self.config.eps)) for part in rows]
-            keys_and_values = functools.partial(layer.keys_and_values, at_once=len(h) > 1)
-            new = spread.join(map(keys_and_values, h, spread.split(turn)))
-            k, v = (_of_context_and_suffixes(x, Q, t, pieces) for x in new)
-            past, tail = zip(k, v, (valid, mask), strict=True)
-            with jax.named_scope("rows"):
-                rows, q, lse = layer.read(rows, h, turn, past, tail, kernel, first, pieces, spread)
+            rows, past, q, lse = layer.read(rows, turn, (valid, mask), kernel, first, pieces, spread)
             if kept is not None:
                 kept = [jnp.where(index == keep_layer, *pair) for pair in zip(rows, kept, strict=True)]
-            observed = _observe(probe, index, observed, lambda: _looks(q, past, lse, pieces, S, T))
-            return (rows, kept, observed), jax.tree.map(pieces.merge, (k, v)) if room else None
+            observed = _observe(probe, index, observed, lambda: _looks(q, past[0][0], valid, lse, pieces, S, T))
+            return (rows, kept, observed), jax.tree.map(pieces.merge, past) if room else None
 
         # Cut before they are spread: places would pass on to each other what is another's by the cuts.
         parts = list(map(spread.whole, spread.split(spread.whole(rows))))
@@ -379,12 +385,15 @@ def _by_suffix(x, questions: int, length: int) -> jax.Array:
     return x[:, -questions * length :].reshape(len(x), questions, length, *x.shape[2:])
 
 
-def _in_runs(rows: Rows, pieces: Pieces, run: Callable[[int], int]) -> Rows:
-    """Rows with padding after them, so that `pieces` can cut them into runs of a length that suits."""
+def _in_pieces(context: Rows, suffixes: Rows, kernel: Kernel) -> tuple[Rows, Rows, Pieces]:
+    """Both with padding after them, so that the pieces of `kernel` can cut them into runs of a length that suits."""
+    pieces = kernel.pieces(*context.valid.shape)
     if pieces.count == 1:
-        return rows
-    length = rows.valid.shape[-1]
-    return rows.padded(pieces.runs * run(-(-length // pieces.runs)) - length)
+        return context, suffixes, pieces
+    in_runs = lambda length, run: pieces.runs * run(-(-length // pieces.runs)) - length
+    S, (Q, T) = context.valid.shape[1], suffixes.valid.shape[1:]
+    more = in_runs(S, kernel.run), in_runs(T, functools.partial(kernel.suffix_run, questions=Q))
+    return context.padded(more[0]), suffixes.padded(more[1]), pieces
 
 
 def _side_by_side(context: Rows, suffixes: Rows, pieces: Pieces) -> tuple[jax.Array, jax.Array]:
@@ -416,9 +425,9 @@ def _of_context_and_suffixes(x, questions: int, length: int, pieces: Pieces) -> 
     return jnp.moveaxis(pieces.gather(context, 2), 1, 2), jnp.moveaxis(pieces.gather(suffixes, 3), 1, 3)
 
 
-def _looks(q, past, lse, pieces: Pieces, context: int, suffix: int):
+def _looks(q, k, valid, lse, pieces: Pieces, context: int, suffix: int):
     """The arguments of `probabilities_from_lse` of all rows of the suffixes over their contexts, both in sequence."""
-    k, _, valid = (pieces.in_sequence(x, 1)[:, :context] for x in past)
+    k, valid = (pieces.in_sequence(x, 1)[:, :context] for x in (k, valid))
     q, lse = (pieces.in_sequence(pieces.gather(x, axis), axis) for x, axis in ((q, 2), (lse, 3)))
     return q[:, :, :suffix], k, valid, lse[..., :suffix]
 
