@@ -34,15 +34,21 @@ def run(directories: list[str]) -> None:
         raise UserError("give the work directories of finished evaluations")
     records = [str(path) for directory in directories for path in pathlib.Path(directory).glob("*.json*")]
     terminal.check_outputs({"plot": _PLOT.value}, {path: path for path in records})
-    runs = [tables.read_finished(directory) for directory in directories]
+    runs = tables.read_runs(directories)
     found = [tables.accuracy_table(runs, _RULE.value), tables.cost_table(runs, _RULE.value)]
     found.append(tables.localisation_table(runs))
     if _BASELINE.value:
-        found.append(tables.paired_table(runs, tables.read_finished(_BASELINE.value), _RULE.value))
+        found.append(tables.paired_table(runs, _baseline(runs, _BASELINE.value), _RULE.value))
     write = {"markdown": tables.markdown, "latex": tables.latex}[_FORMAT.value]
     sys.stdout.write("\n".join(write(rows) for rows in found if rows))
     if _PLOT.value:
         tables.pareto_plot(os.fspath(_PLOT.value), runs, _RULE.value)
+
+
+def _baseline(runs: list[tables.FinishedRun], directory: str) -> tables.FinishedRun:
+    """The run of a directory, as it is called among `runs` if it is one of them."""
+    found = tables.read_finished(directory)
+    return next((run for run in runs if run.path == found.path), found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Reading published files: tables of rows, and videos under one of several names."""
 
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -62,4 +63,9 @@ def find_video(folders: Sequence[pathlib.Path], name: str) -> pathlib.Path | Non
     """The video called `name`, with its own suffix or another one, in the first folder that has it."""
     stem = name.removesuffix(pathlib.PurePath(name).suffix) if name.endswith(VIDEO_SUFFIXES) else name
     names = dict.fromkeys([name, *(stem + suffix for suffix in VIDEO_SUFFIXES)])
-    return next((folder / each for folder in folders for each in names if (folder / each).is_file()), None)
+    return next((path for folder in folders for each in names if (path := existing(folder / each))), None)
+
+
+def existing(path: pathlib.Path) -> pathlib.Path | None:
+    """The path of a file that is there; None for any other, names that no file can have included."""
+    return path if os.path.isfile(path) else None

@@ -38,7 +38,7 @@ class Item:
       labels: the labels of each of the benchmark's breakdowns; a question may have several of one breakdown.
       time_reference: (start, end) in seconds of the part of the video that holds the answer (LVBench).
       subtitles: None where the video has none.
-      extra: further columns of the published files, unchanged, for the exporters.
+      extra: further columns of the published files, unchanged.
     """
 
     id: str
@@ -119,8 +119,11 @@ class Benchmark:
     subtitled: int | None = None
     expected: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
-    def load(self, directory) -> tuple[list[Item], Report]:
+    def load(self, directory, subtitles: bool = False) -> tuple[list[Item], Report]:
         """The questions of a directory in the published layout, in the published order, and what it lacks.
+
+        Args:
+          subtitles: whether they are wanted, so that missing ones are a warning.
 
         Raises:
           UserError: no such directory, a file that cannot be read, a missing column, a question without text, or an id
@@ -131,38 +134,41 @@ class Benchmark:
             raise UserError(f"--data={directory}: no such directory; give the one that holds {self.title}'s files")
         items = self.read(directory)
         _check_questions(items, directory)
-        return items, self._report(items, directory)
+        return items, self._report(items, directory, subtitles)
 
-    def check(self, directory) -> Report:
-        """What a directory lacks; errors as `load`."""
-        return self.load(directory)[1]
+    def check(self, directory, subtitles: bool = False) -> Report:
+        """What a directory lacks; arguments and errors as of `load`."""
+        return self.load(directory, subtitles)[1]
 
-    def _report(self, items: list[Item], directory: pathlib.Path) -> Report:
+    def _report(self, items: list[Item], directory: pathlib.Path, subtitles: bool) -> Report:
         videos = {item.video_id: item.video for item in items}
         missing = tuple(name for name, file in videos.items() if file is None)
         counts = [("questions", len(items), self.questions), ("videos", len(videos), self.videos)]
         for breakdown, labels in self.expected.items():
             said = Counter(label for item in items for label in item.labels[breakdown])
             counts += [(f"questions of {label}", said[label], published) for label, published in labels.items()]
+        subtitled = ("videos with subtitles", len({item.video_id for item in items if item.subtitles}), self.subtitled)
+        counts += [subtitled] if subtitles else []
         warnings = [
             f"{found} {what} instead of the {published} published"
             for what, found, published in counts
             if published is not None and found != published
         ]
-        warnings += _item_warnings(items)
+        warnings += _item_warnings(items, subtitles)
         if missing:
             warnings.append(f"{len(missing)} of {len(videos)} videos are missing, the first is {missing[0]}")
-        subtitled = {item.video_id for item in items if item.subtitles}
         counts += [("video files", len(videos) - len(missing), self.videos)]
-        counts += [("videos with subtitles", len(subtitled), self.subtitled)] if self.subtitled or subtitled else []
+        counts += [subtitled] if not subtitles and (self.subtitled or subtitled[1]) else []
+        timed = sum(item.time_reference is not None for item in items)
+        counts += [("questions with a time reference", timed, None)] if timed else []
         return Report(self.name, directory, tuple(counts), missing, tuple(warnings))
 
 
-def _item_warnings(items: list[Item]) -> list[str]:
+def _item_warnings(items: list[Item], subtitles: bool) -> list[str]:
     no_answer = [item.id for item in items if item.answer not in item.letters]
-    if not no_answer:
-        return []
-    return [f"{len(no_answer)} questions have an answer that is none of their options, the first is {no_answer[0]}"]
+    unread = [item.id for item in items if item.extra.get("subtitle_path") and not item.subtitles] if subtitles else []
+    flaws = {"an answer that is none of their options": no_answer, "subtitles that are missing": unread}
+    return [f"{len(ids)} questions have {what}, the first is {ids[0]}" for what, ids in flaws.items() if ids]
 
 
 def _check_questions(items: list[Item], directory: pathlib.Path) -> None:

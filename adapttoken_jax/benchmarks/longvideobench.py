@@ -3,7 +3,7 @@
 import pathlib
 
 from adapttoken_jax.benchmarks import columns
-from adapttoken_jax.benchmarks.files import find_video, first_file, read_rows
+from adapttoken_jax.benchmarks.files import existing, find_video, first_file, read_rows
 from adapttoken_jax.benchmarks.items import Benchmark, Item, SubtitleFile
 from adapttoken_jax.errors import UserError
 
@@ -15,7 +15,7 @@ _COLUMNS = {
 }
 _SUBTITLES = {"subtitle_path": columns.TEXT, "starting_timestamp_for_subtitles": columns.NUMBER}
 _OPTIONS = tuple(f"option{i}" for i in range(5))
-_ABSENT = (None, "", "N/A")
+_ABSENT = (None, "", "N/A")  # in the parquet
 _BREAKDOWNS = ("duration_group", "question_category", "topic_category")
 
 
@@ -29,11 +29,13 @@ def _read(directory: pathlib.Path) -> list[Item]:
 
 
 def _item(row: dict, directory: pathlib.Path, path: pathlib.Path) -> Item:
-    published = row.get("candidates") or [row.get(name) for name in _OPTIONS]
-    options, right = tuple(o for o in published if o not in _ABSENT), row["correct_choice"]
-    if not 0 <= right < len(published) or published[right] in _ABSENT:
+    published, right = row.get("candidates") or [row.get(name) for name in _OPTIONS], row["correct_choice"]
+    absent = _ABSENT if "candidates" not in row else ("N/A",)
+    if not 0 <= right < len(published) or published[right] in absent:
         raise UserError(f"{path}: question {row['id']} has no option {right}, its correct_choice")
-    before = sum(option not in _ABSENT for option in published[:right])
+    options = tuple(option for option in published if option not in absent)
+    file = directory / "subtitles" / (row["subtitle_path"] or "")
+    before = sum(option not in absent for option in published[:right])
     return Item(
         id=row["id"],
         video_id=row["video_id"],
@@ -43,14 +45,9 @@ def _item(row: dict, directory: pathlib.Path, path: pathlib.Path) -> Item:
         answer=chr(ord("A") + before),
         duration_s=float(row["duration"]),
         labels={name: (str(row[name]),) for name in _BREAKDOWNS},
-        subtitles=_subtitles(row, directory),
-        extra={"correct_choice": right},
+        subtitles=SubtitleFile(file, float(row["starting_timestamp_for_subtitles"] or 0)) if existing(file) else None,
+        extra={"correct_choice": right, "subtitle_path": row["subtitle_path"]},
     )
-
-
-def _subtitles(row: dict, directory: pathlib.Path) -> SubtitleFile | None:
-    path = directory / "subtitles" / (row["subtitle_path"] or "")
-    return SubtitleFile(path, float(row["starting_timestamp_for_subtitles"] or 0)) if path.is_file() else None
 
 
 BENCHMARK = Benchmark(

@@ -1,5 +1,6 @@
 """MLVU, the multiple-choice questions of its development set: one JSON per task, or one re-packed parquet."""
 
+import dataclasses
 import pathlib
 from collections import Counter
 
@@ -31,6 +32,15 @@ _REPACKED = dict.fromkeys(("video_name", "question", "answer", "task_type"), col
 
 
 def _read(directory: pathlib.Path) -> list[Item]:
+    """Tasks have folders of their own; where a file serves several, it is one video, called as in the first."""
+    names: dict[pathlib.Path, str] = {}
+    return [
+        dataclasses.replace(item, video_id=names.setdefault(item.video, item.video_id)) if item.video else item
+        for item in _questions(directory)
+    ]
+
+
+def _questions(directory: pathlib.Path) -> list[Item]:
     for root in (directory, directory / "MLVU"):
         files = {task: root / "json" / f"{stem}.json" for task, (stem, _) in _FILES.items()}
         there = {task: path for task, path in files.items() if path.is_file()}

@@ -39,12 +39,13 @@ def read(file: SubtitleFile, duration_s: float | None = None) -> tuple[Subtitle,
     """
     try:
         text = file.path.read_text(encoding="utf-8-sig", errors="replace")
-        lines = _from_srt(text) if file.path.suffix == ".srt" else [_from_json(entry) for entry in json.loads(text)]
+        lines = _from_srt(text) if file.path.suffix == ".srt" else list(map(_from_json, json.loads(text)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{file.path}: no readable subtitles ({type(error).__name__}: {error})") from None
     if file.path.suffix == ".srt" and text.strip() and not _TIMES.search(text):
         raise UserError(f"{file.path}: no readable subtitles (no line as 00:00:01,000 --> 00:00:02,000)")
-    clipped = [_clip(line, file.offset_s, math.inf if duration_s is None else duration_s) for line in lines]
+    until = math.inf if duration_s is None else duration_s
+    clipped = [_clip(line, file.offset_s, until) for line in lines if line.text]
     return tuple(sorted((line for line in clipped if line), key=lambda line: line.start_s))
 
 
@@ -56,13 +57,13 @@ def _from_srt(text: str) -> list[Subtitle]:
         # The number of the next entry stands before its times.
         body = body[:-1] if following and body and body[-1].strip().isdigit() else body
         lines.append(Subtitle(clock_seconds(mark[1]), clock_seconds(mark[2]), _plain(" ".join(body))))
-    return [line for line in lines if line.text]
+    return lines
 
 
 def _from_json(entry: dict) -> Subtitle:
     if "timestamp" in entry:
         start, end = entry["timestamp"]
-        return Subtitle(float(start), None if end is None else float(end), _plain(entry["text"]))
+        return Subtitle(clock_seconds(start), None if end is None else clock_seconds(end), _plain(entry["text"]))
     return Subtitle(clock_seconds(entry["start"]), clock_seconds(entry["end"]), _plain(entry["line"]))
 
 
@@ -72,10 +73,12 @@ def _plain(text: str) -> str:
 
 
 def clock_seconds(clock: str | float) -> float:
-    """`[hh:]mm:ss[.fff]`, or seconds by themselves, in seconds; a comma is a point. ValueError: no such text."""
+    """`[hh:]mm:ss[.fff]`, or seconds by themselves, in seconds; a comma is a point. ValueError: no such time."""
     total = 0.0
     for part in str(clock).replace(",", ".").split(":"):
         total = 60 * total + float(part)
+    if not math.isfinite(total):
+        raise ValueError(f"{clock} is no time")
     return total
 
 

@@ -3,7 +3,7 @@
 import pathlib
 
 from adapttoken_jax.benchmarks import columns
-from adapttoken_jax.benchmarks.files import find_video, first_file, read_rows
+from adapttoken_jax.benchmarks.files import existing, find_video, first_file, read_rows
 from adapttoken_jax.benchmarks.items import Benchmark, Item, SubtitleFile
 from adapttoken_jax.benchmarks.options import letter_in, without_letter
 
@@ -35,7 +35,7 @@ def _item(row: dict, directory: pathlib.Path) -> Item:
         options=options,
         answer=letter_in(row["answer"], options),
         labels=labels,
-        subtitles=SubtitleFile(subtitles) if subtitles.is_file() else None,
+        subtitles=SubtitleFile(subtitles) if existing(subtitles) else None,
         extra={name: row[name] for name in ("video_id", "url", "options")},
     )
 

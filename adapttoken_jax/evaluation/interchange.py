@@ -56,11 +56,14 @@ _LMMS_EVAL = {
     "mlvu": ("mlvu_dev", "mlvu_percetion_score", 100.0),  # spelt so upstream
 }
 
+# Benchmarks without subtitles refuse them.
+_WITH_SUBTITLES = {"videomme": "videomme_w_subtitle", "longvideobench_val_v": "longvideobench_val_i"}
+
 
 def lmms_eval_task(results: Mapping) -> str:
     """The name of lmms-eval's task for the benchmark and the setting of subtitles."""
     task = _LMMS_EVAL[results["benchmark"]][0]
-    return f"{task}_w_subtitle" if results["subtitles"] and task == "videomme" else task
+    return _WITH_SUBTITLES[task] if results["subtitles"] else task
 
 
 def lmms_eval_samples(benchmark: str, pairs: _Pairs) -> list[dict[str, Any]]:

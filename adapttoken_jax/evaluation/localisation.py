@@ -7,12 +7,12 @@ import numpy as np
 from adapttoken_jax.result import Result
 
 
-def localise(result: Result, slot_times: Sequence[float], slot_seconds: float, reference: tuple[float, float]) -> dict:
+def localise(result: Result, slot_times: Sequence[float], duration_s: float, reference: tuple[float, float]) -> dict:
     """How much of what the model was shown lies inside the reference.
 
     Args:
-      slot_times: float[T], time of each slot's first frame, seconds.
-      slot_seconds: how long a slot stands for, seconds.
+      slot_times: float[T], time of each slot's first frame, seconds. It stands for what follows up to the next one's.
+      duration_s: the video's length, seconds.
       reference: begin and end, seconds.
 
     Returns:
@@ -22,7 +22,7 @@ def localise(result: Result, slot_times: Sequence[float], slot_seconds: float, r
       "selected": share of the selected tokens inside: what choosing tokens adds.
       "hit": 1.0 if at least one selected token is inside, else 0.0.
     """
-    inside = slots_inside(slot_times, slot_seconds, reference)
+    inside = slots_inside(slot_times, duration_s, reference)
     chance = float(inside.mean())
     spent = sum(group.budget for group in result.groups)
     budget = (
@@ -37,8 +37,9 @@ def localise(result: Result, slot_times: Sequence[float], slot_seconds: float, r
     }
 
 
-def slots_inside(slot_times: Sequence[float], slot_seconds: float, reference: tuple[float, float]) -> np.ndarray:
-    """Slots that share a moment with the closed interval `reference`: bool[T]."""
+def slots_inside(slot_times: Sequence[float], duration_s: float, reference: tuple[float, float]) -> np.ndarray:
+    """Slots that share a moment with the closed interval `reference`: bool[T]. Every moment of the video is in one."""
     begin, end = reference
-    times = np.asarray(slot_times, float)
-    return (times <= end) & (times + slot_seconds > begin)
+    starts, ends = np.array([[0.0, *slot_times[1:]], [*slot_times[1:], duration_s]])
+    ends[-1] = np.nextafter(max(ends[-1], slot_times[-1]), np.inf)  # the video's last moment is the last slot's
+    return (starts <= end) & (ends > begin)

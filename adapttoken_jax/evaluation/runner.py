@@ -117,11 +117,19 @@ def run_videos(
                     raise UserError(f"{error} (video {video.id})") from None
                 if strict:
                     raise UserError(f"--strict: {error}") from None
-                reason = str(error).removeprefix(f"{video.path}: ")
+                reason = _without_places(str(error), video)
                 records = Records([broken_sample(number, item, reason) for number, item in video.questions])
             else:
                 fits = True
             write(video, records)
+
+
+def _without_places(reason: str, video: Video) -> str:
+    """Why a video failed, but for where its files lie, which no record tells."""
+    files = [item.subtitles.path for _, item in video.questions if item.subtitles]
+    for file in files:
+        reason = reason.replace(str(file), file.name)
+    return reason.removeprefix(f"{video.path}: ")
 
 
 def _out_of_memory(error: UserError) -> bool:

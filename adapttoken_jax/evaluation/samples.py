@@ -44,8 +44,7 @@ def answered_sample(number: int, item, result: Result, clip: Clip) -> dict[str, 
         "flops": result.cost.flops,
     }
     if item.time_reference is not None:
-        slot_seconds = clip.info.duration_s / clip.grid[0]
-        sample["localisation"] = localise(result, clip.slot_times, slot_seconds, item.time_reference)
+        sample["localisation"] = localise(result, clip.slot_times, clip.info.duration_s, item.time_reference)
     return plain_json(sample)
 
 

@@ -77,13 +77,13 @@ class Evaluation:
         return {"prompt": self.prompt_name, **{name: getattr(self, name) for name in names}}
 
 
-def check(benchmark: str, data: str, strict: bool = False) -> Report:
+def check(benchmark: str, data: str, strict: bool = False, subtitles: bool = False) -> Report:
     """What a data directory lacks, without touching a model.
 
     Raises:
       UserError: it cannot be read; with `strict`, it lacks anything.
     """
-    report = BENCHMARKS[benchmark].check(data)
+    report = BENCHMARKS[benchmark].check(data, subtitles)
     if strict:
         report.require_complete()
     return report
@@ -100,7 +100,7 @@ def evaluate(asked: Evaluation) -> dict[str, Any] | None:
       OSError: the work directory cannot be written; nothing that was answered is lost.
     """
     part = this_part(asked)
-    items, report = BENCHMARKS[asked.benchmark].load(asked.data)
+    items, report = BENCHMARKS[asked.benchmark].load(asked.data, asked.subtitles)
     if asked.strict:
         report.require_complete()
     if asked.subtitles and not any(item.subtitles for item in items):
@@ -112,6 +112,7 @@ def evaluate(asked: Evaluation) -> dict[str, Any] | None:
     replay = None if asked.replay is None else read_replay(asked.replay, [item.id for item in items])
     if replay:
         hashes["selections"] = replay.sha256
+        config = dataclasses.replace(config, budget=_replayed_budget(asked, replay.budget))
     describe = lambda: workdir.describe_run(asked.flags(), dataclasses.asdict(config), hashes, size_name(sizes))
     with workdir.joined(asked.workdir):
         workdir.check_run(asked.workdir, describe(), asked.resume)
@@ -129,6 +130,17 @@ def evaluate(asked: Evaluation) -> dict[str, Any] | None:
                 print(f"{left} of {len(items)} questions are left to other shards", file=sys.stderr)
                 return None
             return finish(asked.workdir, items, [files.samples[item.id] for item in items], report, run)
+
+
+def _replayed_budget(asked: Evaluation, selected: int) -> int:
+    """That of the flags, else the one under which the replayed run selected."""
+    budget = asked.settings.get("budget", selected)
+    if budget > selected:
+        raise UserError(
+            f"--budget={budget}: the run of --replay={asked.replay} selected {selected} tokens; give at most that, or "
+            "drop one of the flags"
+        )
+    return budget
 
 
 def this_part(asked: Evaluation) -> Shard:

@@ -3,6 +3,7 @@
 A table is a list of rows, dictionaries with the same keys; a cell is a text or a number.
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -10,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adapttoken_jax.benchmarks import SCORERS
+from adapttoken_jax.benchmarks import BENCHMARKS, SCORERS
 from adapttoken_jax.benchmarks.statistics import paired_difference
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import workdir
@@ -28,6 +29,7 @@ class FinishedRun:
       path: the directory, links followed.
       run, results: the contents of `run.json` and `results.json`.
       samples, costs: records by question.
+      setting: what tells it from others of its model, method and frames, such as "budget 2048"; "" if there are none.
     """
 
     path: pathlib.Path
@@ -35,6 +37,7 @@ class FinishedRun:
     results: Mapping[str, Any]
     samples: Mapping[str, Mapping[str, Any]]
     costs: Mapping[str, Mapping[str, Any]]
+    setting: str = ""
 
     @property
     def benchmark(self) -> str:
@@ -53,9 +56,19 @@ class FinishedRun:
 
     @property
     def method(self) -> str:
-        """As in `--method`, and whether its selections were replayed and subtitles shown."""
-        name = self.results["method"] + (" (replayed)" if self.run["flags"]["replay"] else "")
-        return name + (" (subtitles)" if self.results["subtitles"] else "")
+        """As in `--method`, whether its selections were replayed and subtitles shown, and its `setting`."""
+        marks = {"replayed": self.replayed, "subtitles": self.results["subtitles"], self.setting: self.setting}
+        return self.results["method"] + "".join(f" ({mark})" for mark, holds in marks.items() if holds)
+
+    @property
+    def label(self) -> str:
+        """`key` in words."""
+        return f"{self.model} {self.method}, {self.key[2]} frames"
+
+    @property
+    def replayed(self) -> bool:
+        """Whether it answered from another run's selections; its cost is then that of its answers alone."""
+        return self.run["flags"]["replay"] is not None
 
     def cell(self, rule: str) -> Mapping[str, Any]:
         """The overall score under a rule.
@@ -75,6 +88,27 @@ class FinishedRun:
         return statistics.median(found) if found else None
 
 
+def read_runs(directories: Sequence) -> list[FinishedRun]:
+    """Reads work directories; of those that share a benchmark and a `key`, the settings are told that differ.
+
+    Raises:
+      UserError: one is not a run, or not finished.
+    """
+    runs = [read_finished(directory) for directory in directories]
+    alike = collections.defaultdict(list)
+    for run in runs:
+        alike[run.benchmark, run.key].append(_settings(run))
+    return [dataclasses.replace(run, setting=_differing(_settings(run), alike[run.benchmark, run.key])) for run in runs]
+
+
+def _settings(run: FinishedRun) -> dict[str, Any]:
+    return {"budget": run.results["config"]["budget"], "prompt": run.results["prompt"]}
+
+
+def _differing(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in own.items() if any(each[name] != value for each in others))
+
+
 def read_finished(directory) -> FinishedRun:
     """Reads a work directory.
 
@@ -90,13 +124,16 @@ def read_finished(directory) -> FinishedRun:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); remove it and run the same evaluation again") from None
     records = {name: workdir.read_all(directory, name) for name in ("samples", "costs")}
+    if any("verdicts" not in sample for sample in records["samples"].values()):  # it went on, and was interrupted
+        raise UserError(f"{directory}: not finished; run the same evaluation again to go on")
     return FinishedRun(pathlib.Path(directory).resolve(), run, results, **records)
 
 
 def accuracy_table(runs: Sequence[FinishedRun], rule: str) -> list[Row]:
     """A row per model, method and number of frames, a column per benchmark.
 
-    A cell is the accuracy in percent, [its 95 % interval], and (the published number, the difference from it).
+    A cell is the accuracy in percent, [its 95 % interval], (the published number, the difference from it), and how many
+    of the benchmark's questions have an answer if not all.
     """
     names = [name for name in COLUMNS if any(run.benchmark == name for run in runs)]
     rows: dict[tuple, Row] = {}
@@ -116,7 +153,9 @@ def _accuracy(run: FinishedRun, rule: str) -> str:
     ours, known = 100 * cell["accuracy"], published(model, method, frames, run.benchmark)
     spread = "" if cell["low"] is None else f" [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
     beside = "" if known is None else f" ({known:.1f}, {ours - known:+.1f})"
-    return f"{ours:.1f}{spread}{beside}"
+    answered, asked = run.results["answered"], BENCHMARKS[run.benchmark].questions
+    part = "" if answered == asked else f", {answered} of {asked} questions"
+    return f"{ours:.1f}{spread}{beside}{part}"
 
 
 def cost_table(runs: Sequence[FinishedRun], rule: str) -> list[Row]:
@@ -145,7 +184,7 @@ def localisation_table(runs: Sequence[FinishedRun]) -> list[Row]:
     """A row per run whose benchmark has time references; shares in percent (`localisation.localise`)."""
     return [
         {"benchmark": run.benchmark, "model": run.model, "method": run.method,
-         "questions": found["questions"],
+         "frames": run.key[2], "questions": found["questions"],
          **{f"{name}, %": round(100 * found[name], 2) for name in ("chance", "budget", "selected", "hit")}}
         for run in runs if (found := run.results["localisation"])
     ]  # fmt: skip
@@ -167,8 +206,8 @@ def paired_table(runs: Sequence[FinishedRun], baseline: FinishedRun, rule: str) 
         found = paired_difference(*verdicts, clusters, _strata(run, rule))
         rows.append({
             "benchmark": run.benchmark,
-            "run": f"{run.model} {run.method}",
-            "against": f"{baseline.model} {baseline.method}",
+            "run": run.label,
+            "against": baseline.label,
             "difference, %": round(100 * found.difference, 2),
             "low": round(100 * found.low, 2),
             "high": round(100 * found.high, 2),
@@ -225,11 +264,20 @@ def _text(value) -> str:
 
 
 def pareto_plot(path, runs: Sequence[FinishedRun], rule: str) -> None:
-    """Accuracy over cost, one panel per benchmark; a line joins the runs that no other beats in both. A PNG."""
+    """Accuracy over cost, one panel per benchmark; a line joins the runs that no other beats in both. A PNG.
+
+    Replays are left out: the scan that they answer from is none of their cost.
+
+    Raises:
+      UserError: there are only replays.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    runs = [run for run in runs if not run.replayed]
     names = [name for name in COLUMNS if any(run.benchmark == name for run in runs)]
+    if not names:
+        raise UserError("--plot: a replay's cost is without its scan; give the runs that are replayed, too")
     figure = Figure(figsize=(5 * len(names), 3.6), dpi=130, layout="constrained")
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(1, len(names), place)
@@ -248,7 +296,7 @@ def pareto_plot(path, runs: Sequence[FinishedRun], rule: str) -> None:
 
 def _point(run: FinishedRun, rule: str) -> tuple[str, float, float] | None:
     accuracy, cost = run.cell(rule)["accuracy"], run.results["cost"]
-    return None if accuracy is None or not cost else (run.method, cost["visual_tokens"], 100 * accuracy)
+    return None if accuracy is None or not cost else (run.label, cost["visual_tokens"], 100 * accuracy)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

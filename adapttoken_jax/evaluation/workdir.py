@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -242,7 +243,7 @@ class RunFiles:
             self.samples = self._whole_videos(videos)
             for name, journal in self._journals.items():
                 read_all(self._directory, name)  # its errors, before anything is dropped
-                journal.keep_while(lambda record: record["id"] in self.samples)
+                journal.keep_while(functools.partial(self._belongs, name))
             self._stack = stack.pop_all()
 
     def __enter__(self) -> "RunFiles":
@@ -260,13 +261,19 @@ class RunFiles:
         ids = [[item.id for _, item in video.questions] for video in videos]
         return {name: found[name] for own in ids if found.keys() >= {*own} for name in own}
 
+    def _belongs(self, name: str, record: Mapping[str, Any]) -> bool:
+        """Whether a record is one of a question that is done: a broken video's has a sample alone."""
+        sample = self.samples.get(record["id"])
+        return sample is not None and (name == "samples" or "error" not in sample)
+
     def has(self, video: Video) -> bool:
         """Whether all questions of a video are answered."""
         own = [self.samples.get(item.id) for _, item in video.questions]
         return all(sample is not None and "error" not in sample for sample in own)
 
     def write(self, records: Records) -> None:
-        """Adds what a video gave. It is on the disk when this returns."""
+        """Adds what a video gave. It is on the disk when this returns. Scores of before it are none of the run's."""
+        (self._directory / "results.json").unlink(missing_ok=True)
         self._journals["selections"].append(records.selections)
         self._journals["costs"].append(records.costs)
         self._journals["samples"].append(records.samples)

@@ -91,6 +91,21 @@ def test_an_absent_option_before_the_right_one_moves_its_letter(tmp_path):
     assert item.options == ("red", "green", "white") and item.answer == "B"
 
 
+def test_a_candidate_without_text_is_refused(tmp_path):
+    row = layouts.longvideobench_rows()[0] | {"candidates": ["", "red", "blue", "green"]}
+    layouts.write_json(tmp_path / "lvb_val.json", [row])
+    with pytest.raises(UserError, match=f"^--data={tmp_path}: the question a_0 has an option A without text;"):
+        BENCHMARKS["longvideobench"].load(tmp_path)
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_video(tmp_path):
+    names = ["x" * 300, "nul\0"]
+    rows = [row | {"videoID": name} for row, name in zip(layouts.videomme_rows(), names, strict=False)]
+    layouts.write_parquet(tmp_path / "test-0.parquet", rows)
+    items, report = BENCHMARKS["videomme"].load(tmp_path)
+    assert [item.video or item.subtitles for item in items] == [None] * 2 and report.missing_videos == (*names,)
+
+
 @pytest.mark.parametrize("right", [3, 5, -1])
 def test_a_right_choice_that_is_absent_is_refused(tmp_path, right):
     row = layouts.longvideobench_rows()[0] | {"candidates": ["red", "blue", "green", "N/A"], "correct_choice": right}
@@ -105,6 +120,26 @@ def test_a_video_without_subtitles_has_none(tmp_path):
     items, report = BENCHMARKS["longvideobench"].load(tmp_path)
     assert [item.subtitles is None for item in items] == [False, False, True]
     assert ("videos with subtitles", 1, None) in report.counts
+
+
+@pytest.mark.parametrize("named", [None, "", "b.json"])
+def test_missing_subtitles_are_a_warning_where_they_are_wanted(tmp_path, named):
+    rows = layouts.longvideobench_rows()
+    rows[2]["subtitle_path"] = named
+    layouts.longvideobench(tmp_path)
+    layouts.write_json(tmp_path / "lvb_val.json", rows)
+    (tmp_path / "subtitles" / "b.json").unlink()
+    warned = lambda wanted: [w for w in BENCHMARKS["longvideobench"].check(tmp_path, wanted).warnings if "subt" in w]
+    expected = ["1 questions have subtitles that are missing, the first is b_2"] if named else []
+    assert warned(False) == [] and warned(True) == expected
+
+
+def test_fewer_subtitles_than_published_are_a_warning_where_they_are_wanted(tmp_path):
+    layouts.videomme(tmp_path)
+    for wanted in (False, True):
+        report = BENCHMARKS["videomme"].check(tmp_path, wanted)
+        assert report.counts.count(("videos with subtitles", 2, 744)) == 1
+        assert ("2 videos with subtitles instead of the 744 published" in report.warnings) == wanted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,6 +157,7 @@ def test_lvbench(tmp_path):
     assert [item.time_reference for item in items] == [(65.0, 90.0), (3600.0, 3610.0), (0.0, 1800.0)]
     assert items[0].duration_s == 1800.0
     assert report.missing_videos == ("first",) and items[2].video == tmp_path / "all_videos" / "second.mp4"
+    assert ("questions with a time reference", 3, None) in report.counts
 
 
 @pytest.mark.parametrize(
@@ -133,6 +169,8 @@ def test_lvbench(tmp_path):
         ("00:15", (15.0, 15.0)),
         ("00:19-00:15", None),
         ("whole video", None),
+        ("inf-inf", None),
+        ("nan-00:15", None),
         ("", None),
     ],
 )
@@ -168,6 +206,20 @@ def test_mlvu_repacked_holds_the_same_questions(tmp_path, style):
     ]
     assert asked(repacked) == asked(published)
     assert report.missing_videos == () and repacked[0].video == tmp_path / "repacked" / "plotQA_7.mp4"
+
+
+def test_a_file_that_serves_two_tasks_is_one_video(tmp_path):
+    """Else its questions would count as clusters of their own, and a scan that serves both as two."""
+    rows = layouts.mlvu_rows()
+    for task in ("count", "ego"):
+        same = [row | {"video": "shared.mp4"} for row in rows[task]]
+        layouts.write_json(tmp_path / "json" / f"{layouts.MLVU_TASKS[task]}.json", same)
+    layouts.write_video(tmp_path / "video" / "shared.mp4")
+    items, report = BENCHMARKS["mlvu"].load(tmp_path)
+    assert [item.video_id for item in items] == ["3_ego/shared.mp4"] * 4 and ("videos", 1, None) in report.counts
+    layouts.write_video(tmp_path / "video" / "4_count" / "shared.mp4")
+    items, report = BENCHMARKS["mlvu"].load(tmp_path)
+    assert [item.video_id for item in items] == ["3_ego/shared.mp4"] * 2 + ["4_count/shared.mp4"] * 2
 
 
 def test_an_answer_that_is_no_candidate_is_kept_and_warned_of(tmp_path):

@@ -85,6 +85,12 @@ def test_only_lines_at_the_frames_times_are_said(times, text):
     assert subtitles.text_at(LINES, times) == text
 
 
+def test_an_entry_without_text_is_no_line(tmp_path):
+    lines = [{"timestamp": [1.0, 2.0], "text": "a"}, {"timestamp": [2.0, 3.0], "text": " "}]
+    file = SubtitleFile(layouts.write_json(tmp_path / "a.json", lines))
+    assert subtitles.read(file) == (Subtitle(1.0, 2.0, "a"),)
+
+
 def test_a_text_that_goes_on_is_said_once():
     lines = [Subtitle(0, 1, "Hm."), Subtitle(1, 2, "Hm."), Subtitle(2, 3, "Yes."), Subtitle(3, 4, "Hm.")]
     assert subtitles.text_at(lines, [0, 1, 2, 3]) == "Hm.\nYes.\nHm."

@@ -17,6 +17,8 @@ from adapttoken_jax.benchmarks import BENCHMARKS, PROMPTS, SCORERS
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation.runner import group_by_video, run_videos, scanned
 from adapttoken_jax.evaluation.saved_selection import SavedSelection
+from adapttoken_jax.evaluation.tables import read_finished
+from adapttoken_jax.journal import Journal
 from tests import media, tiny
 from tests.evaluation import bench
 
@@ -124,6 +126,34 @@ def test_a_corrupt_video_in_the_middle_is_recorded_and_tried_again(places, tmp_p
     assert scores(tmp_path / "run") == scores(whole)
 
 
+def test_a_retry_that_is_killed_leaves_no_old_scores_and_no_record_twice(places, tmp_path, capsys, monkeypatch):
+    data, model, whole = places
+    shutil.copytree(data, tmp_path / "data")
+    video = tmp_path / "data" / "all_videos" / "clip1.mp4"
+    media.truncated(video, video, 0.7)
+    words = bench.evaluate_flags(tmp_path / "data", model, tmp_path / "run")
+    run(capsys, words)
+    shutil.copy(data / "all_videos" / "clip1.mp4", video)
+    append = Journal.append
+
+    def killed(journal, records):
+        if journal.path.name == "samples.jsonl":
+            raise KeyboardInterrupt
+        append(journal, records)
+
+    monkeypatch.setattr(Journal, "append", killed)
+    run(capsys, words, status=130)
+    monkeypatch.undo()
+    assert [record["id"] for record in lines(tmp_path / "run", "selections")][-2:] == ["1-0", "1-1"]
+    with pytest.raises(UserError, match="not finished; run the same evaluation again"):
+        read_finished(tmp_path / "run")
+    run(capsys, words)
+    assert bench.outcome(tmp_path / "run") == bench.outcome(whole)
+    asked = [sample["id"] for sample in lines(whole)]
+    for name in ("samples", "selections", "costs"):
+        assert sorted(record["id"] for record in lines(tmp_path / "run", name)) == asked
+
+
 def test_with_strict_a_corrupt_video_ends_the_run_after_those_before_it(places, tmp_path):
     data, path, _ = places
     shutil.copytree(data, tmp_path / "data")
@@ -221,6 +251,17 @@ def test_replay_answers_again_from_the_same_tokens_or_the_best_of_them(places, t
     words = bench.evaluate_flags(data, model, tmp_path / "other", f"--replay={whole}", "--max_frames=12")
     _, err = run(capsys, words, status=2)
     assert "give the settings of sampling that the run had" in err.splitlines()[-1]
+
+
+def test_a_replay_has_the_budget_of_its_run_unless_it_is_given_a_smaller_one(places, tmp_path, capsys):
+    data, model, whole = places
+    words = lambda name, *more: bench.evaluate_flags(data, model, tmp_path / name, f"--replay={whole}", *more)
+    _, err = run(capsys, words("more", "--budget=21"), status=2)
+    assert re.search(r"--budget=21: the run of --replay=.* selected 20 tokens; give at most that, or drop", err)
+    assert err.count("\n") == 1 and not (tmp_path / "more").exists()
+    run(capsys, [word for word in words("same") if not word.startswith("--budget")])
+    assert json.loads((tmp_path / "same" / "run.json").read_text())["config"]["budget"] == 20
+    assert {sample["visual_tokens"]["selected"] for sample in lines(tmp_path / "same")} == {20}
 
 
 @pytest.mark.parametrize("one_group", [False, True])

@@ -69,6 +69,16 @@ def test_videomme_with_subtitles_and_a_video_that_is_missing(tmp_path, clip):
     assert [a == b for a, b in zip(entropies(subtitled), entropies(samples), strict=True)] == [False] * 2 + [True] * 3
 
 
+def test_subtitles_that_cannot_be_read_are_named_without_their_place(tmp_path, clip):
+    """The same data elsewhere give the same bytes."""
+    data = shown(layouts.videomme(tmp_path / "data"), clip)
+    (data / "subtitle" / "video-2.srt").write_text("no times")
+    results, _ = evaluated("videomme", data, tmp_path / "run", "--subtitles")
+    reason = "video-2.srt: no readable subtitles (no line as 00:00:01,000 --> 00:00:02,000)"
+    assert results["broken_videos"] == [{"video_id": "video-2", "error": reason, "questions": 1}]
+    assert "2 videos with subtitles instead of the 744 published" in results["warnings"]
+
+
 @pytest.mark.parametrize("layout", ["json", "parquet"])
 def test_longvideobench_with_both_shapes_of_subtitles(tmp_path, clip, layout):
     data = shown(layouts.longvideobench(tmp_path / "data", layout), clip)

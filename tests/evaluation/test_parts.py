@@ -35,20 +35,28 @@ def result(groups, selected, grid=(4, 2, 4), relevance=None):
 
 
 def test_localisation_by_hand():
-    # Slots begin at 0, 2, 4, 6 s and last 2 s; the reference 4.5 to 5 s touches the third alone.
+    # Slots begin at 0, 2, 4, 6 s of 8; the reference 4.5 to 5 s touches the third alone.
     groups = [group((0, 2), budget=30), group((1, 3), budget=10)]
-    found = localise(result(groups, [(0, 0, 0), (2, 0, 0), (2, 0, 1), (3, 0, 0), (1, 0, 0)]), [0, 2, 4, 6], 2, (4.5, 5))
+    found = localise(result(groups, [(0, 0, 0), (2, 0, 0), (2, 0, 1), (3, 0, 0), (1, 0, 0)]), [0, 2, 4, 6], 8, (4.5, 5))
     assert found == {"chance": 0.25, "budget": 30 * 0.5 / 40, "selected": 0.4, "hit": 1.0}
-    missed = localise(result([], [(0, 0, 0)]), [0, 2, 4, 6], 2, (4.5, 5))
+    missed = localise(result([], [(0, 0, 0)]), [0, 2, 4, 6], 8, (4.5, 5))
     assert missed == {"chance": 0.25, "budget": 0.25, "selected": 0.0, "hit": 0.0}
 
 
 @pytest.mark.parametrize(
     ("reference", "inside"),
-    [((0, 0), [1, 0, 0]), ((2, 2), [0, 1, 0]), ((1.9, 2), [1, 1, 0]), ((5.9, 60), [0, 0, 1]), ((60, 61), [0, 0, 0])],
-)
+    [((0, 0), [1, 0, 0]), ((2, 2), [0, 1, 0]), ((1.9, 2), [1, 1, 0]), ((5.9, 60), [0, 0, 1]), ((60, 61), [0, 0, 0]),
+     ((6, 6), [0, 0, 1])],
+)  # fmt: skip
 def test_slots_of_a_closed_interval(reference, inside):
-    assert slots_inside([0, 2, 4], 2.0, reference).astype(int).tolist() == inside
+    assert slots_inside([0, 2, 4], 6.0, reference).astype(int).tolist() == inside
+
+
+def test_no_moment_of_a_video_is_in_no_slot():
+    # Few frames, from the first to the last of a video: slots begin further apart than its length by their number.
+    times, length = [0.25, 8.75, 17.25, 25.75, 34.25, 42.75, 51.25, 59.75], 64.0
+    for moment in np.arange(0, 64.01, 0.1):
+        assert slots_inside(times, length, (moment, moment)).sum() == (moment <= length)
 
 
 def test_a_selection_comes_back_from_its_record_and_ranks_by_weighted_relevance():

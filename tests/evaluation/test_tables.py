@@ -1,5 +1,6 @@
 """Tables, exports and the needle benchmark: numbers by hand, and readers that share no code with the writers."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -8,7 +9,7 @@ from pyarrow import parquet
 
 from adapttoken_jax.benchmarks import BENCHMARKS, Item, Report, score_all
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.evaluation import session, tables, workdir
+from adapttoken_jax.evaluation import interchange, session, tables, workdir
 from adapttoken_jax.evaluation.needle_benchmark import write_benchmark
 from adapttoken_jax.needle import scene
 from experiments import table
@@ -24,13 +25,14 @@ def items():
     ]  # fmt: skip
 
 
-def finished(directory, predictions, method="adapttoken", size="qwen2.5-vl-7b", tokens=100, subtitles=False):
+def finished(directory, predictions, method="adapttoken", size="qwen2.5-vl-7b", tokens=100, subtitles=False,
+             budget=20, frames=4096, prompt="official", replay=None):  # fmt: skip
     """A finished run whose predictions are given; None is a broken video's."""
-    flags = {"benchmark": "videomme", "method": method, "prompt": "official", "subtitles": subtitles, "model": "/m/x"}
-    flags |= {"data": "/d", "replay": None}
+    flags = {"benchmark": "videomme", "method": method, "prompt": prompt, "subtitles": subtitles, "model": "/m/x"}
+    flags |= {"data": "/d", "replay": replay}
     run = workdir.begin_run(
         directory,
-        workdir.describe_run(flags, {"max_frames": 4096, "budget": 20}, {"questions": "q", "model": "m"}, size),
+        workdir.describe_run(flags, {"max_frames": frames, "budget": budget}, {"questions": "q", "model": "m"}, size),
     )
     samples = []
     for number, (item, text) in enumerate(zip(items(), predictions, strict=True)):
@@ -65,8 +67,10 @@ def test_the_accuracy_stands_beside_the_published_number(tmp_path):
     ours, uniform = tables.accuracy_table(runs, "lmms-eval")
     assert (ours["model"], ours["method"], ours["frames"]) == ("qwen2.5-vl-7b", "adapttoken", 4096)
     # Videos score 0.5 three times and 1: standard error sqrt(4/3 * (3 * 0.125² + 0.375²)) / 4 = 0.125, t(3) = 3.182.
-    assert ours["videomme"] == "62.5 [22.7, 100.0] (70.5, -8.0)"
+    assert ours["videomme"] == "62.5 [22.7, 100.0] (70.5, -8.0), 8 of 2700 questions"
     assert uniform["videomme"].startswith("50.0 [") and "(" not in uniform["videomme"]
+    whole = dataclasses.replace(runs[0], results=runs[0].results | {"answered": 2700})
+    assert tables.accuracy_table([whole], "lmms-eval")[0]["videomme"] == "62.5 [22.7, 100.0] (70.5, -8.0)"
     with pytest.raises(UserError, match="a second run of"):
         tables.accuracy_table([runs[0], runs[0]], "lmms-eval")
     (tmp_path / "ours" / "results.json").write_bytes(b"\x89PNG")
@@ -87,6 +91,51 @@ def test_costs_and_pairs_by_hand(tmp_path):
     assert pair["low"] < 50 < pair["high"]
 
 
+def test_runs_are_called_apart_by_what_they_differ_in(tmp_path):
+    """Everywhere: in the table of accuracies, in that of pairs, in the plot."""
+    kinds = {"few": {"frames": 1024}, "many": {}, "small": {"budget": 10}, "worded": {"prompt": "qwen"}}
+    kinds |= {"again": {"replay": "/r", "budget": 10}, "less": {"replay": "/r", "budget": 5}}
+    for name, kind in kinds.items():
+        finished(tmp_path / name, [RIGHT, WRONG] * 4, **kind)
+    runs = dict(zip(kinds, tables.read_runs([tmp_path / name for name in kinds]), strict=True))
+    methods = {"few": "", "many": " (budget 20, prompt official)", "small": " (budget 10, prompt official)"}
+    methods |= {"worded": " (budget 20, prompt qwen)", "again": " (replayed) (budget 10)"}
+    assert {name: runs[name].method for name in methods} == {name: f"adapttoken{x}" for name, x in methods.items()}
+    assert len(tables.accuracy_table([*runs.values()], "official")) == len(kinds)
+    pairs = tables.paired_table([*runs.values()], runs["many"], "official")
+    assert len({pair["run"] for pair in pairs}) == 5 and pairs[0]["run"] == "qwen2.5-vl-7b adapttoken, 1024 frames"
+    with pytest.raises(UserError, match=r"a second run of qwen2\.5-vl-7b adapttoken 4096 on videomme; give one"):
+        tables.accuracy_table(tables.read_runs([tmp_path / "many"] * 2), "official")
+
+
+def test_a_replay_has_no_place_in_the_plot(tmp_path):
+    finished(tmp_path / "again", [RIGHT] * 8, replay="/r")
+    replay = tables.read_finished(tmp_path / "again")
+    with pytest.raises(UserError, match=r"^--plot: .* give the runs that are replayed"):
+        tables.pareto_plot(tmp_path / "p.png", [replay], "official")
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_a_run_that_went_on_and_was_interrupted_is_not_finished(tmp_path):
+    finished(tmp_path / "run", [RIGHT] * 8)
+    samples = tmp_path / "run" / "samples.jsonl"
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    del lines[3]["verdicts"]
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"run: not finished; run the same evaluation again to go on$"):
+        tables.read_finished(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "task"),
+    [("videomme", ("videomme", "videomme_w_subtitle")),
+     ("longvideobench", ("longvideobench_val_v", "longvideobench_val_i"))],
+)  # fmt: skip
+def test_subtitles_are_another_task_upstream(benchmark, task):
+    names = [interchange.lmms_eval_task({"benchmark": benchmark, "subtitles": shown}) for shown in (False, True)]
+    assert names == [*task]
+
+
 def mlvu_run(path, right):
     """A run on 20 questions of one of MLVU's tasks, 2 of another and 10 of a third; each has a video."""
     sizes = {"plotQA": 20, "needle": 2, "order": 10}
@@ -101,7 +150,7 @@ def mlvu_run(path, right):
     samples = {sample["id"]: sample for sample in session.with_verdicts("mlvu", asked, samples)}
     scores = {rule: scores.to_json() for rule, scores in score_all("mlvu", zip(asked, said, strict=True)).items()}
     run = {"model_size": "m", "flags": {"replay": None}}
-    results = {"benchmark": "mlvu", "method": "full", "subtitles": False, "scores": scores}
+    results = {"benchmark": "mlvu", "method": "full", "subtitles": False, "scores": scores, "config": {"max_frames": 9}}
     return tables.FinishedRun(path, run, results, samples, {})
 
 
@@ -149,8 +198,9 @@ def test_a_run_with_subtitles_is_a_row_of_its_own_beside_no_published_number(tmp
     plain, subtitled = tables.accuracy_table(
         [tables.read_finished(tmp_path / name) for name in ("plain", "subtitled")], "official"
     )
-    assert plain["videomme"] == "100.0 [47.3, 100.0] (70.5, +29.5)"
-    assert (subtitled["method"], subtitled["videomme"]) == ("adapttoken (subtitles)", "100.0 [47.3, 100.0]")
+    assert plain["videomme"] == "100.0 [47.3, 100.0] (70.5, +29.5), 8 of 2700 questions"
+    assert subtitled["method"] == "adapttoken (subtitles)"
+    assert subtitled["videomme"] == "100.0 [47.3, 100.0], 8 of 2700 questions"
 
 
 def test_the_command_prints_tables_and_draws_the_plot(tmp_path, capsys, monkeypatch):
@@ -158,7 +208,7 @@ def test_the_command_prints_tables_and_draws_the_plot(tmp_path, capsys, monkeypa
     finished(tmp_path / "base", [RIGHT] * 4 + [None] * 4, method="full", tokens=300)
     for form, words in (
         ("markdown", "| qwen2.5-vl-7b | adapttoken | 4096 | 100.0"),
-        ("latex", r"100.0 [47.3, 100.0] (70.5, +29.5) \\"),
+        ("latex", r"100.0 [47.3, 100.0] (70.5, +29.5), 8 of 2700 questions \\"),
     ):
         for name, value in (("format", form), ("baseline", str(tmp_path / "base")), ("plot", str(tmp_path / "p.png"))):
             monkeypatch.setattr(table.flags.FLAGS[name], "value", value)
