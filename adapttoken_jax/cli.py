@@ -156,10 +156,13 @@ def _answer(values: flags.FlagValues) -> int:
     if values.question is None and not values.dry_run:
         raise UserError("--question is required: what to ask about the video")
     from adapttoken_jax import pipeline
+    from adapttoken_jax.sharding import MeshShape, check_mesh
 
     settings = given_settings(values)
     certificate = _certificate(values, method, settings)
     plan = pipeline.dry_run(values.model, values.video, settings, method, values.question, values.option)
+    if values.mesh is not None:
+        check_mesh(configs.read_model_config(values.model), MeshShape.parse(values.mesh).abstract)
     if values.dry_run:
         return _show_plan(values, plan) if hosts.leads() else OK
     pipeline.check_feature_cache(values.feature_cache, bool(values.trace))
@@ -386,7 +389,7 @@ def _plan(values: flags.FlagValues) -> int:
 
 _DEMO_FLAGS = (
     Flag("output", str, "directory to write, made if missing", "Output", "DIR", "adapttoken_demo"),
-    Flag("frames", int, "length of the video", "Video", "N", 1024, low=32),
+    Flag("frames", int, "length of the video", "Video", "N", 1024, low=32, high=10_000),
     Flag("seed", int, "which video", "Video", "N", 0, low=0),
     _DEBUG,
 )

@@ -12,6 +12,7 @@ Design decisions:
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import string
@@ -66,8 +67,8 @@ class ChatTokenizer:
         at `<|im_end|>`.
 
         Raises:
-          UserError: missing or unreadable files, a control token that the tokenizer lacks, or an id on which
-            `config.json` and the tokenizer disagree.
+          UserError: missing or unreadable files, a control token that the tokenizer lacks, an id on which
+            `config.json` and the tokenizer disagree, or no end of an answer within the vocabulary.
         """
         directory = pathlib.Path(directory)
         tokenizer = _read_tokenizer(directory)
@@ -76,7 +77,8 @@ class ChatTokenizer:
         tokenizer.encode_special_tokens = True  # control tokens inside a text are plain characters
         config = _read_json(directory / "config.json")
         ids = {name: _control_id(tokenizer, config, name, directory) for name in _CONTROL_TOKENS}
-        return cls(tokenizer, **ids, eos=_eos_ids(tokenizer, directory, ids["im_end"]))
+        eos = _eos_ids(tokenizer, directory, ids["im_end"], _declared(config, "vocab_size"))
+        return cls(tokenizer, **ids, eos=eos)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, nothing added; control tokens that it spells are encoded as plain characters."""
@@ -161,13 +163,15 @@ def _declared(config: dict[str, Any], key: str | None) -> int | None:
     return config[key] if config.get(key) is not None else inner.get(key)
 
 
-def _eos_ids(tokenizer: Tokenizer, directory: pathlib.Path, fallback: int) -> tuple[int, ...]:
+def _eos_ids(tokenizer: Tokenizer, directory: pathlib.Path, fallback: int, size: int | None) -> tuple[int, ...]:
     settings = directory / "generation_config.json"
     declared = _read_json(settings).get("eos_token_id")
     if declared is not None:
         ids = declared if isinstance(declared, list) else [declared]
         if not all(type(index) is int for index in ids):
             raise UserError(f"{settings}: eos_token_id is {declared!r}; give token ids")
+        if not any(0 <= index < (size or math.inf) for index in ids):  # a spare one beside may be beyond
+            raise UserError(f"{settings}: eos_token_id is {declared!r}, none within config.json's vocab_size {size}")
         return tuple(ids)
     token = _read_json(directory / "tokenizer_config.json").get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token

@@ -591,6 +591,14 @@ def test_a_dry_run_shows_what_would_be_done_and_needs_neither_weights_nor_questi
     assert expected.items() <= json.loads(out).items()
 
 
+@pytest.mark.parametrize("mesh", ["data=1,model=3", "data=", "rows=2,model=1"])
+def test_a_dry_run_refuses_a_mesh_that_cannot_be(inputs, capsys, mesh):
+    assert cli.main([*answer(inputs, mesh=mesh), "--dry_run"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "--mesh" in err and err.count("\n") == 1
+    assert cli.main([*answer(inputs, mesh="data=64,model=2"), "--dry_run"]) == 0  # of devices that are elsewhere
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -1,5 +1,6 @@
 """The prompt's ids against a chat template rendered as one string, and `parse_option` on answers that models give."""
 
+import contextlib
 import json
 import unicodedata
 
@@ -329,6 +330,12 @@ def test_broken_checkpoints_are_user_errors(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["<|im_end|>"]}')
     with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is"):
         ChatTokenizer.from_directory(tmp_path)
+    write_checkpoint(tmp_path, vocab_size=400)
+    for ids, none in (([400], True), (-1, True), ([], True), ([999, 7], False)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        reason = r"generation_config\.json: eos_token_id is .*, none within config\.json's vocab_size 400$"
+        with pytest.raises(UserError, match=reason) if none else contextlib.nullcontext():
+            ChatTokenizer.from_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json: not a readable tokenizer"):
         ChatTokenizer.from_directory(tmp_path)

@@ -112,8 +112,8 @@ def timeline(entry: ReportEntry) -> Timeline:
 
 def slot_edges(times: np.ndarray, duration_s: float) -> np.ndarray:
     """float64[T + 1] seconds: where each slot begins, and where the last one ends; never empty, never zero long."""
-    step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else duration_s
-    return np.append(times, max(duration_s, times[-1] + max(step, 1e-3)))
+    step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+    return np.append(times, duration_s if duration_s > times[-1] else times[-1] + max(step, 1e-3))
 
 
 def density(edges: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -35,6 +35,11 @@ def decimals(number: float | None, digits: int = 2) -> str:
     return "–" if number is None or not math.isfinite(number) else f"{number:.{digits}f}"
 
 
+def rate(number: float) -> str:
+    """A number per second: whole from ten on, two digits below one."""
+    return count(number) if number >= 10 else f"{number:.1f}" if number >= 1 else f"{number:.2g}"
+
+
 def percent(share: float) -> str:
     """A share in percent, with a decimal below ten."""
     value = 100 * share
@@ -121,5 +126,6 @@ def ordinal(number: int) -> str:
 
 
 FILTERS = (
-    certainty, choices, clock, consensus, count, decimals, groups, operations, ordinal, percent, slots, span, summary,
+    certainty, choices, clock, consensus, count, decimals, groups, operations, ordinal, percent, rate, slots, span,
+    summary,
 )  # fmt: skip

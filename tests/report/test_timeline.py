@@ -96,6 +96,8 @@ def test_slots_end_where_the_video_does():
     np.testing.assert_allclose(slot_edges(np.array([0.0, 0.5, 1.0]), 1.9), [0, 0.5, 1, 1.9])
     np.testing.assert_allclose(slot_edges(np.array([0.0, 0.5, 1.0]), 1.0), [0, 0.5, 1, 1.5])
     np.testing.assert_allclose(slot_edges(np.array([0.0]), 3.0), [0, 3])
+    # Few frames from the first to the last of a video: the last slot is shorter.
+    np.testing.assert_allclose(slot_edges(np.array([0.0, 170.5]), 256.0), [0, 170.5, 256])
 
 
 @pytest.mark.parametrize("slots", [1, 2, 119, 120, 121, 5000])

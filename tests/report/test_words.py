@@ -53,6 +53,7 @@ def test_counts_and_ordinals():
         "1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "102nd", "111th",
     ]  # fmt: skip
     assert words.groups(1) == "1 group" and words.slots(2) == "2 slots"
+    assert [words.rate(n) for n in (0.02346, 0.5, 1, 9.96, 1234)] == ["0.023", "0.5", "1.0", "10.0", f"1{THIN}234"]
     assert words.decimals(None) == words.decimals(math.nan) == "–" and words.decimals(0.126) == "0.13"
 
 
