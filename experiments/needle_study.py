@@ -9,6 +9,7 @@ is, with the settings of the model's preset. Every setting of the method is a fl
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import pathlib
@@ -97,13 +98,15 @@ def study(own: lab.Lab, size: sections.Size, config) -> dict:
     if unknown:
         raise UserError(f"--sections={','.join(sorted(unknown))}: choose from {', '.join(todo)}")
     found["about"] = about(own.model, size, checked(own.model, size, config))
+    begun = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
+    run_of = {"begun": begun, "commit": (result.git_commit() or "unknown")[:7]}
     for name in [name for name in todo if name in _SECTIONS.value]:
         settings = sections.chosen_settings(found)
         chosen = dataclasses.replace(sections.paper_settings(config), **settings) if settings else config
         found["settings"] = dataclasses.asdict(chosen)
         begin = time.perf_counter()
         found[name] = todo[name]()
-        found.setdefault("wall_seconds", {})[name] = time.perf_counter() - begin
+        found.setdefault("measured", {})[name] = run_of | {"seconds": time.perf_counter() - begin}
         result.write_text(store, document.json_lines(found))
     return found
 
@@ -139,7 +142,7 @@ def about(model, size: sections.Size, check: cells.Check) -> dict:
 
 
 def _arguments() -> list[str]:
-    """The command's own, without the one that measures in instalments."""
+    """The command's own, without the one that measures in instalments: the page names those."""
     return [each for each in sys.argv[1:] if not each.startswith("--sections=")]
 
 

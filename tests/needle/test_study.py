@@ -221,8 +221,38 @@ def test_auc_is_the_share_of_pairs_in_order():
     rng = np.random.default_rng(1)
     scores, positive = rng.integers(6, size=80), rng.random(80) < 0.4
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[positive] for b in scores[~positive]]
-    assert measures.auc(scores, positive) == pytest.approx(np.mean(pairs))
-    assert measures.auc(scores, np.ones(80)) is None
+    assert measures.auc(scores, positive, np.arange(80))[0] == pytest.approx(np.mean(pairs))
+    assert measures.auc(scores, np.ones(80), np.arange(80)) == (None, None)
+
+
+def test_the_interval_of_an_auc_is_delongs_and_that_of_its_videos():
+    rng = np.random.default_rng(2)
+    scores, positive = rng.integers(9, size=60) / 3 + (np.arange(60) % 3 == 0), np.arange(60) % 3 == 0
+    wins = (scores[positive][:, None] > scores[~positive]) + 0.5 * (scores[positive][:, None] == scores[~positive])
+    delong = np.var(wins.mean(1), ddof=1) / 20 + np.var(wins.mean(0), ddof=1) / 40
+    half = measures.auc(scores, positive, np.arange(60))[1]
+    assert half == pytest.approx(measures.Z95 * np.sqrt(delong), rel=0.03)  # which divides by n - 1 in each kind
+    # Every observation four times over, as four questions of one video: nothing is learned by repeating it.
+    again = [np.repeat(each, 4) for each in (scores, positive, np.arange(60))]
+    assert measures.auc(*again) == pytest.approx(measures.auc(scores, positive, np.arange(60)))
+    assert measures.auc(*again[:2], np.arange(240))[1] < 0.6 * half
+
+
+def test_a_mean_is_a_paired_difference_to_nothing():
+    values, video = np.random.default_rng(3).random(40), np.repeat(np.arange(10), 4)
+    assert measures.mean(values, video) == measures.difference(values, np.zeros(40), video)
+    alone = measures.mean(values, np.arange(40))[1]
+    assert alone == pytest.approx(measures.Z95 * np.std(values, ddof=1) / np.sqrt(40))
+
+
+def test_the_page_says_by_which_runs_it_was_measured():
+    one = {"begun": "2026-01-02 03:04", "commit": "abc1234", "seconds": 1.0}
+    other = one | {"commit": "def5678"}
+    assert document._when({"main": one, "hard": one}) == "in one run, begun 2026-01-02 03:04 (UTC) at commit abc1234"
+    assert document._when({"main": one, "hard": other}) == (
+        "in instalments: main begun 2026-01-02 03:04 (UTC) at commit abc1234; "
+        "hard begun 2026-01-02 03:04 (UTC) at commit def5678"
+    )
 
 
 def test_risk_and_coverage():
@@ -267,6 +297,7 @@ def little_study(model):
     found = {
         "about": {"command": "make", "model": "m", "parameters": 1, "model_bytes": 1, "versions": "v", "cores": 2,
                   "check": "held", "split": "test", "difficulty": "normal", "questions": 4, "per_video": 4},
+        "measured": {"main": {"begun": "2026-01-02 03:04", "commit": "abc1234", "seconds": 60.0}},
         "settings": dataclasses.asdict(config),
         "budget": sections.choose_budget(Lab(model), size, config),
         "stop": sections.choose_stop(Lab(model), size, config),
@@ -342,7 +373,14 @@ def test_targets_compare_with_what_was_measured():
         for arm, accuracy in zip(("adapttoken", "uniform", "flexselect", "certain", "lite"), shares, strict=True)
     ]  # fmt: skip
     groups = [
-        {"task": "single", "frames": 256, "auc_needle": 0.97, "entropy_by_needles": [1.2, 0.1], "prior_entropy": 1.386}
+        {
+            "task": "single",
+            "frames": 256,
+            "auc_needle": 0.97,
+            "auc_needle_half_width": 0.01,
+            "entropy_by_needles": [1.2, 0.1],
+            "prior_entropy": 1.386,
+        }
     ]
     study = {"main": {"rows": rows, "groups": groups}, "torch": {"questions": 200, "identical": 199, "share": 0.995}}
     met = [each["met"] for each in targets.check_targets(study)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.loading import Model
+from adapttoken_jax.needle.study import measures
 from adapttoken_jax.needle.study.scans import Footage, ask_groups
 from adapttoken_jax.selection import group_slots, top_tokens
 
@@ -67,8 +68,12 @@ def recall(relevance: np.ndarray, shows: np.ndarray, taken: int | None) -> np.nd
 def probe_layers(
     model: Model, questions: Iterable[Needles], config: AdaptTokenConfig, layers: Sequence[int], taken: Sequence[int]
 ) -> list[dict]:
-    """Mean recall over all groups that show a needle: a row {"layer", "taken", "recall", "groups"} per layer and number
-    of tokens taken, which is "needle" for as many as show it."""
+    """Mean recall over all groups that show a needle, and half of its 95 % interval, robust to groups of one question.
+
+    Returns:
+      A row {"layer", "taken", "recall", "half_width", "groups"} per layer and number of tokens taken, which is "needle"
+      for as many as show it.
+    """
     found: dict[tuple, list[np.ndarray]] = {}
     for question in questions:
         groups = group_slots(len(question.shows), config.slots_per_group)
@@ -81,11 +86,13 @@ def probe_layers(
             shows = np.where(log.slots[..., None] >= 0, question.shows[log.slots], False).reshape(len(groups), -1)
             for count in (None, *taken):
                 found.setdefault((layer, count or "needle"), []).append(recall(log.relevance, shows, count))
-    joined = {key: np.concatenate(values) for key, values in found.items()}
-    return [
-        {"layer": layer, "taken": count, "recall": float(values.mean()), "groups": len(values)}
-        for (layer, count), values in joined.items()
-    ]
+    return [{"layer": layer, "taken": count} | _mean_recall(values) for (layer, count), values in found.items()]
+
+
+def _mean_recall(values: Sequence[np.ndarray]) -> dict[str, float]:
+    question = np.repeat(np.arange(len(values)), [len(own) for own in values])
+    recall, half = measures.mean(np.concatenate(values), question)
+    return {"recall": recall, "half_width": half, "groups": len(question)}
 
 
 def proposed_layer(rows: Sequence[dict]) -> int:

@@ -35,20 +35,41 @@ def wilson(right, video) -> tuple[float, float]:
     return float(max(0.0, middle - half)), float(min(1.0, middle + half))
 
 
+def mean(values, video) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval, by video."""
+    values = np.asarray(values, np.float64)
+    return float(values.mean()), _half_width((values - values.mean()) / len(values), video)
+
+
 def difference(first, second, video) -> tuple[float, float]:
     """Mean of first - second over the same questions, and half the width of its 95 % interval, by video."""
-    gap = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    return mean(np.asarray(first, np.float64) - np.asarray(second, np.float64), video)
+
+
+def auc(scores, positive, video) -> tuple[float | None, float | None]:
+    """Probability that a positive has the higher score, ties counted half, and half the width of its 95 % interval, by
+    video; None without both kinds.
+
+    The interval is that of Hoeffding's projection: an observation adds the share of the other kind on its right side.
+    """
+    scores, positive = np.asarray(scores, np.float64), np.asarray(positive, bool)
+    area = auroc(scores, positive)
+    if np.isnan(area):
+        return None, None
+    share_below = lambda x, others: (
+        (np.searchsorted(others, x) + np.searchsorted(others, x, "right")) / (2 * len(others))
+    )
+    high, low = np.sort(scores[positive]), np.sort(scores[~positive])
+    adds = np.where(positive, (share_below(scores, low) - area) / len(high),
+                    (1 - share_below(scores, high) - area) / len(low))  # fmt: skip
+    return area, _half_width(adds, video)
+
+
+def _half_width(adds, video) -> float:
+    """Of the 95 % interval of an estimate to which observations add so much; those of one video may hang together."""
     _, cluster = np.unique(np.asarray(video), return_inverse=True)
-    sums = np.bincount(cluster, gap - gap.mean())
-    clusters = len(sums)
-    error = np.sqrt((sums**2).sum() * clusters / max(clusters - 1, 1)) / len(gap)
-    return float(gap.mean()), float(Z95 * error)
-
-
-def auc(scores, positive) -> float | None:
-    """Probability that a positive has the higher score, ties counted half; None without both kinds."""
-    area = auroc(np.ravel(scores), np.ravel(positive))
-    return None if np.isnan(area) else area
+    sums = np.bincount(cluster, adds)
+    return float(Z95 * np.sqrt((sums**2).sum() * len(sums) / max(len(sums) - 1, 1)))
 
 
 def risk_coverage(entropy, right) -> tuple[np.ndarray, np.ndarray]:

@@ -59,7 +59,7 @@ class Size:
     difficulty: str = "normal"
     per_video: int = 4
     detail_frames: tuple[int, ...] = (256, 1024)
-    scan_questions: int = 200
+    scan_questions: int = 400
     choice_questions: int = 160
     stop_questions: int = 800
     hard_frames: int = 1024
@@ -109,6 +109,7 @@ def row(result: CellResult, arm: str) -> dict[str, Any]:
     right, visited = result.values(arm, "right"), result.values(arm, "visited")
     found = [each.found for each in result.answers[arm] if each.found is not None]
     low, high = measures.wilson(right, result.video)
+    needle, needle_half = _group_auc(result, result.shown > 0)
     return {
         "arm": arm,
         "task": result.cell.task,
@@ -123,9 +124,19 @@ def row(result: CellResult, arm: str) -> dict[str, Any]:
         "groups_visited_share": float(visited.mean()),
         "needles_in_prompt": float(np.mean(found)) if found else None,
         "entropy": float(result.values(arm, "entropy").mean()),
-        "entropy_auc_needle": measures.auc(-result.entropy, result.shown > 0) if arm != "uniform" else None,
-        "entropy_auc_right": measures.auc(-result.values(arm, "entropy"), right),
+        "entropy_auc_needle": needle if arm != "uniform" else None,
+        "entropy_auc_needle_half_width": needle_half if arm != "uniform" else None,
+        "entropy_auc_right": measures.auc(-result.values(arm, "entropy"), right, result.video)[0],
     }
+
+
+def _group_auc(result: CellResult, positive) -> tuple[float | None, float | None]:
+    """`measures.auc` of the certainty of groups' own answers."""
+    return measures.auc(-result.entropy.ravel(), positive.ravel(), _video_of_groups(result).ravel())
+
+
+def _video_of_groups(result: CellResult) -> np.ndarray:
+    return np.broadcast_to(np.asarray(result.video)[:, None], result.entropy.shape)
 
 
 def against(result: CellResult, arm: str, base: str) -> dict[str, Any]:
@@ -140,21 +151,27 @@ def group_statistics(result: CellResult) -> dict[str, Any]:
     """Entropy of the groups' own answers: as a detector of needles and of right answers, with histograms."""
     entropy, shown, agrees = result.entropy, result.shown, result.agrees
     count = lambda where: np.histogram(np.clip(entropy[where], 0, _BINS[-1]), _BINS)[0].tolist()
-    mean = lambda where: float(entropy[where].mean()) if where.any() else None
+    video = _video_of_groups(result)
+    by_needles = [shown == k for k in range(int(shown.max()) + 1)]
+    mean = lambda values, where: measures.mean(values[where], video[where]) if where.any() else (None, None)
+    entropies, accuracies = ([mean(values, where) for where in by_needles] for values in (entropy, agrees))
+    (needle, needle_half), (right, right_half) = _group_auc(result, shown > 0), _group_auc(result, agrees)
     return {
         "task": result.cell.task,
         "frames": result.cell.frames,
         "groups": entropy.shape[1],
-        "auc_needle": measures.auc(-entropy, shown > 0),
-        "auc_right": measures.auc(-entropy, agrees),
-        "entropy_by_needles": [mean(shown == k) for k in range(int(shown.max()) + 1)],
-        "accuracy_by_needles": [
-            float(agrees[shown == k].mean()) if (shown == k).any() else None for k in range(int(shown.max()) + 1)
-        ],
+        "auc_needle": needle,
+        "auc_needle_half_width": needle_half,
+        "auc_right": right,
+        "auc_right_half_width": right_half,
+        "entropy_by_needles": [value for value, _ in entropies],
+        "entropy_by_needles_half_width": [half for _, half in entropies],
+        "accuracy_by_needles": [value for value, _ in accuracies],
+        "accuracy_by_needles_half_width": [half for _, half in accuracies],
         "blind_entropy": float(result.blind.mean()),
         "prior_entropy": math.log(4),
         "bins": _BINS.tolist(),
-        "by_needles": [count(shown == k) for k in range(int(shown.max()) + 1)],
+        "by_needles": [count(where) for where in by_needles],
         "by_right": [count(~agrees), count(agrees)],
     }
 
@@ -469,9 +486,11 @@ def _main_cell(lab, size, config, names, cell: Cell, out) -> None:
     out["rows"] += [row(result, name) for name in names]
     out["groups"].append(group_statistics(result))
     out["risk"] += [risk_curve(result, name) for name in ("adapttoken", "uniform")]
+    found = {n: measures.mean(result.values(f"tau/{n}", "right"), result.video) for n in sets["tau"]}
     out["temperature"].append(
         where
-        | {"groups": groups, "accuracy": {n: float(result.values(f"tau/{n}", "right").mean()) for n in sets["tau"]}}
+        | {"groups": groups, "accuracy": {n: share for n, (share, _) in found.items()}}
+        | {"half_width": max(half for _, half in found.values())}
     )
     out["lite"] += [
         where | _named_stop(name) | against(result, f"lite/{name}", "adapttoken") for name in sets.get("lite", ())
@@ -518,15 +537,10 @@ def consensus_as_warning(result: CellResult) -> list[dict[str, Any]]:
         agrees = result.values(f"option/{name}: instead of a final pass", "option") == result.values(
             "adapttoken", "option"
         )
-        rows.append(
-            {
-                "setting": f"{name} as a warning",
-                "value": "disagrees",
-                "warned": float((~agrees).mean()),
-                "accuracy_agreeing": float(right[agrees].mean()) if agrees.any() else None,
-                "accuracy_warned": float(right[~agrees].mean()) if (~agrees).any() else None,
-            }
-        )
+        rows.append({"setting": f"{name} as a warning", "value": "disagrees", "warned": float((~agrees).mean())})
+        for key, where in (("accuracy_agreeing", agrees), ("accuracy_warned", ~agrees)):
+            found = measures.mean(right[where], result.video[where]) if where.any() else (None, None)
+            rows[-1] |= dict(zip((key, f"{key}_half_width"), found, strict=True))
     return rows
 
 

@@ -38,7 +38,7 @@ def _entropy_targets(groups) -> Iterable[dict]:
     lowest = min(cells, key=lambda each: each["auc_needle"])
     yield _line(
         "AUC of entropy as a detector of needles in a group: at least .95 at 256 to 2048 frames",
-        f"lowest {lowest['auc_needle']:.4f} ({_place(lowest)})",
+        f"lowest {lowest['auc_needle']:.4f} ± {lowest['auc_needle_half_width']:.4f} ({_place(lowest)})",
         lowest["auc_needle"] >= 0.95,
     )
     gap = lambda each: abs(each["entropy_by_needles"][0] - each["prior_entropy"])
