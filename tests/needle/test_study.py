@@ -197,6 +197,13 @@ def test_wilson_interval_of_independent_questions():
     np.testing.assert_allclose(measures.wilson(right, np.arange(10)), (0.49016, 0.94331), atol=1e-4)
 
 
+@pytest.mark.parametrize("n", range(1, 60))
+def test_a_wilson_interval_holds_its_share(n):
+    for right in (np.ones(n), np.zeros(n)):
+        low, high = measures.wilson(right, np.arange(n))
+        assert 0 <= low <= right[0] <= high <= 1
+
+
 def test_videos_that_share_their_outcome_count_once():
     video = np.repeat(np.arange(25), 4)
     outcome = np.arange(25) % 5 != 0

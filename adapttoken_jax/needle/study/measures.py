@@ -32,7 +32,7 @@ def wilson(right, video) -> tuple[float, float]:
     n, p = len(right) / design_effect(right, video), right.mean()
     middle = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
-    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
+    return float(max(0.0, min(middle - half, p))), float(min(1.0, max(middle + half, p)))  # but for rounding around p
 
 
 def mean(values, video) -> tuple[float, float]:
