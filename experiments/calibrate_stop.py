@@ -18,7 +18,6 @@ that every rule replays on the log and `--signals` can compare; with `--stops_on
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -32,8 +31,7 @@ from adapttoken_jax.calibration.record import record_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import DIFFICULTIES, SPLITS, TASKS, scene
 from adapttoken_jax.progress import Progress
-from adapttoken_jax.prompt import check_question
-from experiments import command
+from experiments import command, questions
 
 _MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or needle: the bundled model.")
 _DATA = flags.DEFINE_string("data", None, "Videos and questions, JSON lines.")
@@ -87,39 +85,20 @@ def read_items() -> list[Item]:
     """The videos of `--data`, in the order of their first lines.
 
     Raises:
-      UserError: no such file, no line, a line that is not as it must be, or a video that is not there.
+      UserError: as `read_questions`.
     """
-    names: dict[pathlib.Path, str] = {}  # the unit of the promise is the file, however a line spells its path
-    asked: dict[pathlib.Path, list] = {}
-    for where, line in command.data_lines(_DATA):
-        name, *question = _read_line(line, where)
-        path = (pathlib.Path(_DATA.value).parent / name).resolve()
-        if not path.is_file():
-            raise UserError(f"{where}: {path}: no such file")
-        names.setdefault(path, name)
-        asked.setdefault(path, []).append(question)
-    if not asked:
-        raise UserError(f"--data={_DATA.value}: holds no question")
+    asked: dict[pathlib.Path, list[questions.Line]] = {}  # the unit of the promise is the file, however it is spelled
+    for line in questions.read_questions(_DATA.value):
+        asked.setdefault(line.path, []).append(line)
     return [
-        Item(names[path], lambda path=path: str(path), *map(tuple, zip(*questions, strict=True)))
-        for path, questions in asked.items()
+        Item(
+            name=lines[0].video,
+            load=lambda path=path: str(path),
+            questions=tuple(line.question for line in lines),
+            options=tuple(line.options for line in lines),
+        )
+        for path, lines in asked.items()
     ]
-
-
-def _read_line(line: str, where: str) -> tuple[str, str, tuple[str, ...] | None]:
-    try:
-        content = json.loads(line)
-        video, question, options = content["video"], content["question"], content.get("options")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{where}: must be a JSON object with "video" and "question" ({error})') from None
-    texts = [video, question, *(options or [])] if isinstance(options, list | None) else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f'{where}: "video" and "question" must be texts, "options" a list of texts')
-    try:
-        check_question(question, options)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return video, question, tuple(options) if options else None
 
 
 def log_runs(writer: calibration.LogWriter, model, items: Sequence[Item], config, thresholds) -> int:

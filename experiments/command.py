@@ -1,7 +1,6 @@
 """How an experiment starts and ends: with the statuses and the one line on stderr of the `adapttoken` commands."""
 
 import math
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -56,19 +55,6 @@ def numbers(flag: flags.FlagHolder, kind: type = int, low: float = 0, high: floa
         bounds = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         raise UserError(f"--{flag.name}={','.join(flag.value)}: give numbers {bounds}, separated by commas")
     return found
-
-
-def data_lines(flag: flags.FlagHolder) -> list[tuple[str, str]]:
-    """The lines of a flag's file of JSON lines that are not empty, each after the words that name its place in errors.
-
-    Raises:
-      UserError: no such file.
-    """
-    path = pathlib.Path(flag.value)
-    if not path.is_file():
-        raise UserError(f"--{flag.name}={path}: no such file")
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return [(f"--{flag.name}={path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def show(content: dict, target: str | None, text: str) -> None:

@@ -11,8 +11,6 @@ how many of the needle's tokens are among the most relevant ones of their group,
 Every layer costs a pass over the groups that show a needle; `--layers` restricts them.
 """
 
-import json
-import pathlib
 from collections.abc import Iterator
 
 from absl import flags
@@ -28,7 +26,7 @@ from adapttoken_jax.needle.study.scans import Footage
 from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.progress import Progress
 from adapttoken_jax.prompt import build_prompt
-from experiments import command
+from experiments import command, questions
 
 _MODEL = flags.DEFINE_string("model", "needle", "Checkpoint directory, or needle: the bundled model.")
 _DATA = flags.DEFINE_string("data", None, "Videos with known evidence, JSON lines, instead of generated ones.")
@@ -58,44 +56,28 @@ def generated(model, config, progress) -> Iterator[layers.Needles]:
         yield from map(layers.scene_needles, film_video(model, cell, number, config))
 
 
-def given(model, config, progress) -> Iterator[layers.Needles]:
-    """The needles of `--data`.
-
-    Raises:
-      UserError: no such file, or a line that is not as it must be.
-    """
-    lines, folder = command.data_lines(_DATA), pathlib.Path(_DATA.value).parent
-    for number, (where, line) in enumerate(lines):
-        progress("videos", number, len(lines))
-        video, question, options, boxes = _read_line(line, where)
-        plan = plan_run(model.config, str(folder / video), config, "adapttoken")
-        prompt = build_prompt(model.tokenizer, question, options)
+def given(model, config, progress, evidence) -> Iterator[layers.Needles]:
+    """The needles of `--data`; `evidence` is `read_needles`'s."""
+    for number, (line, boxes) in enumerate(evidence):
+        progress("videos", number, len(evidence))
+        plan = plan_run(model.config, str(line.path), config, "adapttoken")
+        prompt = build_prompt(model.tokenizer, line.question, line.options)
         yield layers.boxed_needles(Footage(None, None, encode_video(model, plan.clip), prompt), boxes)
-
-
-def _read_line(line: str, where: str):
-    try:
-        content = json.loads(line)
-        boxes = [tuple(map(float, (n["start"], n["stop"], *n["box"]))) for n in content["needles"]]
-        if not all(len(box) == 6 for box in boxes):
-            raise ValueError("a box has four numbers")
-        return content["video"], content["question"], content.get("options"), boxes
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{where}: "video", "question" and "needles" are needed ({error!r})') from None
 
 
 def probe() -> None:
     """The whole run, from flags to files."""
     terminal.check_outputs({"json": _JSON.value, "plot": _PLOT.value}, {"--data": _DATA.value})
     taken = command.numbers(_TAKEN)
+    evidence = questions.read_needles(_DATA.value) if _DATA.value else None
     model = at.load(_MODEL.value)
     last = model.config.text.layers - 1
     tried = command.numbers(_LAYERS, high=last) if _LAYERS.value else list(range(last + 1))
     settings = terminal.given_settings(flags.FLAGS) | {"seed": 0}
     config = at.AdaptTokenConfig.for_model(model.config, **settings)
     with Progress() as progress:
-        questions = (given if _DATA.value else generated)(model, config, progress)
-        rows = layers.probe_layers(model, questions, config, tried, taken)
+        needles = given(model, config, progress, evidence) if evidence else generated(model, config, progress)
+        rows = layers.probe_layers(model, needles, config, tried, taken)
     if not rows:
         raise UserError("--data: no needle was found in any sampled frame; check times and boxes")
     show(rows, layers.proposed_layer(rows))

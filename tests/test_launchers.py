@@ -34,6 +34,9 @@ FILES = {
     "bad": '{"video": "bad", "question": "?"}\n{"video": "bad", "question": "?", "options": ["a"]}\n',
     "gone": '{"video": "v.mp4", "question": "?"}\n',
     "empty": "\n",
+    "deep": "[" * 100_000,
+    "surrogate": '{"video": "\\ud800", "question": "?"}\n',
+    "blind": '{"video": "bad", "question": "?", "needles": []}\n',
 }
 
 
@@ -62,6 +65,10 @@ FILES = {
         ("calibrate_stop", ["--data={at}/bad", "--log=l"], "--data={at}/bad, line 2: --option: one option leaves"),
         ("calibrate_stop", ["--data={at}/gone", "--log=l"], "--data={at}/gone, line 1: {at}/v.mp4: no such file"),
         ("calibrate_stop", ["--data={at}/empty", "--log=l"], "--data={at}/empty: holds no question"),
+        ("calibrate_stop", ["--data={at}/deep", "--log=l"], "--data={at}/deep, line 1: must be a JSON object"),
+        ("calibrate_stop", ["--data={at}/surrogate", "--log=l"], "--data={at}/surrogate, line 1: {at}/?: no such file"),
+        ("probe_layer", ["--data={at}/gone", "--model=none"], "--data={at}/gone, line 1: {at}/v.mp4: no such file"),
+        ("probe_layer", ["--data={at}/blind", "--model=none"], "--data={at}/blind: holds no needle"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, name, argv, words):

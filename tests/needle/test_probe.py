@@ -1,6 +1,7 @@
 """The layer probe: recall by hand, needles given as boxes, and relevance as `answer` reports it."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 
 import adapttoken_jax as at
+from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import scene, write_mp4
 from adapttoken_jax.needle.study import layers
 from adapttoken_jax.needle.study.cells import Cell, film_video
+from experiments.questions import read_needles
 from tests.needle.study_model import SETTINGS, settings, small_model, write_small_model
 
 
@@ -92,11 +95,63 @@ def test_the_command_reads_videos_with_boxes(tmp_path):
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
+def _needle(**changes):
+    return {"start": 1, "stop": 2.5, "box": [0, 0, 1, 1]} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"video": 5}, ': "video" and "question" must be texts'),
+        ({"question": 3}, ': "video" and "question" must be texts'),
+        ({"options": "ab"}, ': "video" and "question" must be texts, "options" a list of texts'),
+        ({"options": ["a"]}, ": --option: one option leaves nothing to choose"),
+        ({"video": "other.mp4"}, ": .*other.mp4: no such file"),
+        ({"needles": None}, ': "needles" must be a list of {"start": seconds'),
+        ({"needles": [5]}, ': needle 1 must be {"start": seconds'),
+        ({"needles": [_needle(), {"start": 1, "stop": 2}]}, ": needle 2 must be .* all of them finite numbers"),
+        ({"needles": [_needle(start=math.nan)]}, ": needle 1 must be"),
+        ({"needles": [_needle(stop=math.inf)]}, ": needle 1 must be"),
+        ({"needles": [_needle(stop=10**400)]}, ": needle 1 must be"),
+        ({"needles": [_needle(start="1")]}, ": needle 1 must be"),
+        ({"needles": [_needle(start=True)]}, ": needle 1 must be"),
+        ({"needles": [_needle(box=[0, 0, 1])]}, ": needle 1 must be"),
+        ({"needles": [_needle(box="0011")]}, ": needle 1 must be"),
+        ({"needles": [_needle(box=[0, 0, None, 1])]}, ": needle 1 must be"),
+        ({"needles": [_needle(start=3)]}, ": needle 1 ends before it begins"),
+        ({"needles": [_needle(box=[0.6, 0, 0.5, 1])]}, ": needle 1 ends before it begins"),
+        ({"needles": [_needle(box=[0, 0.6, 1, 0.5])]}, ": needle 1 ends before it begins"),
+    ],
+)
+def test_a_line_that_is_not_as_it_must_be_is_named(tmp_path, changes, words):
+    data = tmp_path / "needles.jsonl"
+    (tmp_path / "v.mp4").touch()
+    line = {"video": "v.mp4", "question": "?", "needles": [_needle()]}
+    data.write_text(f"{json.dumps(line)}\n\n{json.dumps(line | changes)}\n")
+    with pytest.raises(UserError, match=f"^--data={data}, line 3{words}"):
+        read_needles(str(data))
+
+
+def test_lines_are_read_as_they_are(tmp_path):
+    data = tmp_path / "needles.jsonl"
+    (tmp_path / "v.mp4").touch()
+    lines = [{"video": "v.mp4", "question": "?", "needles": []}]
+    lines += [{"video": "./v.mp4", "question": "!", "options": ["a", "b"], "needles": [_needle(), _needle(start=0.5)]}]
+    data.write_text("\r\n".join(map(json.dumps, lines)))
+    (first, none), (second, boxes) = read_needles(str(data))
+    assert none == [] and boxes == [(1, 2.5, 0, 0, 1, 1), (0.5, 2.5, 0, 0, 1, 1)]
+    assert first.path == second.path == tmp_path.resolve() / "v.mp4"
+    assert (first.question, first.options, second.options) == ("?", None, ("a", "b"))
+    data.write_bytes(b'{"video": "v.mp4", "question": "\xff", "needles": []}')
+    with pytest.raises(UserError, match=f"^--data={data}, line 1: is not valid UTF-8$"):
+        read_needles(str(data))
+
+
 def test_mistakes_are_one_line(tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"video": "v.mp4"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"video": "v.mp4"}\n')  # told before the model, which is not there either
     model = write_small_model(tmp_path / "model")
     for arguments, message in (
-        ([f"--model={model}", f"--data={tmp_path / 'bad.jsonl'}"], f"--data={tmp_path / 'bad.jsonl'}, line 1:"),
+        (["--model=none", f"--data={tmp_path / 'bad.jsonl'}"], f"--data={tmp_path / 'bad.jsonl'}, line 1:"),
         ([f"--model={model}", "--layers=0,9"], "--layers=0,9: give numbers from 0 to 1"),
     ):
         done = _run(*arguments)
