@@ -6,11 +6,13 @@
 Takes generated needle videos, or with `--data` any videos whose evidence is known: one JSON object per line with
 "video" (a path, from the file's directory if relative), "question", "options" if there are any, and "needles", a list
 of {"start", "stop"} in seconds with "box": [top, left, bottom, right] as shares of the frame. For every layer it prints
-how many of the needle's tokens are among the most relevant ones of their group, and proposes the best layer.
+how many of the needle's tokens are among the most relevant ones of their group, and proposes the best layer. Needles
+outside of their videos are left out, and counted on stderr.
 
 Every layer costs a pass over the groups that show a needle; `--layers` restricts them.
 """
 
+import sys
 from collections.abc import Iterator
 
 from absl import flags
@@ -56,13 +58,15 @@ def generated(model, config, progress) -> Iterator[layers.Needles]:
         yield from map(layers.scene_needles, film_video(model, cell, number, config))
 
 
-def given(model, config, progress, evidence) -> Iterator[layers.Needles]:
-    """The needles of `--data`; `evidence` is `read_needles`'s."""
+def given(model, config, progress, evidence, left_out: list[str]) -> Iterator[layers.Needles]:
+    """The needles of `--data`; `evidence` is `read_needles`'s. `left_out` gets the line of each that no token shows."""
     for number, (line, boxes) in enumerate(evidence):
         progress("videos", number, len(evidence))
         plan = plan_run(model.config, str(line.path), config, "adapttoken")
         prompt = build_prompt(model.tokenizer, line.question, line.options)
-        yield layers.boxed_needles(Footage(None, None, encode_video(model, plan.clip), prompt), boxes)
+        needles = layers.boxed_needles(Footage(None, None, encode_video(model, plan.clip), prompt), boxes)
+        left_out += [line.where] * needles.left_out
+        yield needles
 
 
 def probe() -> None:
@@ -75,11 +79,17 @@ def probe() -> None:
     tried = command.numbers(_LAYERS, high=last) if _LAYERS.value else list(range(last + 1))
     settings = terminal.given_settings(flags.FLAGS) | {"seed": 0}
     config = at.AdaptTokenConfig.for_model(model.config, **settings)
+    left_out: list[str] = []
     with Progress() as progress:
-        needles = given(model, config, progress, evidence) if evidence else generated(model, config, progress)
+        common = model, config, progress
+        needles = given(*common, evidence, left_out) if evidence else generated(*common)
         rows = layers.probe_layers(model, needles, config, tried, taken)
     if not rows:
-        raise UserError("--data: no needle was found in any sampled frame; check times and boxes")
+        raise UserError(f"--data={_DATA.value}: no needle lies inside of its video; check times and boxes")
+    if left_out:
+        count = sum(len(boxes) for _, boxes in evidence)
+        words = f"{len(left_out)} of {count} needles lie outside of their videos and are left out"
+        print(f"{words}; the first: {left_out[0]}", file=sys.stderr)
     show(rows, layers.proposed_layer(rows))
 
 

@@ -46,6 +46,62 @@ def test_needles_of_a_scene_are_its_boxes(footage):
         assert own.shows.sum() == sum(len(n.slots) for n in each.scene.needles)
 
 
+FRAME = (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("box", "slots", "tokens"),
+    [
+        # 24 slots of half a second, 2 x 2 tokens. What holds a middle counts by middles alone.
+        ((1.3, 1.8, *FRAME), [3], [0, 1, 2, 3]),
+        ((1.25, 1.75, 0.25, 0.0, 0.7, 0.3), [2, 3], [0]),
+        ((1.0, 1.1, *FRAME), [2], [0, 1, 2, 3]),
+        ((1.4, 1.6, *FRAME), [2, 3], [0, 1, 2, 3]),
+        ((1.4, 1.5, *FRAME), [2], [0, 1, 2, 3]),
+        ((1.5, 1.5, *FRAME), [3], [0, 1, 2, 3]),
+        ((1.0, 2.0, 0.3, 0.3, 0.4, 0.4), [2, 3], [0]),
+        ((1.0, 2.0, 0.4, 0.6, 0.6, 0.7), [2, 3], [1, 3]),
+        ((1.0, 2.0, 0.3, 0.2, 0.4, 0.9), [2, 3], [0, 1]),
+        ((10.0, 10.1, 0.3, 0.3, 0.4, 0.4), [20], [0]),
+        ((0.0, 0.0, 0.0, 0.0, 0.0, 0.0), [0], [0]),
+        ((12.0, 12.0, 1.0, 1.0, 1.0, 1.0), [23], [3]),
+        ((11.9, 99.0, 0.9, 0.9, 9.0, 9.0), [23], [3]),
+        # Outside of the video.
+        ((12.1, 13.0, *FRAME), [], []),
+        ((-2.0, -1.0, *FRAME), [], []),
+        ((1.0, 2.0, 1.1, 0.0, 1.2, 1.0), [], []),
+        ((1.0, 2.0, 0.0, -0.2, 1.0, -0.1), [], []),
+    ],
+)
+def test_no_needle_inside_of_the_video_is_lost(footage, box, slots, tokens):
+    _, (each, *_) = footage
+    clip = each.tokens.clip
+    assert (clip.grid[0], clip.token_grid, clip.info.duration_s) == (24, (2, 2), 12.0)
+    found = layers.boxed_needles(each, [box])
+    expected = np.zeros((24, 4), bool)
+    expected[np.ix_(slots, tokens)] = True
+    assert (found.shows == expected).all() and found.left_out == (not slots)
+    together = layers.boxed_needles(each, [box, (0.5, 1.0, *FRAME), (20.0, 21.0, *FRAME)])
+    expected[1] = True
+    assert (together.shows == expected).all() and together.left_out == 1 + (not slots)
+
+
+def test_any_needle_inside_of_the_video_is_shown(footage):
+    random, (_, (each, *_)) = np.random.default_rng(0), footage
+    for scale in (1e-9, 1e-3, 0.1, 1.0):
+        for begin in random.uniform(size=(100, 3)):
+            end = np.minimum(begin + scale * random.uniform(size=3), 1.0)
+            (start, top, left), (stop, bottom, right) = begin * [12, 1, 1], end * [12, 1, 1]
+            found = layers.boxed_needles(each, [(start, stop, top, left, bottom, right)])
+            assert found.shows.any() and not found.left_out
+            # What the rule by middles alone gives, where it gives anything.
+            times, places = np.arange(24) / 2 + 0.25, np.array([0.25, 0.75])
+            inside = [(a <= m) & (m <= b) for a, m, b in
+                      ((start, times, stop), (top, places, bottom), (left, places, right))]  # fmt: skip
+            middles = inside[0][:, None, None] & inside[1][:, None] & inside[2]
+            assert not middles.any() or (found.shows == middles.reshape(24, 4)).all()
+
+
 def test_recall_is_that_of_the_relevance_in_a_result(footage):
     model, shots = footage
     rows = layers.probe_layers(model, map(layers.scene_needles, shots), settings(model), [0, 1], [2])
@@ -80,19 +136,27 @@ def test_the_command_reads_videos_with_boxes(tmp_path):
     made = scene(5, "validation", 32)
     write_mp4(made, tmp_path / "video.mp4")
     (needle,) = made.needles
+    outside = {"start": 100, "stop": 101, "box": [0, 0, 1, 1]}
     line = {
         "video": "video.mp4", "question": f"\u2028{made.question.text}", "options": made.question.options,
-        "needles": [{"start": needle.start / 4, "stop": needle.stop / 4, "box": [0, 0, 1, 1]}],
+        "needles": [{"start": needle.start / 4, "stop": needle.stop / 4, "box": [0, 0, 1, 1]}, outside],
     }  # fmt: skip
-    (tmp_path / "needles.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", "utf-8-sig")
+    data, nothing = tmp_path / "needles.jsonl", tmp_path / "nothing.jsonl"
+    data.write_text(json.dumps(line, ensure_ascii=False) + "\n", "utf-8-sig")
+    nothing.write_text(json.dumps(line | {"needles": [outside]}))
     given = [f"--{name}={value}" for name, value in SETTINGS.items() if name != "reference_layer"]
-    files = [f"--data={tmp_path / 'needles.jsonl'}", f"--plot={tmp_path / 'layers.png'}", "--json=-"]
-    done = _run(f"--model={write_small_model(tmp_path / 'model')}", *files, "--taken=16", *given)
+    given += [f"--model={write_small_model(tmp_path / 'model')}", "--taken=16", "--json=-"]
+    done = _run(f"--data={data}", f"--plot={tmp_path / 'layers.png'}", *given)
     assert done.returncode == 0, done.stderr
+    words = "1 of 2 needles lie outside of their videos and are left out; the first: "
+    assert done.stderr.splitlines()[-1] == f"{words}--data={data}, line 1"
     found = json.loads(done.stdout)
     assert found["proposed"] in (0, 1) and {r["layer"] for r in found["rows"]} == {0, 1}
     assert all(r["recall"] == 1.0 for r in found["rows"] if r["taken"] == 16), "16 tokens are the whole group"
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    done = _run(f"--data={nothing}", *given)
+    words = f"probe_layer: --data={nothing}: no needle lies inside of its video; check times and boxes"
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, "", [words])
 
 
 def _needle(**changes):

@@ -19,10 +19,17 @@ from adapttoken_jax.selection import group_slots, top_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Needles:
-    """A question and where its evidence is: bool[T, M], whether each visual token shows some of it."""
+    """A question and where its evidence is.
+
+    Attributes:
+      footage: with the question.
+      shows: bool[T, M], whether each visual token shows some of the evidence.
+      left_out: needles that no token shows.
+    """
 
     footage: Footage
     shows: np.ndarray
+    left_out: int = 0
 
 
 def scene_needles(footage: Footage) -> Needles:
@@ -38,19 +45,36 @@ def scene_needles(footage: Footage) -> Needles:
 def boxed_needles(footage: Footage, boxes: Iterable[tuple[float, float, float, float, float, float]]) -> Needles:
     """Needles given as (start, stop) in seconds and (top, left, bottom, right) as shares of the frame.
 
-    A token shows a needle if the middle of its slot's time and of its area lie inside.
+    A slot shows a needle if the middle of its time lies inside; where no slot's does, those that the needle overlaps.
+    Rows and columns of tokens likewise: a needle is left out only if it lies outside of the video.
     """
     clip = footage.tokens.clip
-    rows, cols = clip.token_grid
-    row, col = np.divmod(np.arange(rows * cols), cols)
-    down, across = (row + 0.5) / rows, (col + 0.5) / cols
+    (rows, cols), slots = clip.token_grid, clip.grid[0]
     ends = np.append(clip.slot_times[1:], clip.info.duration_s)
-    middle = (clip.slot_times + ends) / 2
-    shows = np.zeros((len(middle), rows * cols), bool)
+    bounds = np.array([0.0, *clip.slot_times[1:], max(clip.info.duration_s, clip.slot_times[-1])])
+    shows, left_out = np.zeros((slots, rows, cols), bool), 0
     for start, stop, top, left, bottom, right in boxes:
-        inside = (top <= down) & (down <= bottom) & (left <= across) & (across <= right)
-        shows |= ((start <= middle) & (middle <= stop))[:, None] & inside
-    return Needles(footage, shows)
+        when = _covered(start, stop, (clip.slot_times + ends) / 2, bounds)
+        down = _covered(top, bottom, (np.arange(rows) + 0.5) / rows, np.arange(rows + 1) / rows)
+        across = _covered(left, right, (np.arange(cols) + 0.5) / cols, np.arange(cols + 1) / cols)
+        own = when[:, None, None] & down[:, None] & across
+        shows |= own
+        left_out += not own.any()
+    return Needles(footage, shows.reshape(slots, -1), left_out)
+
+
+def _covered(low: float, high: float, middles: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Cells whose middle lies in the closed interval from `low` to `high`, or if none does, those it overlaps: bool[n].
+
+    Args:
+      middles: [n], ascending.
+      bounds: [n + 1], cell i reaches from bounds[i] up to bounds[i + 1]; the last one has its end, too.
+    """
+    inside = (low <= middles) & (middles <= high)
+    if inside.any():
+        return inside
+    ends = np.append(bounds[1:-1], np.nextafter(bounds[-1], np.inf))
+    return (bounds[:-1] < max(high, np.nextafter(low, np.inf))) & (ends > low)  # a mere point overlaps one cell
 
 
 def recall(relevance: np.ndarray, shows: np.ndarray, taken: int | None) -> np.ndarray:
