@@ -7,7 +7,7 @@
 Runs the full method once on every video and logs it (an interrupted run goes on where it was), replays the stop rule at
 each of `--thresholds`, and certifies the boldest one before the first failure: with confidence 1 - delta, on at most
 a share alpha of videos like these does Lite answer a question otherwise than the full run. That is the promise of one
-test: the log keeps what was tested for a certificate, and any other test of it is refused.
+test: the log keeps what was tested for a certificate, and any other test of it is refused, before anything is scanned.
 
 `--data` has one JSON object per line: "video" (a path, from the file's directory if relative), "question", and
 "options" if there are any; the lines of a video need not stand together. Every setting of the method is a flag, as in
@@ -27,7 +27,7 @@ from absl import flags
 
 import adapttoken_jax as at
 from adapttoken_jax import calibration, terminal
-from adapttoken_jax.calibration.record import record_video
+from adapttoken_jax.calibration.record import has_groups, record_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import DIFFICULTIES, SPLITS, TASKS, scene
 from adapttoken_jax.progress import Progress
@@ -56,6 +56,7 @@ _RESAMPLE_SIZE = flags.DEFINE_integer(
     "resample_size", 0, "Videos per resampled calibration; 0: half of the log.", lower_bound=0
 )
 _JSON = flags.DEFINE_string("json", None, "Write the tables here as JSON; - for stdout.")
+_HIGHEST = {field.name: field for field in dataclasses.fields(at.AdaptTokenConfig)}["stop_entropy"].metadata["high"]
 for _setting in terminal.setting_flags():
     _setting.define(flags.FLAGS)
 
@@ -120,6 +121,26 @@ def log_runs(writer: calibration.LogWriter, model, items: Sequence[Item], config
     return short
 
 
+def read_log(items: Sequence[Item]) -> calibration.Log:
+    """What the log has of these videos."""
+    return calibration.read_log(_LOG.value).only({item.name for item in items})
+
+
+def planned_test(log: calibration.Log, config, thresholds, awaited: int = 0) -> dict:
+    """The test of the flags."""
+    return calibration.planned_test(log, config, _ALPHA.value, _DELTA.value, thresholds, awaited)
+
+
+def check_log(model, items: Sequence[Item], config, thresholds) -> None:
+    """Raises `UserError` before the scan if the log will not be good for the test after it."""
+    log = read_log(items)
+    done = {video.video for video in log.videos}
+    new = [item for item in items if item.name not in done]
+    if log.test is not None and not any(has_groups(model, item.load(), config) for item in new):
+        new = []  # too short to be logged, as they were before: the same test again
+    planned_test(log, config, thresholds, awaited=len(new))
+
+
 def tables(log, config, thresholds) -> dict[str, list]:
     """What the replay shows: a row per threshold; if asked for, a row per stop signal, and the resampled promise."""
     runs = [(t, calibration.replay(log.videos, calibration.at_threshold(config, t))) for t in thresholds]
@@ -154,25 +175,27 @@ def calibrate() -> None:
         raise UserError("--data: give either it or --needle")
     outputs = {"log": _LOG.value, "certificate": _CERTIFICATE.value, "json": _JSON.value}
     terminal.check_outputs(outputs, {"--data": _DATA.value})
-    thresholds = command.numbers(_THRESHOLDS, float)
+    thresholds = command.numbers(_THRESHOLDS, float, high=_HIGHEST)
     calibration.check_levels(_ALPHA.value, _DELTA.value)
     items = needle_items() if _NEEDLE.value else read_items()
     if _CERTIFICATE.value:
-        calibration.check_enough(len(items), _ALPHA.value, _DELTA.value)
+        calibration.check_plan(len(items), _ALPHA.value, _DELTA.value, thresholds)
     model = at.load(_MODEL.value)
     config = at.AdaptTokenConfig.for_model(model.config, **terminal.given_settings(flags.FLAGS))
     if _CERTIFICATE.value:
         calibration.check_unpruned(config)
     fingerprint = calibration.config_fingerprint(config, calibration.model_fingerprint(model))
     with calibration.LogWriter(_LOG.value, fingerprint) as writer:
+        if _CERTIFICATE.value:
+            check_log(model, items, config, thresholds)
         short = log_runs(writer, model, items, config, thresholds)
         if short:
             print(f"{short} videos are too short for groups; Lite does not run on them", file=sys.stderr)
-        log = calibration.read_log(_LOG.value).only({item.name for item in items})
+        log = read_log(items)
         if not log.videos:
             raise UserError(f"--log={_LOG.value}: no video was long enough for groups; nothing to calibrate")
         if _CERTIFICATE.value:
-            test = calibration.planned_test(log, config, _ALPHA.value, _DELTA.value, thresholds)
+            test = planned_test(log, config, thresholds)
             if log.test is None:
                 writer.record_test(test)
     show(tables(log, config, thresholds))

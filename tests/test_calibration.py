@@ -422,6 +422,18 @@ def test_a_log_is_good_for_one_test(tmp_path):
             calibration.certify(dataclasses.replace(tested, videos=other), *arguments)
 
 
+def test_a_test_is_checked_before_its_videos_are_logged():
+    log, arguments = made_log({}, 40), (CONFIG, 0.05, 0.1, [0.05, 0.2])
+    assert calibration.planned_test(log, *arguments, awaited=5)["videos"] == 45
+    with pytest.raises(UserError, match=r"^--alpha=0.05: 44 videos can never certify it at --delta=0.1; 45 are needed"):
+        calibration.planned_test(log, *arguments, awaited=4)
+    tested = dataclasses.replace(log, test=calibration.planned_test(log, CONFIG, 0.1, 0.1, [0.05, 0.2]))
+    part = dataclasses.replace(tested, videos=tested.videos[:39])
+    for has, awaited, words in ((tested, 10, "videos=40, but this run has videos=50"), (part, 1, "data_sha256=.*")):
+        with pytest.raises(UserError, match=f"^--log: tested before with {words}; .*would void the promise"):
+            calibration.planned_test(has, CONFIG, 0.1, 0.1, [0.05, 0.2], awaited)
+
+
 def test_no_certificate_is_made_or_used_with_pruning(certificate):
     pruned = dataclasses.replace(CONFIG, keep_after_reference=0.5)
     for call in (
@@ -437,7 +449,10 @@ def test_no_certificate_is_made_or_used_with_pruning(certificate):
 
 @pytest.mark.parametrize("thresholds", [[], [0.2, 0.1], [0.1, 0.1]])
 def test_thresholds_go_from_cautious_to_bold(thresholds):
-    with pytest.raises(UserError, match=r"--thresholds=.*ascending"):
+    words = ",".join(map(str, thresholds))
+    with pytest.raises(
+        UserError, match=rf"^--thresholds={words}: give numbers in ascending order, from cautious to bold$"
+    ):
         calibration.certify(made_log({}), CONFIG, 0.1, 0.1, thresholds)
 
 
@@ -594,12 +609,22 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
     assert tables["promise"][0]["resamples"] == 20
     certificate = calibration.read_certificate(tmp_path / "stop.json")
     assert certificate.questions == 6 and "stop.json: rule groups" in done.stderr
+    tested, data = (tmp_path / "log").read_bytes(), (tmp_path / "data.jsonl").read_text("utf-8-sig")
+    for name, frames in (("more", 24), ("short", 8)):
+        write_mp4(scene(9, frames=frames), tmp_path / f"{name}.mp4")
+        line = json.dumps({"video": f"{name}.mp4", "question": "Why?"})
+        (tmp_path / f"{name}.jsonl").write_text(f"{data}\n{line}")
     for change, code, words in (
         ("--json=-", 0, "stop.json: rule groups"),
         ("--alpha=0.7", 2, "--log: tested before with alpha"),
+        (f"--data={tmp_path}/more.jsonl", 2, "--log: tested before with videos=3, but this run has videos=4"),
+        (f"--data={tmp_path}/short.jsonl", 0, "stop.json: rule groups"),
     ):
         again = run_launcher(*argv, change)
         assert again.returncode == code and words in again.stderr.splitlines()[-1]
+        assert code == 0 or (again.stdout == "" and again.stderr.count("\n") == 1)
+        assert (tmp_path / "log").read_bytes() == tested
+    assert "1 videos are too short for groups" in again.stderr
     pruned = run_launcher(*argv, "--keep_after_reference=0.5")
     assert pruned.returncode == 2 and "no certificate holds" in pruned.stderr.splitlines()[-1]
 
@@ -631,12 +656,23 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
         assert re.search(words, err), err
 
 
-def test_what_cannot_be_certified_is_refused_before_any_work(tmp_path):
-    argv = ["--needle", "--videos=100", "--alpha=0.02", "--model=none", f"--log={tmp_path}/log"]
-    done = run_launcher(*argv, f"--certificate={tmp_path}/stop.json")
-    words = "100 videos can never certify it at --delta=0.1; 114 are needed"
-    assert done.returncode == 2 and done.stdout == "" and words in done.stderr.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--videos=100", "--alpha=0.02"],
+            "--alpha=0.02: 100 videos can never certify it at --delta=0.1; 114 are needed",
+        ),
+        (["--videos=45", "--thresholds=0.5,0.1"], "--thresholds=0.5,0.1: give numbers in ascending order"),
+        (["--videos=45", "--thresholds=0.1,inf"], "--thresholds=0.1,inf: give numbers from 0 to 1e+06"),
+    ],
+)
+def test_what_cannot_be_certified_is_refused_before_any_work(tmp_path, flags, words):
+    done = run_launcher(
+        "--needle", "--model=none", f"--log={tmp_path}/log", f"--certificate={tmp_path}/stop.json", *flags
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"calibrate_stop: {words}") and list(tmp_path.iterdir()) == []
 
 
 def test_limits_on_the_command_line(directory, tmp_path, capsys):

@@ -45,7 +45,7 @@ FILES = {
     [
         ("scaling", ["--frames=abc"], "--frames=abc: give numbers of at least 1, separated by commas"),
         ("scaling", ["--frames="], "--frames=: give numbers of at least 1"),
-        ("calibrate_stop", ["--needle", "--log=log", "--thresholds="], "--thresholds=: give numbers of at least 0"),
+        ("calibrate_stop", ["--needle", "--log=log", "--thresholds="], "--thresholds=: give numbers from 0 to 1e+06"),
         ("calibrate_stop", ["--needle", "--log=log", "--alpha=2"], "--alpha=2.0: must lie between 0 and 1"),
         ("load_memory", ["--flagfile={at}/zero"], "--workdir=a\0b: holds a zero byte"),
         ("load_memory", ["--workdir=/proc/x"], "--workdir=/proc/x: No such file or directory; choose a directory"),

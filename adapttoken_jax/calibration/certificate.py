@@ -164,28 +164,41 @@ def certify(
 
 
 def planned_test(
-    log: Log, config: AdaptTokenConfig, alpha: float, delta: float, thresholds: Sequence[float] = THRESHOLDS
+    log: Log,
+    config: AdaptTokenConfig,
+    alpha: float,
+    delta: float,
+    thresholds: Sequence[float] = THRESHOLDS,
+    awaited: int = 0,
 ) -> dict[str, Any]:
     """All that the outcome of `certify` depends on. `LogWriter.record_test` writes it down before the outcome is seen.
 
-    Args: as of `certify`.
+    Args: as of `certify`, and
+      awaited: videos that the log shall get before the test. Then this is a check in advance, to be made again after
+        them: what it refuses would be refused then.
 
     Raises:
-      UserError: thresholds that do not ascend, too few videos for `alpha`, a setting that no certificate holds for, or
-        another test was made of the log.
+      UserError: as `check_plan`, a setting that no certificate holds for, or another test was made of the log.
     """
     thresholds = [float(threshold) for threshold in thresholds]
-    if thresholds != sorted(set(thresholds)) or not thresholds:
-        raise UserError(f"--thresholds={thresholds}: give numbers in ascending order, from cautious to bold")
+    videos = len(log.videos) + awaited
+    check_plan(videos, alpha, delta, thresholds)
     check_unpruned(config)
-    check_enough(len(log.videos), alpha, delta)
     rule = {name: getattr(config, name) for name in RULE_FIELDS if name != "stop_entropy"}
-    test = {"videos": len(log.videos), "alpha": alpha, "delta": delta, "thresholds": thresholds}
-    test |= {**rule, "data_sha256": log.sha256}
+    test = {"videos": videos, "alpha": alpha, "delta": delta, "thresholds": thresholds}
+    test |= {**rule, "data_sha256": "that of other videos" if awaited else log.sha256}
     if log.test not in (None, test):
         difference = first_difference({"config": log.test}, {"config": test})
         raise UserError(f"--log: tested before with {difference}; {_AFRESH}, and in another log")
     return test
+
+
+def check_plan(videos: int, alpha: float, delta: float, thresholds: Sequence[float]) -> None:
+    """Raises `UserError` for a test that no log is good for: thresholds that do not ascend, or too few videos."""
+    if list(thresholds) != sorted(set(thresholds)) or not thresholds:
+        words = ",".join(f"{threshold:g}" for threshold in thresholds)
+        raise UserError(f"--thresholds={words}: give numbers in ascending order, from cautious to bold")
+    check_enough(videos, alpha, delta)
 
 
 def check_unpruned(config: AdaptTokenConfig) -> None:

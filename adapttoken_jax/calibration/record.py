@@ -53,6 +53,11 @@ def record_video(
     return VideoLog(name, tuple(logs))
 
 
+def has_groups(model: Model, video, config: AdaptTokenConfig) -> bool:
+    """Whether Lite runs on a video, so that `record_video`, with the same arguments, gives something to log."""
+    return bool(plan_run(model.config, video, config, "adapttoken").groups)
+
+
 def _question_log(question: str, options, run: Run, blind: Reply, points) -> QuestionLog:
     say = lambda reply: _said(run.model, run.prompt, reply)
     visits = run.scan.visits
