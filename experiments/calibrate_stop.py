@@ -18,6 +18,7 @@ that every rule replays on the log and `--signals` can compare; with `--stops_on
 """
 
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from absl import flags
 
 import adapttoken_jax as at
 from adapttoken_jax import calibration, terminal
+from adapttoken_jax.calibration.full_runs import first_difference
 from adapttoken_jax.calibration.record import has_groups, record_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import DIFFICULTIES, SPLITS, TASKS, scene
@@ -54,6 +56,9 @@ _RESAMPLES = flags.DEFINE_integer(
 )
 _RESAMPLE_SIZE = flags.DEFINE_integer(
     "resample_size", 0, "Videos per resampled calibration; 0: half of the log.", lower_bound=0
+)
+_FRESH_LOG = flags.DEFINE_string(
+    "fresh_log", None, "With --resamples: the log of other videos, on which the risks are counted."
 )
 _JSON = flags.DEFINE_string("json", None, "Write the tables here as JSON; - for stdout.")
 _HIGHEST = {field.name: field for field in dataclasses.fields(at.AdaptTokenConfig)}["stop_entropy"].metadata["high"]
@@ -141,7 +146,28 @@ def check_log(model, items: Sequence[Item], config, thresholds) -> None:
     planned_test(log, config, thresholds, awaited=len(new))
 
 
-def tables(log, config, thresholds) -> dict[str, list]:
+def read_fresh_log(fingerprint, items: Sequence[Item]) -> calibration.Log | None:
+    """The log of `--fresh_log`, if it is given.
+
+    Raises:
+      UserError: it was written otherwise, has videos that are calibrated with, or no resample is asked for.
+    """
+    path = _FRESH_LOG.value
+    if path is None:
+        return None
+    if not _RESAMPLES.value:
+        raise UserError("--fresh_log: counts the risks of --resamples; give that, too")
+    log = calibration.read_log(path)
+    if difference := first_difference(log.fingerprint, json.loads(json.dumps(fingerprint))):
+        raise UserError(f"--fresh_log={path}: written with {difference}; log other videos the same way")
+    if again := sorted({item.name for item in items} & {video.video for video in log.videos}):
+        raise UserError(f"--fresh_log={path}: has {again[0]}, which is calibrated with; log other videos")
+    if not log.videos:
+        raise UserError(f"--fresh_log={path}: holds no video")
+    return log
+
+
+def tables(log, config, thresholds, fresh=None) -> dict[str, list]:
     """What the replay shows: a row per threshold; if asked for, a row per stop signal, and the resampled promise."""
     runs = [(t, calibration.replay(log.videos, calibration.at_threshold(config, t))) for t in thresholds]
     n = len(log.videos)
@@ -153,17 +179,25 @@ def tables(log, config, thresholds) -> dict[str, list]:
     if _SIGNALS.value:
         found["signals"] = calibration.compare_signals(log.videos)
     if _RESAMPLES.value:
-        found["promise"] = [promise(np.stack([run.lost for _, run in runs], 1))]
+        lost = np.stack([run.lost for _, run in runs], 1)
+        found["promise"] = [promise(lost, None if fresh is None else losses(fresh, config, thresholds))]
     return found
 
 
-def promise(lost: np.ndarray) -> dict[str, float]:
-    """How often resampled calibrations broke their promise; `lost` is bool[videos, thresholds]."""
+def losses(log, config, thresholds) -> np.ndarray:
+    """Which videos are lost under which threshold: bool[videos, thresholds]."""
+    each = (calibration.replay(log.videos, calibration.at_threshold(config, t)).lost for t in thresholds)
+    return np.stack([*each], 1)
+
+
+def promise(lost: np.ndarray, fresh: np.ndarray | None) -> dict[str, float]:
+    """How often resampled calibrations broke their promise; the arguments are `losses`'."""
     size = _RESAMPLE_SIZE.value or len(lost) // 2
-    risks = calibration.resampled_risks(lost, size, _ALPHA.value, _DELTA.value, _RESAMPLES.value)
+    risks = calibration.resampled_risks(lost, size, _ALPHA.value, _DELTA.value, _RESAMPLES.value, fresh=fresh)
     certified = risks[~np.isnan(risks)]
     return {
         "resamples": len(risks), "size": size, "alpha": _ALPHA.value, "delta": _DELTA.value,
+        "fresh": 0 if fresh is None else len(fresh),
         "certified": len(certified), "broken": int((certified > _ALPHA.value).sum()),
         "mean_risk": float(certified.mean()) if certified.size else None,
     }  # fmt: skip
@@ -174,7 +208,7 @@ def calibrate() -> None:
     if _NEEDLE.value == (_DATA.value is not None):
         raise UserError("--data: give either it or --needle")
     outputs = {"log": _LOG.value, "certificate": _CERTIFICATE.value, "json": _JSON.value}
-    terminal.check_outputs(outputs, {"--data": _DATA.value})
+    terminal.check_outputs(outputs, {"--data": _DATA.value, "--fresh_log": _FRESH_LOG.value})
     thresholds = command.numbers(_THRESHOLDS, float, high=_HIGHEST)
     calibration.check_levels(_ALPHA.value, _DELTA.value)
     items = needle_items() if _NEEDLE.value else read_items()
@@ -185,6 +219,7 @@ def calibrate() -> None:
     if _CERTIFICATE.value:
         calibration.check_unpruned(config)
     fingerprint = calibration.config_fingerprint(config, calibration.model_fingerprint(model))
+    fresh = read_fresh_log(fingerprint, items)
     with calibration.LogWriter(_LOG.value, fingerprint) as writer:
         if _CERTIFICATE.value:
             check_log(model, items, config, thresholds)
@@ -198,7 +233,7 @@ def calibrate() -> None:
             test = planned_test(log, config, thresholds)
             if log.test is None:
                 writer.record_test(test)
-    show(tables(log, config, thresholds))
+    show(tables(log, config, thresholds, fresh))
     if _CERTIFICATE.value:
         certificate = calibration.certify(log, config, _ALPHA.value, _DELTA.value, thresholds)
         calibration.write_certificate(_CERTIFICATE.value, certificate)

@@ -141,6 +141,15 @@ def test_the_promise_is_not_kept_by_never_promising():
     assert 0.04 < (draws <= 9).mean() <= 0.1 < (draws <= 10).mean() + 0.01
 
 
+def test_risks_are_counted_where_no_calibration_looked():
+    none, every = np.zeros((60, 2), bool), np.ones((60, 2), bool)
+    fresh = np.array([[False, True], [True, True], [False, True], [False, False]])
+    counted = lambda lost: calibration.resampled_risks(lost, 45, 0.05, 0.1, 3, fresh=fresh)
+    np.testing.assert_array_equal(counted(none), [0.75] * 3)  # the bolder threshold's
+    np.testing.assert_array_equal(counted(np.concatenate([none[:, :1], every[:, 1:]], 1)), [0.25] * 3)
+    np.testing.assert_array_equal(counted(every), [math.nan] * 3)
+
+
 def test_calibrations_of_known_outcome():
     # 45 videos certify 5 % at 0.1 without a loss alone: 0.95 ** 45 = 0.099.
     none, every = np.zeros((10, 1), bool), np.ones((10, 1), bool)
@@ -606,7 +615,7 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
     tables = json.loads(done.stdout)
     assert tables["thresholds"][0]["losses"] == 0 and tables["thresholds"][0]["videos"] == 3
     assert {row["signal"] for row in tables["signals"]} == set(calibration.SIGNALS)
-    assert tables["promise"][0]["resamples"] == 20
+    assert (tables["promise"][0]["resamples"], tables["promise"][0]["fresh"]) == (20, 0)
     certificate = calibration.read_certificate(tmp_path / "stop.json")
     assert certificate.questions == 6 and "stop.json: rule groups" in done.stderr
     tested, data = (tmp_path / "log").read_bytes(), (tmp_path / "data.jsonl").read_text("utf-8-sig")
@@ -625,6 +634,17 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
         assert code == 0 or (again.stdout == "" and again.stderr.count("\n") == 1)
         assert (tmp_path / "log").read_bytes() == tested
     assert "1 videos are too short for groups" in again.stderr
+    (tmp_path / "new.jsonl").write_text(json.dumps({"video": "more.mp4", "question": "Why?"}))
+    new = [word for word in argv if not word.startswith("--certificate")]
+    new += [f"--data={tmp_path}/new.jsonl", f"--log={tmp_path}/new", "--resamples=4", "--resample_size=3"]
+    for change, code, words in (
+        ("--json=-", 0, '"fresh": 3'),
+        ("--budget=9", 2, f"--fresh_log={tmp_path}/log: written with budget=8, but this run has budget=9"),
+        (f"--data={tmp_path}/more.jsonl", 2, f"--fresh_log={tmp_path}/log: has 0.mp4, which is calibrated with"),
+        ("--resamples=0", 2, "--fresh_log: counts the risks of --resamples"),
+    ):
+        other = run_launcher(*new, f"--fresh_log={tmp_path}/log", change)
+        assert other.returncode == code and words in other.stdout + other.stderr, other.stderr
     pruned = run_launcher(*argv, "--keep_after_reference=0.5")
     assert pruned.returncode == 2 and "no certificate holds" in pruned.stderr.splitlines()[-1]
 

@@ -65,22 +65,23 @@ def certified(losses: Sequence[int], n: int, alpha: float, delta: float) -> int:
     return len(losses)
 
 
-def resampled_risks(lost, n: int, alpha: float, delta: float, resamples: int, seed: int = 0) -> np.ndarray:
-    """Calibrates again and again, and tells the true risk of every rule that was certified.
+def resampled_risks(lost, n: int, alpha: float, delta: float, resamples: int, seed: int = 0, fresh=None) -> np.ndarray:
+    """Calibrates again and again, and tells the risk of every rule that was certified.
 
-    The logged videos serve as the whole population: calibration sets of `n` are drawn from it with replacement, and the
-    risk of a threshold is exactly its share of losses in it. The promise is that at most a share `delta` of the
-    calibrations certify a risk above `alpha`.
+    Calibration sets of `n` are drawn from the logged videos with replacement. The risk of a threshold is its share of
+    losses among videos that no calibration saw; without any, the logged videos serve as the whole population, whose
+    risk is exactly that. The promise is that at most a share `delta` of the calibrations certify a risk above `alpha`.
 
     Args:
       lost: bool[videos, thresholds], thresholds from cautious to bold.
+      fresh: the same of other videos, or None.
 
     Returns:
       float64[resamples], NaN where nothing was certified.
     """
     lost = np.asarray(lost, bool)
     allowed, random = allowed_losses(n, alpha, delta), np.random.default_rng(seed)
-    risks = np.append(lost.mean(0), np.nan)
+    risks = np.append((lost if fresh is None else np.asarray(fresh, bool)).mean(0), np.nan)
     found = np.empty(resamples, int)
     for i in range(resamples):
         failed = lost[random.integers(len(lost), size=n)].sum(0) > allowed
