@@ -7,6 +7,7 @@ two checkpoints of one shape hold the same numbers whatever their layout, up to 
 
 import dataclasses
 import json
+import math
 import pathlib
 import zlib
 
@@ -103,6 +104,33 @@ def write_checkpoint(directory, shape: TinyShape, config_layout="flat", key_layo
 def load_torch(directory) -> transformers.Qwen2_5_VLForConditionalGeneration:
     """The checkpoint as transformers reads it: float32, eager attention, evaluation mode."""
     return pytorch_method.load_model(directory)
+
+
+def video_arguments(inputs: pytorch_method.MethodInputs) -> dict:
+    """The prompt with the whole video in it, as transformers' forward and generate take it."""
+    video_pad, visual = special_ids()["<|video_pad|>"], math.prod(inputs.grid) // 4
+    prompt = [*inputs.prefix_ids, *[video_pad] * visual, *inputs.suffix_ids]
+    return {
+        "input_ids": torch.tensor([prompt]),
+        "mm_token_type_ids": torch.tensor([[2 if token == video_pad else 0 for token in prompt]]),
+        "pixel_values_videos": torch.tensor(inputs.patches),
+        "video_grid_thw": torch.tensor([inputs.grid]),
+        "second_per_grid_ts": torch.tensor([inputs.seconds_per_slot]),
+    }
+
+
+def generate(model, inputs: pytorch_method.MethodInputs, tokens: int, **arguments) -> tuple[list[int], np.ndarray]:
+    """Greedy tokens, an end token included, and logits [tokens, V] of transformers' `generate`, from pixels on.
+
+    `arguments` go to it beside those of `video_arguments`.
+    """
+    settings = transformers.GenerationConfig(
+        max_new_tokens=tokens, eos_token_id=list(inputs.eos_ids), pad_token_id=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    given = {**video_arguments(inputs), **arguments}
+    output = model.generate(**given, generation_config=settings)
+    return output.sequences[0, given["input_ids"].shape[1] :].tolist(), torch.cat(output.logits).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

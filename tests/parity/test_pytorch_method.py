@@ -278,19 +278,6 @@ def test_final_ids_are_the_survivors_own_or_renumbered(model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _video_arguments(inputs, seconds) -> dict:
-    """The prompt with the whole video in it, as transformers' forward and generate take it."""
-    visual = math.prod(inputs.grid) // 4
-    prompt = [*inputs.prefix_ids, *[IDS["<|video_pad|>"]] * visual, *inputs.suffix_ids]
-    return {
-        "input_ids": torch.tensor([prompt]),
-        "mm_token_type_ids": torch.tensor([[2 if token == IDS["<|video_pad|>"] else 0 for token in prompt]]),
-        "pixel_values_videos": torch.tensor(inputs.patches),
-        "video_grid_thw": torch.tensor([inputs.grid]),
-        "second_per_grid_ts": torch.tensor([seconds]),
-    }
-
-
 def _answer_whole_video(model, inputs, config, steps) -> oracle.Answer:
     features = oracle.vision_features(model, inputs.patches, inputs.grid).reshape(-1, 64)
     embeddings = oracle.prompt_embeddings(model, inputs.prefix_ids, features, inputs.suffix_ids)
@@ -298,20 +285,10 @@ def _answer_whole_video(model, inputs, config, steps) -> oracle.Answer:
     return oracle.answer_greedily(model, embeddings, ids, steps, inputs.eos_ids)
 
 
-def _generate(model, inputs, arguments):
-    """Greedy tokens and logits of transformers' `generate`, from pixels on."""
-    settings = transformers.GenerationConfig(
-        max_new_tokens=8, eos_token_id=list(inputs.eos_ids), pad_token_id=0, output_logits=True,
-        return_dict_in_generate=True,
-    )  # fmt: skip
-    output = model.generate(**arguments, generation_config=settings)
-    return output.sequences[0, arguments["input_ids"].shape[1] :].tolist(), torch.cat(output.logits).numpy()
-
-
 @pytest.mark.parametrize("seconds", [1.0, 0.5])
 def test_hf5_answers_are_those_of_generate_with_its_own_ids(model, seconds):
     inputs = make_inputs(seconds=seconds)
-    tokens, logits = _generate(model, inputs, _video_arguments(inputs, seconds))
+    tokens, logits = tiny.generate(model, inputs, 8)
     answer = _answer_whole_video(model, inputs, make_config(mrope="hf5"), 8)
     assert list(answer.ids) == tokens and len(set(tokens)) > 3
     np.testing.assert_allclose(answer.logits, logits, atol=2e-4)
@@ -325,8 +302,7 @@ def test_legacy_answers_are_those_of_generate_with_the_ids_given(model, seconds)
     vision = 4 + np.stack([np.floor(slots * 2 * seconds), rows, columns])
     text = vision.max() + 1 + np.arange(6)
     ids = np.concatenate([np.tile(np.arange(4), (3, 1)), vision, np.tile(text, (3, 1))], axis=1).astype(int)
-    arguments = {**_video_arguments(inputs, seconds), "position_ids": torch.tensor(ids)[:, None]}
-    tokens, logits = _generate(model, inputs, arguments)
+    tokens, logits = tiny.generate(model, inputs, 8, position_ids=torch.tensor(ids)[:, None])
     answer = _answer_whole_video(model, inputs, make_config(), 8)
     assert list(answer.ids) == tokens
     np.testing.assert_allclose(answer.logits, logits, atol=2e-4)
