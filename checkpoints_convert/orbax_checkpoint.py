@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import errno
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -67,10 +68,11 @@ def read(directory, config: ModelConfig, dtype=None, shardings: dict | None = No
     stored = _stored_dtypes(path, config)
     shardings = shardings or parameters.tree(config, lambda p: jnp.zeros(()).sharding)
     places = dict(parameters.leaves(config, shardings))
-    wanted = {p: dtype or stored_dtype for p, stored_dtype in stored.items()}
+    wanted = {p: np.dtype(dtype or stored_dtype) for p, stored_dtype in stored.items()}
     abstract = parameters.tree(config, lambda p: jax.ShapeDtypeStruct(p.shape, wanted[p], sharding=places[p]))
     restore = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
-    largest = max(np.prod(p.shape) * stored_dtype.itemsize for p, stored_dtype in stored.items())
+    # Orbax counts a parameter in the type in which it arrives.
+    largest = max(math.prod(p.shape) * max(stored[p].itemsize, wanted[p].itemsize) for p in stored)
     with _checkpointer(largest) as checkpointer, _damage_reported(path):
         return checkpointer.restore(path, args=restore)
 

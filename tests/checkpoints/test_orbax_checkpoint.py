@@ -92,6 +92,16 @@ def test_cast_is_that_of_jax(tmp_path, config):
         assert _same_tree(cast, jax.tree.map(lambda array: np.asarray(array).astype(jnp.dtype(dtype)), params))  # noqa: B023
 
 
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+def test_the_largest_parameter_fits_into_the_memory_granted(tmp_path, config, monkeypatch, dtype):
+    """Orbax refuses to read what is larger; so it would a large embedding of bfloat16 that is to be float32."""
+    _write(tmp_path / "bfloat16", config, parameters.initialise(config, jax.random.key(0), jnp.bfloat16))
+    granted, make = [], orbax_checkpoint._checkpointer
+    monkeypatch.setattr(orbax_checkpoint, "_checkpointer", lambda largest: granted.append(largest) or make(largest))
+    arrays = jax.tree.leaves(orbax_checkpoint.read(tmp_path / "bfloat16", config, dtype))
+    assert granted == [max(array.nbytes for array in arrays)]
+
+
 def test_companions_lie_beside_it(checkpoint, companions):
     names = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"}
     names.add("tokenizer_config.json")
