@@ -49,6 +49,7 @@ FILES = {
         ("calibrate_stop", ["--needle", "--log=log", "--alpha=2"], "--alpha=2.0: must lie between 0 and 1"),
         ("load_memory", ["--flagfile={at}/zero"], "--workdir=a\0b: holds a zero byte"),
         ("load_memory", ["--workdir=/proc/x"], "--workdir=/proc/x: No such file or directory; choose a directory"),
+        ("load_memory", ["--dtype=bfloat16"], "--dtype: goes with --load alone"),
         ("needle_benchmark", ["--output=/proc/x"], "--output=/proc/x: No such file or directory; choose a directory"),
         ("train_needle", ["--workdir=/proc/x"], "--workdir=/proc/x: No such file or directory; choose a directory"),
         ("train_needle", [], "--workdir is required"),
