@@ -131,9 +131,9 @@ def scene(
       size: (height, width) in pixels, multiples of 28.
 
     Raises:
-      UserError: an unknown name, a bad size, or too few frames.
+      UserError: a negative seed, an unknown name, a bad size, or too few frames.
     """
-    difficulty = _checked(split, frames, task, difficulty, size)
+    difficulty = _checked(seed, split, frames, task, difficulty, size)
     sequence = np.random.SeedSequence([SPLITS[split], _PURPOSE_SCENE, seed, TASKS[task], frames])
     # Separate streams: the question of a seed stays the same when a setting changes how many draws the video takes.
     asking, placing, filling = (np.random.default_rng(child) for child in sequence.spawn(3))
@@ -163,7 +163,9 @@ def scene(
     )
 
 
-def _checked(split, frames, task, difficulty, size) -> Difficulty:
+def _checked(seed, split, frames, task, difficulty, size) -> Difficulty:
+    if seed < 0:
+        raise UserError(f"seed {seed}: must be at least 0")
     for name, value, known in (("split", split, SPLITS), ("task", task, TASKS)):
         if value not in known:
             raise UserError(f"{name} {value!r}: choose one of {', '.join(known)}")

@@ -127,9 +127,10 @@ def test_needles_lie_anywhere_and_values_are_uniform():
         ({"size": (50, 56)}, "size (50, 56)"),
         ({"size": (28, 28)}, "size (28, 28)"),
         ({"frames": 6}, "frames 6"),
+        ({"seed": -1}, "seed -1"),
     ],
 )
 def test_mistakes_are_named(change, named):
     with pytest.raises(UserError) as caught:
-        needle.scene(0, **change)
+        needle.scene(**{"seed": 0} | change)
     assert named in str(caught.value) and "\n" not in str(caught.value)
