@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from adapttoken_jax.result import Result
+from adapttoken_jax.video import slot_edges
 
 
 def localise(result: Result, slot_times: Sequence[float], duration_s: float, reference: tuple[float, float]) -> dict:
     """How much of what the model was shown lies inside the reference.
 
     Args:
-      slot_times: float[T], time of each slot's first frame, seconds. It stands for what follows up to the next one's.
+      slot_times: float[T], time of each slot's first frame, seconds.
       duration_s: the video's length, seconds.
       reference: begin and end, seconds.
 
@@ -40,6 +41,6 @@ def localise(result: Result, slot_times: Sequence[float], duration_s: float, ref
 def slots_inside(slot_times: Sequence[float], duration_s: float, reference: tuple[float, float]) -> np.ndarray:
     """Slots that share a moment with the closed interval `reference`: bool[T]. Every moment of the video is in one."""
     begin, end = reference
-    starts, ends = np.array([[0.0, *slot_times[1:]], [*slot_times[1:], duration_s]])
-    ends[-1] = np.nextafter(max(ends[-1], slot_times[-1]), np.inf)  # the video's last moment is the last slot's
-    return (starts <= end) & (ends > begin)
+    edges = slot_edges(slot_times, duration_s)
+    ends = np.append(edges[1:-1], np.nextafter(edges[-1], np.inf))  # the video's last moment is the last slot's
+    return (edges[:-1] <= end) & (ends > begin)

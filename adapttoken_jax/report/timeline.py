@@ -14,6 +14,7 @@ import numpy as np
 from adapttoken_jax.report.entries import ReportEntry
 from adapttoken_jax.result import GroupResult
 from adapttoken_jax.selection import visiting_order
+from adapttoken_jax.video import slot_edges
 
 WIDTH = 1000
 ROW = 10
@@ -108,12 +109,6 @@ def timeline(entry: ReportEntry) -> Timeline:
         ),
         rows=_rows(entry, edges) if entry.result.groups else None,
     )
-
-
-def slot_edges(times: np.ndarray, duration_s: float) -> np.ndarray:
-    """float64[T + 1] seconds: where each slot begins, and where the last one ends; never empty, never zero long."""
-    step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
-    return np.append(times, duration_s if duration_s > times[-1] else times[-1] + max(step, 1e-3))
 
 
 def density(edges: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

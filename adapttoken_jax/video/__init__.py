@@ -20,7 +20,7 @@ from adapttoken_jax.video.patches import (
 )
 from adapttoken_jax.video.probe import Frames, VideoInfo, probe
 from adapttoken_jax.video.resize import resize_bicubic, resize_pillow
-from adapttoken_jax.video.sampling import PRESETS, Clip, Preset, frame_count, plan_clip, smart_resize
+from adapttoken_jax.video.sampling import PRESETS, Clip, Preset, frame_count, plan_clip, slot_edges, smart_resize
 
 __all__ = [
     "PIXEL_MEAN",
@@ -43,5 +43,6 @@ __all__ = [
     "read_patches",
     "resize_bicubic",
     "resize_pillow",
+    "slot_edges",
     "smart_resize",
 ]

@@ -229,3 +229,18 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
         grow = math.sqrt(min_pixels / (height * width))
         return tuple(math.ceil(side * grow / factor) * factor for side in (height, width))
     return rows, cols
+
+
+def slot_edges(times: np.ndarray, duration_s: float) -> np.ndarray:
+    """Where slots begin and end: float64 [T + 1] seconds. A slot lasts up to the next one's first frame.
+
+    The first begins with the video and the last ends with it, or lasts as long as the others where the video's length
+    leaves it nothing; together they are never empty.
+
+    Args:
+      times: float64 [T] seconds, the time of each slot's first frame.
+      duration_s: the video's length, seconds.
+    """
+    step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+    end = duration_s if duration_s > times[-1] else times[-1] + max(step, 1e-3)
+    return np.array([0.0, *times[1:], end])

@@ -11,11 +11,11 @@ from adapttoken_jax.report.timeline import (
     WIDTH,
     axis_ticks,
     density,
-    slot_edges,
     timeline,
     visited_order,
 )
 from adapttoken_jax.result import GroupResult, Selection, Stop, VideoSummary
+from adapttoken_jax.video import slot_edges
 from tests.report import samples
 from tests.test_result import make_result
 
@@ -96,6 +96,7 @@ def test_slots_end_where_the_video_does():
     np.testing.assert_allclose(slot_edges(np.array([0.0, 0.5, 1.0]), 1.9), [0, 0.5, 1, 1.9])
     np.testing.assert_allclose(slot_edges(np.array([0.0, 0.5, 1.0]), 1.0), [0, 0.5, 1, 1.5])
     np.testing.assert_allclose(slot_edges(np.array([0.0]), 3.0), [0, 3])
+    np.testing.assert_allclose(slot_edges(np.array([0.2, 0.7]), 1.0), [0, 0.7, 1])
     # Few frames from the first to the last of a video: the last slot is shorter.
     np.testing.assert_allclose(slot_edges(np.array([0.0, 170.5]), 256.0), [0, 170.5, 256])
 

@@ -15,6 +15,7 @@ from adapttoken_jax.loading import Model
 from adapttoken_jax.needle.study import measures
 from adapttoken_jax.needle.study.scans import Footage, ask_groups
 from adapttoken_jax.selection import group_slots, top_tokens
+from adapttoken_jax.video import slot_edges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,26 +51,27 @@ def boxed_needles(footage: Footage, boxes: Iterable[tuple[float, float, float, f
     """
     clip = footage.tokens.clip
     (rows, cols), slots = clip.token_grid, clip.grid[0]
-    ends = np.append(clip.slot_times[1:], clip.info.duration_s)
-    bounds = np.array([0.0, *clip.slot_times[1:], max(clip.info.duration_s, clip.slot_times[-1])])
+    edges = slot_edges(clip.slot_times, clip.info.duration_s)
     shows, left_out = np.zeros((slots, rows, cols), bool), 0
     for start, stop, top, left, bottom, right in boxes:
-        when = _covered(start, stop, (clip.slot_times + ends) / 2, bounds)
-        down = _covered(top, bottom, (np.arange(rows) + 0.5) / rows, np.arange(rows + 1) / rows)
-        across = _covered(left, right, (np.arange(cols) + 0.5) / cols, np.arange(cols + 1) / cols)
+        when = _covered(start, stop, edges)
+        down, across = (
+            _covered(top, bottom, np.arange(rows + 1) / rows),
+            _covered(left, right, np.arange(cols + 1) / cols),
+        )
         own = when[:, None, None] & down[:, None] & across
         shows |= own
         left_out += not own.any()
     return Needles(footage, shows.reshape(slots, -1), left_out)
 
 
-def _covered(low: float, high: float, middles: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+def _covered(low: float, high: float, bounds: np.ndarray) -> np.ndarray:
     """Cells whose middle lies in the closed interval from `low` to `high`, or if none does, those it overlaps: bool[n].
 
     Args:
-      middles: [n], ascending.
       bounds: [n + 1], cell i reaches from bounds[i] up to bounds[i + 1]; the last one has its end, too.
     """
+    middles = (bounds[:-1] + bounds[1:]) / 2
     inside = (low <= middles) & (middles <= high)
     if inside.any():
         return inside
