@@ -18,7 +18,6 @@ that every rule replays on the log and `--signals` can compare; with `--stops_on
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +27,6 @@ from absl import flags
 
 import adapttoken_jax as at
 from adapttoken_jax import calibration, terminal
-from adapttoken_jax.calibration.full_runs import first_difference
 from adapttoken_jax.calibration.record import has_groups, record_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import DIFFICULTIES, SPLITS, TASKS, scene
@@ -158,7 +156,7 @@ def read_fresh_log(fingerprint, items: Sequence[Item]) -> calibration.Log | None
     if not _RESAMPLES.value:
         raise UserError("--fresh_log: counts the risks of --resamples; give that, too")
     log = calibration.read_log(path)
-    if difference := first_difference(log.fingerprint, json.loads(json.dumps(fingerprint))):
+    if difference := log.written_otherwise(fingerprint):
         raise UserError(f"--fresh_log={path}: written with {difference}; log other videos the same way")
     if again := sorted({item.name for item in items} & {video.video for video in log.videos}):
         raise UserError(f"--fresh_log={path}: has {again[0]}, which is calibrated with; log other videos")
@@ -169,29 +167,32 @@ def read_fresh_log(fingerprint, items: Sequence[Item]) -> calibration.Log | None
 
 def tables(log, config, thresholds, fresh=None) -> dict[str, list]:
     """What the replay shows: a row per threshold; if asked for, a row per stop signal, and the resampled promise."""
-    runs = [(t, calibration.replay(log.videos, calibration.at_threshold(config, t))) for t in thresholds]
-    n = len(log.videos)
+    runs, n = replays(log, config, thresholds), len(log.videos)
     rows = [
         {"threshold": t, "losses": run.losses, "videos": n, "share_visited": run.share,
-         "p_value": calibration.binomial_tail(run.losses, n, _ALPHA.value)} for t, run in runs
+         "p_value": calibration.binomial_tail(run.losses, n, _ALPHA.value)}
+        for t, run in zip(thresholds, runs, strict=True)
     ]  # fmt: skip
     found = {"thresholds": rows}
     if _SIGNALS.value:
         found["signals"] = calibration.compare_signals(log.videos)
     if _RESAMPLES.value:
-        lost = np.stack([run.lost for _, run in runs], 1)
-        found["promise"] = [promise(lost, None if fresh is None else losses(fresh, config, thresholds))]
+        found["promise"] = [promise(losses(runs), losses(replays(fresh, config, thresholds)) if fresh else None)]
     return found
 
 
-def losses(log, config, thresholds) -> np.ndarray:
-    """Which videos are lost under which threshold: bool[videos, thresholds]."""
-    each = (calibration.replay(log.videos, calibration.at_threshold(config, t)).lost for t in thresholds)
-    return np.stack([*each], 1)
+def replays(log, config, thresholds) -> list:
+    """What the rule would have done at each threshold."""
+    return [calibration.replay(log.videos, calibration.at_threshold(config, t)) for t in thresholds]
+
+
+def losses(runs) -> np.ndarray:
+    """Which videos are lost at which threshold: bool[videos, thresholds]."""
+    return np.stack([run.lost for run in runs], 1)
 
 
 def promise(lost: np.ndarray, fresh: np.ndarray | None) -> dict[str, float]:
-    """How often resampled calibrations broke their promise; the arguments are `losses`'."""
+    """How often resampled calibrations broke their promise; both are of `losses`, `fresh` of other videos."""
     size = _RESAMPLE_SIZE.value or len(lost) // 2
     risks = calibration.resampled_risks(lost, size, _ALPHA.value, _DELTA.value, _RESAMPLES.value, fresh=fresh)
     certified = risks[~np.isnan(risks)]

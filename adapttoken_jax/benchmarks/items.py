@@ -148,17 +148,16 @@ class Benchmark:
             said = Counter(label for item in items for label in item.labels[breakdown])
             counts += [(f"questions of {label}", said[label], published) for label, published in labels.items()]
         subtitled = ("videos with subtitles", len({item.video_id for item in items if item.subtitles}), self.subtitled)
-        counts += [subtitled] if subtitles else []
         warnings = [
             f"{found} {what} instead of the {published} published"
-            for what, found, published in counts
+            for what, found, published in counts + [subtitled] * subtitles
             if published is not None and found != published
         ]
         warnings += _item_warnings(items, subtitles)
         if missing:
             warnings.append(f"{len(missing)} of {len(videos)} videos are missing, the first is {missing[0]}")
         counts += [("video files", len(videos) - len(missing), self.videos)]
-        counts += [subtitled] if not subtitles and (self.subtitled or subtitled[1]) else []
+        counts += [subtitled] if self.subtitled or subtitled[1] else []
         timed = sum(item.time_reference is not None for item in items)
         counts += [("questions with a time reference", timed, None)] if timed else []
         return Report(self.name, directory, tuple(counts), missing, tuple(warnings))

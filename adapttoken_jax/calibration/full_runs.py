@@ -115,6 +115,10 @@ class Log:
         """SHA-256 of the videos' lines."""
         return hashlib.sha256("".join(f"{video.to_json()}\n" for video in self.videos).encode()).hexdigest()
 
+    def written_otherwise(self, fingerprint: Mapping[str, Any]) -> str:
+        """The first thing in which a run of this fingerprint differs; "" if nothing."""
+        return first_difference(self.fingerprint, json.loads(json.dumps(fingerprint)))
+
     def only(self, names: Collection[str]) -> "Log":
         """The log of some of its videos."""
         return dataclasses.replace(self, videos=tuple(video for video in self.videos if video.video in names))
@@ -174,8 +178,7 @@ class LogWriter:
             if not path.stat().st_size:
                 self._journal.append([header])
             log = read_log(path)
-            difference = first_difference(log.fingerprint, json.loads(json.dumps(fingerprint)))
-            if difference:
+            if difference := log.written_otherwise(fingerprint):
                 raise UserError(f"--log={path}: written with {difference}; name another file to start afresh")
             self.done = {video.video: video for video in log.videos}
             self._stack = stack.pop_all()
