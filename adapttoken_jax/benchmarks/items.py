@@ -150,7 +150,7 @@ class Benchmark:
         subtitled = ("videos with subtitles", len({item.video_id for item in items if item.subtitles}), self.subtitled)
         warnings = [
             f"{found} {what} instead of the {published} published"
-            for what, found, published in counts + [subtitled] * subtitles
+            for what, found, published in (*counts, *([subtitled] if subtitles else []))
             if published is not None and found != published
         ]
         warnings += _item_warnings(items, subtitles)

@@ -13,7 +13,7 @@ from adapttoken_jax.evaluation import session
 
 def check(values: flags.FlagValues) -> int:
     """`--check`: prints what the data directory holds and lacks."""
-    print(session.check(values.benchmark, values.data, values.strict, values.subtitles).table())
+    print(session.check(values.benchmark, values.data, bool(values.strict), bool(values.subtitles)).table())
     return terminal.OK
 
 
