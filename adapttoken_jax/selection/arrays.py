@@ -13,3 +13,8 @@ def array_and_namespace(values) -> tuple[Any, Any]:
     if not hasattr(values, "__array_namespace__"):
         values = np.asarray(values)
     return values, values.__array_namespace__()
+
+
+def widened(array, xp):
+    """In float32, or the array's wider type: sums of narrower numbers overflow, and unsigned ones have no minus."""
+    return array.astype(xp.result_type(array.dtype, np.float32))

@@ -59,12 +59,14 @@ def allocate_budget(certainty, capacity, budget: int, temperature: float, minimu
 
     Raises:
       UserError: the minima alone exceed the budget, or a temperature that is not positive.
-      ValueError: shapes that differ, a negative capacity, or a certainty that is not finite.
+      ValueError: shapes that differ, a negative count, or a certainty that is not finite.
     """
     log_weights = _log_weights(certainty, temperature)
     high = np.asarray(capacity, np.int64)
-    if high.shape != log_weights.shape or (high < 0).any():
+    if high.ndim != 1 or high.shape != log_weights.shape or (high < 0).any():
         raise ValueError(f"capacity must be one non-negative count per group ({log_weights.size}): {high.tolist()}")
+    if budget < 0 or minimum < 0:
+        raise ValueError(f"budget ({budget}) and minimum ({minimum}) must not be negative")
     low = np.minimum(minimum, high)
     total = min(int(budget), int(high.sum()))
     if low.sum() > total:

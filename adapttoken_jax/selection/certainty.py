@@ -7,7 +7,7 @@ inside `jax.jit` (with `form` and `bottom_fraction` static), in float32 or the i
 import numpy as np
 
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.selection.arrays import array_and_namespace
+from adapttoken_jax.selection.arrays import array_and_namespace, widened
 
 CERTAINTIES = ("neg_entropy", "option_entropy", "max_probability", "deepconf")
 
@@ -16,7 +16,7 @@ _DEEPCONF_TOKENS = 20
 
 
 def _log_softmax(logits, xp):
-    logits = logits.astype(xp.result_type(logits.dtype, np.float32))
+    logits = widened(logits, xp)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - xp.log(xp.exp(shifted).sum(axis=-1, keepdims=True))
 
@@ -82,6 +82,7 @@ def least_certain_mean(certainties, mask, bottom_fraction: float):
       [...]; NaN if no token counts or if one that counts is NaN.
     """
     certainties, xp = array_and_namespace(certainties)
+    certainties = widened(certainties, xp)
     mask = xp.ones(certainties.shape, bool) if mask is None else xp.asarray(mask)
     length = certainties.shape[-1]
     # Looked up, not computed from the traced count: float32 would floor products such as 0.29 * 100 wrongly.
@@ -104,5 +105,5 @@ def group_certainty(entropies, mask, bottom_fraction: float):
       mask: bool[..., T], the tokens that count; None: all.
       bottom_fraction: in [0, 1]; share of the tokens that is averaged, at least one token.
     """
-    entropies, _ = array_and_namespace(entropies)
-    return least_certain_mean(-entropies, mask, bottom_fraction)
+    entropies, xp = array_and_namespace(entropies)
+    return least_certain_mean(-widened(entropies, xp), mask, bottom_fraction)

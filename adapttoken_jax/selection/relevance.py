@@ -1,11 +1,11 @@
 """Steps 5 and 9 of the method: the relevance of visual tokens to the text, and the most relevant tokens of each group.
 
 Axis letters: N heads, T text tokens (queries), S visual tokens (keys), g groups. Everything works on NumPy and JAX
-arrays, also inside `jax.jit`, and has static shapes.
+arrays, also inside `jax.jit`, has static shapes, and computes in float32 or the input's wider type.
 """
 
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.selection.arrays import array_and_namespace
+from adapttoken_jax.selection.arrays import array_and_namespace, widened
 
 
 def reduce_relevance(probabilities, heads: str, text: str, rows=None):
@@ -27,7 +27,7 @@ def reduce_relevance(probabilities, heads: str, text: str, rows=None):
       UserError: another reduction.
     """
     probabilities, xp = array_and_namespace(probabilities)
-    over_heads = _reduction(xp, heads, "relevance_heads")(probabilities, axis=-3)  # [..., T, S]
+    over_heads = _reduction(xp, heads, "relevance_heads")(widened(probabilities, xp), axis=-3)  # [..., T, S]
     reduce_text = _reduction(xp, text, "relevance_text")
     if rows is None:
         return reduce_text(over_heads, axis=-2)
@@ -56,6 +56,7 @@ def top_tokens(relevance, budgets):
       bool[g, n].
     """
     relevance, xp = array_and_namespace(relevance)
+    relevance = widened(relevance, xp)
     by_relevance = xp.argsort(-relevance, axis=-1, stable=True)  # NaN sorts last
     rank = xp.argsort(by_relevance, axis=-1, stable=True)
     return (rank < xp.asarray(budgets)[..., None]) & ~xp.isnan(relevance)

@@ -157,10 +157,18 @@ def test_user_mistakes_name_the_flag(kwargs, message):
         allocate_budget([0, 0, 0], [9, 9, 9], 10, **{"temperature": 2.0, **kwargs})
 
 
-@pytest.mark.parametrize("certainty, capacity", [([0, float("nan")], [1, 1]), ([0, 0], [1]), ([0, 0], [1, -1])])
+@pytest.mark.parametrize(
+    "certainty, capacity", [([0, float("nan")], [1, 1]), ([0, 0], [1]), ([0, 0], [1, -1]), ([[0, 0]], [[1, 1]])]
+)
 def test_bad_arrays_raise(certainty, capacity):
     with pytest.raises(ValueError, match=r"certainty must be finite|one non-negative count per group"):
         allocate_budget(certainty, capacity, 1, 2.0)
+
+
+@pytest.mark.parametrize("kwargs", [{"budget": -3}, {"minimum": -5}])
+def test_negative_counts_raise(kwargs):
+    with pytest.raises(ValueError, match="must not be negative"):
+        allocate_budget([0, -10], [50, 50], **{"budget": 20, "temperature": 2.0, **kwargs})
 
 
 @pytest.mark.parametrize("temperature", [1e-12, 1e-6])

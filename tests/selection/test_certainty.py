@@ -122,6 +122,14 @@ def test_group_certainty_literally(xp):
     np.testing.assert_allclose(group_certainty(entropies, None, 0.1), -9, rtol=1e-6)
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint8"])
+def test_group_certainty_of_narrow_numbers_is_computed_in_float32(xp, dtype):
+    entropies = xp.asarray(jnp.full(8192, 11, dtype))  # their sum is beyond float16
+    got = group_certainty(entropies, None, 1.0)
+    assert got.dtype == np.float32 and got == -11
+
+
 def test_one_token_is_minus_its_entropy():
     assert group_certainty(np.array([0.14]), np.array([True]), 0.1) == -0.14
 

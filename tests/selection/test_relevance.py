@@ -61,6 +61,19 @@ def test_unknown_reduction_names_the_flag(flag, kwargs):
         reduce_relevance(PROBABILITIES, **{"heads": "max", "text": "max", **kwargs})
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_narrow_probabilities_are_averaged_in_float32(xp, dtype):
+    ones = xp.asarray(jnp.ones((2, 70000, 1), dtype))
+    assert reduce_relevance(ones, "mean", "mean").tolist() == [1.0]
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_relevance_of_any_number_type_is_ranked(xp):
+    assert top_tokens(xp.asarray([[0, 3, 2]], np.uint8), [1]).tolist() == [[False, True, False]]
+    assert top_tokens(xp.asarray([[False, True]]), [1]).tolist() == [[False, True]]
+
+
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_top_tokens_literally(xp):
     nan = float("nan")
