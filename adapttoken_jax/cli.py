@@ -85,6 +85,15 @@ def _process_flags(together: str) -> tuple[Flag, ...]:
             hosts.LOST_AFTER,
             low=5,
         ),
+        Flag(
+            "join_within",
+            int,
+            "how long to wait at the start for the other processes",
+            "Devices",
+            "SECONDS",
+            hosts.JOIN_WITHIN,
+            low=5,
+        ),
     )
 
 
@@ -509,7 +518,7 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
 def _join(name: str, values: flags.FlagValues) -> None:
     """Joins the other processes of the run, if the flags say that there are any."""
     if "distributed" in values and (values.distributed or values.process is not None):
-        hosts.start(name, values.process, values.lost_after, values.debug)
+        hosts.start(name, values.process, values.lost_after, values.join_within, values.debug)
 
 
 def _keep_compilations() -> None:

@@ -8,6 +8,7 @@ Design decisions:
 - Nobody waits for a process that is lost. JAX notices it, by silence or by a collective that fails, and where no Python
   runs it ends the process by abort(); both become one line and the status `LOST`.
 - A process that fails waits a moment for others that may be failing alike, then leaves, and the others lose it.
+- Joining waits in a thread: signals are heard in the main one, which must not be in JAX for that.
 """
 
 import contextlib
@@ -17,11 +18,13 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 from adapttoken_jax.errors import UserError
 
 LOST = 4  # exit status of a process that was left alone
 LOST_AFTER = 60  # seconds without a sign of life
+JOIN_WITHIN = 300  # seconds from the first process to the last
 
 _MOMENT = 5.0  # seconds in which processes that fail alike find each other
 _PATIENCE = 7 * 24 * 3600  # seconds that a process waits at its end for others that are still at work
@@ -30,24 +33,31 @@ _PATIENCE = 7 * 24 * 3600  # seconds that a process waits at its end for others 
 _BROKEN = re.compile(r"gloo|nccl|coordination service|connection (closed|reset)", re.IGNORECASE)
 
 _index = 0
-_together = False
+_joining = _together = False
 _handlers = []  # C keeps a bare pointer to them
 _ending = threading.Lock()
 
 
-def start(program: str, process: str | None = None, lost_after: int = LOST_AFTER, debug: bool = False) -> None:
+def start(
+    program: str,
+    process: str | None = None,
+    lost_after: int = LOST_AFTER,
+    join_within: int = JOIN_WITHIN,
+    debug: bool = False,
+) -> None:
     """Joins the other processes of the run; call it before anything else of JAX.
 
     Args:
       program: begins the line on stderr by which a process ends that was left alone.
       process: "INDEX/COUNT@HOST:PORT", where process 0 listens; None: as the cluster says (a TPU pod, SLURM, Open MPI).
       lost_after: seconds without a sign of life after which a process counts as lost.
+      join_within: seconds to wait for the others.
       debug: let the runtime print what it has to say.
 
     Raises:
-      UserError: nothing says which process this is, or the others cannot be reached.
+      UserError: nothing says which process this is, or the others have not come.
     """
-    global _index, _together
+    global _index, _joining, _together
     known = {} if process is None else _parse(process)
     if not debug:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "4")  # else a page of C++ frames precedes the one line
@@ -56,22 +66,47 @@ def start(program: str, process: str | None = None, lost_after: int = LOST_AFTER
     _keep_stdout()
     _on_abort(lambda: end(program))
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
-    try:
-        jax.distributed.initialize(
-            **known, heartbeat_timeout_seconds=lost_after, shutdown_timeout_seconds=_PATIENCE
-        )  # fmt: skip
-    except (ValueError, RuntimeError) as error:
+    times = dict(heartbeat_timeout_seconds=lost_after, shutdown_timeout_seconds=_PATIENCE)
+    _joining = True
+    # JAX would end the process when its own time is over, so that is longer.
+    error = _within(join_within, lambda: jax.distributed.initialize(
+        **known, **times, initialization_timeout=join_within + LOST_AFTER))  # fmt: skip
+    if isinstance(error, TimeoutError):
+        flag = "--distributed" if process is None else f"--process={process}"
+        raise UserError(f"{flag}: not all processes came within {join_within} s (--join_within); start all of them, "
+                        f"with the same HOST:PORT, which each must reach")  # fmt: skip
+    _joining = False
+    if isinstance(error, ValueError | RuntimeError):
         reason = str(error).partition("\n")[0]
-        raise UserError(f"--distributed: {reason} Say where it is: --process=INDEX/COUNT@HOST:PORT") from None
+        raise UserError(f"--distributed: {reason} Say where it is: --process=INDEX/COUNT@HOST:PORT")
+    if error:
+        raise error
     _index, _together = jax.process_index(), True
     if jax.default_backend() == "cpu":
         # Only process 0 could use it, and gloo gives up on processes that compile half a minute longer than others.
         jax.config.update("jax_enable_compilation_cache", False)
 
 
+def _within(seconds: float, call: Callable[[], None]) -> Exception | None:
+    """Calls in a thread, so that signals are heard meanwhile: the error it ended with, or that time is over."""
+    raised = [TimeoutError()]
+
+    def run():
+        try:
+            call()
+            raised[:] = [None]
+        except Exception as error:
+            raised[:] = [error]
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return raised[0]
+
+
 def _parse(process: str) -> dict:
-    found = re.fullmatch(r"(\d+)/(\d+)@(.+:\d+)", process)
-    if not found or int(found[1]) >= int(found[2]):
+    found = re.fullmatch(r"(\d+)/(\d+)@(.+:(\d+))", process)
+    if not found or int(found[1]) >= int(found[2]) or not 0 < int(found[4]) < 2**16:
         raise UserError(f"--process={process}: write INDEX/COUNT@HOST:PORT, as 0/2@10.0.0.1:8476; INDEX counts from 0")
     return {"coordinator_address": found[3], "num_processes": int(found[2]), "process_id": int(found[1])}
 
@@ -125,6 +160,8 @@ def leave(status: int) -> int:
     Returns:
       `status`, the exit status.
     """
+    if _joining:
+        _go(status)
     if not _together:
         return status
     import jax
@@ -134,6 +171,11 @@ def leave(status: int) -> int:
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the wait
         farewell.join(None if status == 0 else _MOMENT)
     if farewell.is_alive():
-        sys.stderr.flush()
-        os._exit(status)
+        _go(status)
     return status
+
+
+def _go(status: int) -> None:
+    """Ends this process though a thread of it is still in JAX."""
+    sys.stderr.flush()
+    os._exit(status)

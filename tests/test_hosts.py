@@ -184,6 +184,34 @@ def test_a_process_that_is_lost_ends_the_others(files, tmp_path, victim):
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_waits_for_others_in_vain_says_so(files, tmp_path, index):
+    """The first one, which listens, and the other one, which nobody listens to."""
+    words = lambda process: answer_words(files, process.replace("0/1@", f"{index}/2@"), "--join_within=5")
+    processes = start(1, words, tmp_path)
+    (flag,) = (word for word in processes[0].args if word.startswith("--process="))
+    said = (
+        "not all processes came within 5 s (--join_within); start all of them, with the same HOST:PORT, which each must"
+    )
+    assert finish(processes, tmp_path) == [Ended(2, "", f"adapttoken answer: {flag}: {said} reach\n")]
+
+
+@pytest.mark.parametrize(("number", "status", "word"), [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")])
+def test_a_process_that_waits_for_others_hears_signals(files, tmp_path, number, status, word):
+    (waiting,) = start(1, lambda process: answer_words(files, process.replace("0/1@", "0/2@")), tmp_path)
+    (port,) = (int(word.rpartition(":")[2]) for word in waiting.args if word.startswith("--process="))
+    until = time.monotonic() + _SECONDS
+    while waiting.poll() is None and time.monotonic() < until:
+        with socket.socket() as peer:
+            if peer.connect_ex(("localhost", port)) == 0:
+                break
+        time.sleep(0.05)
+    waiting.send_signal(getattr(signal, number))
+    sent = time.monotonic()
+    assert finish([waiting], tmp_path) == [Ended(status, "", f"adapttoken answer: {word}\n")]
+    assert time.monotonic() - sent < 30
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -198,7 +226,13 @@ def test_a_mesh_that_does_not_fit_is_one_line_in_every_process(files, tmp_path, 
 
 @pytest.mark.parametrize(
     ("process", "message"),
-    [("1/1@h:1", "INDEX counts from 0"), ("0/2", "write INDEX/COUNT@HOST:PORT"), ("a", "write"), ("", "write")],
+    [
+        ("1/1@h:1", "INDEX counts from 0"),
+        ("0/1@h:65536", "write"),
+        ("0/2", "write INDEX/COUNT@HOST:PORT"),
+        ("a", "write"),
+        ("", "write"),
+    ],
 )
 def test_who_a_process_is_must_be_readable(files, capsys, process, message):
     assert cli.main(answer_words(files, process)[1:]) == 2
