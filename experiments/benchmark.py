@@ -105,7 +105,7 @@ def time_model(name: str, dtype: str) -> dict:
     found |= {
         "load_average": [*load, os.getloadavg()[0]], "peak_flops_per_s": peak,
         "stages": [speed.summary(stage, times[stage.name], peak) for stage in stages],
-        "relevance_and_entropy": speed.overhead(times), "tokens_per_s": speed.rates(pair, times),
+        "overhead": speed.overhead(times), "tokens_per_s": speed.rates(pair, times),
     }  # fmt: skip
     if _QUESTIONS.value > 1:
         found["further_question"] = speed.further_question(times, _QUESTIONS.value)
@@ -191,8 +191,11 @@ def _time(seconds: float) -> str:
 
 
 def _costs(found: dict) -> str:
-    extra = found["relevance_and_entropy"]
-    text = f"Relevance and entropy on top of a plain prefill: {extra['ours']:+.1%}, PyTorch {extra['pytorch']:+.1%}."
+    extra = found["overhead"]
+    text = (
+        f"Relevance and entropy take {extra['relevance_and_entropy']:+.1%} of a pass without them; a group pass takes "
+        f"{extra['ours']:+.1%} more than a plain prefill, PyTorch's {extra['pytorch']:+.1%}."
+    )
     if more := found.get("further_question"):
         text += (
             f" Each further question: {_time(more['seconds'])}, {more['share']:.1%} of the first one's scan; asked "

@@ -8,9 +8,11 @@ import sys
 import numpy as np
 import pytest
 
+from adapttoken_jax import passes
 from adapttoken_jax.parity import pytorch_fast as fast
 from adapttoken_jax.parity import pytorch_method as plain
 from adapttoken_jax.parity import speed
+from adapttoken_jax.parity.shapes import SHAPES
 
 # The command with modules blocked that a machine with jax, flax, torch and transformers alone would lack.
 _BARE = """
@@ -42,13 +44,28 @@ def test_costs_by_hand():
     times = {
         speed.GROUP: speed.Times(0.0, [1.1, 2.2, 4.4], [3.0, 3.0, 3.0]),
         speed.RESIDENT: speed.Times(0.0, [1.0, 2.1, 4.2], []),
-        speed.PREFILL: speed.Times(0.0, [1.0, 2.0, 4.0], [2.0, 2.0, 2.0]),
+        speed.BARE: speed.Times(0.0, [1.0, 2.0, 4.1], []),
+        speed.PREFILL: speed.Times(0.0, [1.25, 2.0, 4.0], [2.0, 2.0, 2.0]),
         speed.VISION: speed.Times(0.0, [0.9, 0.8, 0.6], []),
         speed.MORE: speed.Times(0.0, [1.5, 2.6, 4.8], []),
     }
-    assert speed.overhead(times) == pytest.approx({"ours": 0.05, "pytorch": 0.5})
+    assert speed.overhead(times) == pytest.approx(
+        {"relevance_and_entropy": 4.2 / 4.1 - 1, "ours": 0.05, "pytorch": 0.5}
+    )
     # 0.4 s for four more questions: 0.1 s each, of scans that take 2, 3 and 5 s
     assert speed.further_question(times, 5) == pytest.approx({"seconds": 0.1, "share": 0.1 / 3})
+
+
+def test_a_pass_without_relevance_and_entropy_says_the_same():
+    shape = dataclasses.replace(SHAPES["needle"], groups=2, slots_per_group=3, budget=9)
+    pair = speed.make_pair(shape, "float32")
+    batch, spec = speed.wave_batch(pair, speed.encode_video(pair)), speed.group_spec(pair)
+    whole, bare = (run(pair.model.module, batch, spec) for run in (passes.run_prompts, speed.bare_pass))
+    assert {"relevance", "entropy"} <= set(whole) and set(bare) == {"first_logits", "tokens"}
+    np.testing.assert_array_equal(bare["tokens"], whole["tokens"])
+    np.testing.assert_allclose(bare["first_logits"], whole["first_logits"], atol=1e-5)
+    work = lambda run: run.lower(pair.model.module, batch, spec).compile().cost_analysis()["transcendentals"]
+    assert work(speed.bare_pass) < work(passes.run_prompts)
 
 
 def test_both_sides_run_in_turn():
@@ -86,8 +103,8 @@ def test_a_whole_run_in_miniature_without_a_decoder():
     assert found["visual_tokens_per_group"] == 12 and found["agreement"]["selected_in_common"] == 1.0
     assert found["agreement"]["ok"] and found["agreement"]["same_answer"]
     stages = {row["stage"]: row for row in found["stages"]}
-    assert list(stages) == [speed.VISION, speed.GROUP, speed.RESIDENT, speed.PREFILL, speed.SELECT, speed.FINAL,
-                            speed.WHOLE, speed.PRUNED, speed.MORE]  # fmt: skip
+    assert list(stages) == [speed.VISION, speed.GROUP, speed.RESIDENT, speed.BARE, speed.PREFILL, speed.SELECT,
+                            speed.FINAL, speed.WHOLE, speed.PRUNED, speed.MORE]  # fmt: skip
     for row in (row for row in stages.values() if row["pytorch_all_s"]):
         assert row["ratio"] == pytest.approx(row["pytorch_all_s"][0] / row["ours_all_s"][0])
     group = stages[speed.GROUP]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from adapttoken_jax import costs, device_scan, encoding, parameters, passes, pipeline, scan
+from adapttoken_jax.compilation import compiled
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import SlotEncoder, VisualTokens, chunk_slots
 from adapttoken_jax.loading import Model
@@ -89,7 +90,7 @@ def make_pair(shape: Shape, dtype: str, *, questions: int = 1, answer_tokens: in
         suffix_ids=prompts[0].suffix_ids, question_span=prompts[0].question_span,
         letter_ids=list(prompts[0].letter_ids), eos_ids=model.tokenizer.eos,
     )  # fmt: skip
-    return Pair(shape, model, torch_model, plan, patches, prompts, inputs, config, chunk_slots(model, plan.clip))
+    return Pair(shape, model, torch_model, plan, patches, prompts, inputs, config, chunk_slots(model, plan.clip, True))
 
 
 def torch_weights(model: Model) -> dict[str, torch.Tensor]:
@@ -138,7 +139,7 @@ def chunks(pair: Pair, slots: np.ndarray, patches: np.ndarray) -> Iterator[tuple
 
 def encode(pair: Pair, slots: np.ndarray, patches: np.ndarray) -> SlotEncoder:
     """Encodes some slots as `encoding.encode_video` does all of them."""
-    with SlotEncoder(pair.model, pair.plan.clip, [], chunks=chunks(pair, slots, patches)) as done:
+    with SlotEncoder(pair.model, pair.plan.clip, [], chunks=chunks(pair, slots, patches), scanned=True) as done:
         done.encode(slots)
     return done
 
@@ -146,7 +147,7 @@ def encode(pair: Pair, slots: np.ndarray, patches: np.ndarray) -> SlotEncoder:
 def encode_video(pair: Pair) -> VisualTokens:
     """The encoded video."""
     every = np.arange(len(pair.patches))
-    return encoding.encode_video(pair.model, pair.plan.clip, chunks=chunks(pair, every, pair.patches))
+    return encoding.encode_video(pair.model, pair.plan.clip, chunks=chunks(pair, every, pair.patches), scanned=True)
 
 
 def wave(pair: Pair) -> list[np.ndarray]:
@@ -189,6 +190,15 @@ def _prefill(model: Qwen25VL, embeddings, position_ids, kernel):
     last = model.config.text.layers - 1
     context, found = text.prefill(embeddings, position_ids, valid, keep_layer=last, kernel=kernel)
     return context, text.logits(found["kept"][:, -1])
+
+
+def _bare_pass(model: Qwen25VL, batch: passes.PromptBatch, spec: passes.PassSpec) -> dict[str, jax.Array]:
+    """A pass that has neither relevance nor entropy: as it is not asked for, the compiler leaves it out."""
+    out = passes.prompts_pass(model, batch, dataclasses.replace(spec, relevance=None))
+    return {name: out[name] for name in ("first_logits", "tokens")}
+
+
+bare_pass = compiled(static=("spec",), tpu_options=passes.TPU_OPTIONS, gpu_options=passes.GPU_OPTIONS)(_bare_pass)
 
 
 def answer(pair: Pair) -> tuple[Run, Outcome]:
@@ -257,6 +267,7 @@ VISION, GROUP, PREFILL, SELECT, FINAL, WHOLE = (
     "final pass", "whole question",
 )  # fmt: skip
 RESIDENT = "group pass, inputs on the device"
+BARE = "the same without relevance and entropy"
 MORE = "group pass, further questions"
 PRUNED = "group pass, 20 % of the tokens after the reference layer"
 _PRUNED_TO = 0.2
@@ -301,6 +312,7 @@ def stages(pair: Pair, answers: Answers) -> list[Stage]:
         Stage(GROUP, lambda: pass_groups(pair, video),
               lambda: [fast.pass_group(model, inputs, features, slots, config) for slots in wave(pair)], 0),
         Stage(RESIDENT, lambda: jax.block_until_ready(passes.run_prompts(pair.model.module, batch, spec)), None, 0),
+        Stage(BARE, lambda: jax.block_until_ready(bare_pass(pair.model.module, batch, spec)), None, 0),
         Stage(PREFILL, lambda: prefill(pair, embeddings, ids),
               lambda: [fast.prefill(model, *prompt) for prompt in prompts], 0),
         Stage(SELECT, lambda: pipeline.select_tokens(run),
@@ -314,7 +326,7 @@ def stages(pair: Pair, answers: Answers) -> list[Stage]:
     if len(pair.prompts) > 1:
         found.append(Stage(MORE, lambda: pass_groups(pair, video, len(pair.prompts)), None, 0))
     counted = flops(pair)
-    of_groups = {name: len(prompts) for name in (VISION, GROUP, RESIDENT, PREFILL, PRUNED, MORE)}
+    of_groups = {name: len(prompts) for name in (VISION, GROUP, RESIDENT, BARE, PREFILL, PRUNED, MORE)}
     return [dataclasses.replace(s, flops=counted[s.name], groups=of_groups.get(s.name, 1)) for s in found]
 
 
@@ -339,8 +351,8 @@ def flops(pair: Pair) -> dict[str, float]:
         count(prefix + shape.budget, suffix, pair.config.max_answer_tokens - 1),
     )
     whole = costs.text_flops(shape.model, prefix + group + suffix) + costs.head_flops(shape.model, 1)
-    return {VISION: vision, GROUP: one, RESIDENT: one, PREFILL: whole, SELECT: 0.0, FINAL: final, MORE: one + further,
-            PRUNED: pruned, WHOLE: shape.groups * (vision + one) + final}  # fmt: skip
+    return {VISION: vision, GROUP: one, RESIDENT: one, BARE: one, PREFILL: whole, SELECT: 0.0, FINAL: final,
+            MORE: one + further, PRUNED: pruned, WHOLE: shape.groups * (vision + one) + final}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,12 +431,17 @@ def summary(stage: Stage, times: Times, peak: float | None) -> dict:
 
 
 def overhead(times: dict[str, Times]) -> dict[str, float]:
-    """What relevance and entropy add to a plain prefill, as a share of it: medians over the repetitions.
+    """What a group pass takes more than a pass without some of it, as a share of that: medians over the repetitions.
 
-    Both passes begin with all inputs on the device.
+    All of them begin with the inputs on the device.
+
+    Returns:
+      "relevance_and_entropy", of our pass; "ours" and "pytorch", more than a plain prefill. Ours can be less than
+      nothing: no later token looks at what a group's tokens become in the last layer, which a prefill computes.
     """
     extra = lambda passed, plain: float(np.median(np.divide(passed, plain)) - 1)
-    return {"ours": extra(times[RESIDENT].ours, times[PREFILL].ours),
+    return {"relevance_and_entropy": extra(times[RESIDENT].ours, times[BARE].ours),
+            "ours": extra(times[RESIDENT].ours, times[PREFILL].ours),
             "pytorch": extra(times[GROUP].theirs, times[PREFILL].theirs)}  # fmt: skip
 
 
@@ -468,18 +485,28 @@ _CARDS = {
 }  # fmt: skip
 
 
+# A product that would take longer is not run to find a CPU's peak; then this size tells it.
+_SLOW_S, _SMALL = 2.0, 512
+
+
 def device_peak(dtype: str, size: int = 2048) -> float | None:
     """FLOP/s that the device can do: of a GPU by its data sheet (None: not in the table), of a CPU as measured.
 
-    On a CPU it is the faster of the two frameworks at a square product of `size`, best of several runs.
+    On a CPU it is the faster of the two frameworks at a square product of `size`, or a smaller one where that is slow;
+    best of several runs.
     """
     device = jax.devices()[0]
     if device.platform != "cpu":
         known = (peaks for name, peaks in _CARDS.items() if name in device.device_kind)
         return next(known, (None, None))[dtype == "float32"]
-    left = np.random.default_rng(0).standard_normal((size, size), np.float32)
-    ours, theirs = jnp.asarray(left, dtype), torch.from_numpy(left).to(getattr(torch, dtype))
     product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
-    runs = (lambda: product(ours).block_until_ready(), lambda: torch.mm(theirs, theirs))
-    best = min(_seconds(run) for run in runs for _ in range(6))
-    return 2 * size**3 / best
+
+    def rates(side: int) -> list[float]:
+        left = np.random.default_rng(0).standard_normal((side, side), np.float32)
+        ours, theirs = jnp.asarray(left, dtype), torch.from_numpy(left).to(getattr(torch, dtype))
+        runs = (lambda: product(ours).block_until_ready(), lambda: torch.mm(theirs, theirs))
+        return [2 * side**3 / min(_seconds(run) for _ in range(6)) for run in runs]
+
+    # A processor without instructions for bfloat16 may multiply it number by number, half a minute for a large product.
+    found = rates(min(size, _SMALL))
+    return max(found) if min(found) < 2 * size**3 / _SLOW_S else max(rates(size))
