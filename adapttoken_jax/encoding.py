@@ -8,7 +8,8 @@ Design decisions:
   that asks, one chunk ahead of the device: the order of computations on the devices, on which the hosts of a pod must
   agree, then does not depend on how fast files are read.
 - On a mesh of several processes each decodes the slots that its own devices encode; the features are gathered on all.
-- Every call of the vision tower has the same shape: it is compiled once, and the order does not change a bit.
+- Every call of the vision tower has the same shape: it is compiled once, and the order does not change a bit. A video
+  that is scanned fills whole calls however short it is, so that videos of other lengths do not compile it again.
 """
 
 import contextlib
@@ -115,6 +116,7 @@ class SlotEncoder:
       on_progress: called with ("encode", slots that are there, all slots).
       chunks: what has been read already: pairs of slots, `chunk_slots` of them, and their patches; None to read.
       entry: features known from before, which are not computed again; what is new is added when the block ends well.
+      scanned: whether the video has groups, as for `chunk_slots`.
 
     Attributes:
       features: [T, M, D], filled slot by slot.
@@ -134,12 +136,13 @@ class SlotEncoder:
         on_progress: OnProgress | None = None,
         chunks: Iterable | None = None,
         entry: Entry | None = None,
+        scanned: bool = False,
     ):
         slots, height, width = clip.grid
         vision = model.config.vision
         self._model, self._clip, self._keep, self._on_progress = model, clip, keep_patches, on_progress
         # One size whatever the order: another one rounds differently in the last bit.
-        self._size = chunk_slots(model, clip)
+        self._size = chunk_slots(model, clip, scanned)
         self.features = np.empty((slots, height * width // vision.merge**2, vision.out_width), model.dtype)
         # What is kept or was read already is whole on every process.
         whole = keep_patches or chunks is not None
@@ -182,13 +185,19 @@ class SlotEncoder:
         """
         for part in order:
             slots, busy = part.slots[~self._there[part.slots]], self.seconds["decode"]
-            own = self._own[np.arange(len(slots)) % self._size]
-            with SlotPatches(self._clip, slots[own], part.ahead) as reader:
-                for start in range(0, len(slots), self._size):
-                    chunk = slice(start, start + self._size)
-                    patches = reader.take_slots(int(own[chunk].sum()))
+            chunks = [slots[start : start + self._size] for start in range(0, len(slots), self._size)]
+            own = [chunk[self._own[self._rows(len(chunk))]] for chunk in chunks]
+            with SlotPatches(self._clip, np.concatenate([slots[:0], *own]), part.ahead) as reader:
+                for chunk, mine in zip(chunks, own, strict=True):
+                    patches = reader.take_slots(len(mine))
                     self.seconds["decode"] = busy + reader.busy_s
-                    yield slots[chunk], patches
+                    yield chunk, patches
+
+    def _rows(self, count: int) -> np.ndarray:
+        """Where `count` slots stand in the shape that is compiled, int[count]: every device has its share of them."""
+        devices = 1 if self._model.mesh is None else self._model.mesh.size
+        device, place = np.divmod(np.arange(count), -(-count // devices))
+        return device * (self._size // devices) + place
 
     def _start(self, slots: np.ndarray, patches: np.ndarray) -> tuple[np.ndarray, jax.Array]:
         """Hands a chunk to the device, padded to the one shape that is compiled."""
@@ -196,8 +205,9 @@ class SlotEncoder:
         if self._keep:
             self.patches.append(patches)
         if len(patches) < self._size:
+            rows = self._rows(len(slots))
             padded = np.zeros((self._size, *patches.shape[1:]), patches.dtype)
-            padded[np.flatnonzero(self._own[: len(slots)])] = patches
+            padded[rows[self._own[rows]]] = patches
             patches = padded
         self._started[slots] = True
         model = self._model
@@ -205,9 +215,12 @@ class SlotEncoder:
         return slots, sharding.everywhere(encoded, model.mesh)
 
     def _collect(self, slots: np.ndarray, encoded: jax.Array) -> None:
+        rows = self._rows(len(slots))
         for (places, *others), part in sharding.parts(encoded):
-            known = slots[places]
-            self.features[(known, *others)] = part[: len(known)]
+            first, end, _ = places.indices(self._size)
+            here = (first <= rows) & (rows < end)
+            filled = part if here.sum() == len(part) else part[rows[here] - first]
+            self.features[(slots[here], *others)] = filled
         self._there[slots] = True
         self.encoded += len(slots)
         if self._on_progress:
@@ -216,10 +229,15 @@ class SlotEncoder:
 
 @contextlib.contextmanager
 def stream_video(
-    model: Model, clip: Clip, order: Sequence[Part], on_progress: OnProgress | None = None, entry: Entry | None = None
+    model: Model,
+    clip: Clip,
+    order: Sequence[Part],
+    on_progress: OnProgress | None = None,
+    entry: Entry | None = None,
+    scanned: bool = False,
 ) -> Iterator[VisualTokens]:
     """Visual tokens that are decoded and encoded when they are asked for; leaving the block ends that."""
-    with SlotEncoder(model, clip, order, on_progress=on_progress, entry=entry) as source:
+    with SlotEncoder(model, clip, order, on_progress=on_progress, entry=entry, scanned=scanned) as source:
         yield VisualTokens(source.features, clip, None, source.seconds, source)
 
 
@@ -229,22 +247,26 @@ def encode_video(
     keep_patches: bool = False,
     on_progress: OnProgress | None = None,
     chunks: Iterable | None = None,
+    scanned: bool = False,
 ) -> VisualTokens:
     """Encodes every slot of a clip in one pass over the file; the arguments are those of `SlotEncoder`."""
-    with SlotEncoder(model, clip, one_pass(clip), keep_patches, on_progress, chunks) as done:
+    with SlotEncoder(model, clip, one_pass(clip), keep_patches, on_progress, chunks, scanned=scanned) as done:
         done.encode(np.arange(clip.grid[0]))
     patches = [normalised(each).reshape(-1, each.shape[-1]) for each in done.patches]
     return VisualTokens(done.features, clip, np.concatenate(patches) if keep_patches else None, done.seconds)
 
 
-def chunk_slots(model: Model, clip: Clip) -> int:
-    """Slots of a clip per call of the vision tower, the same number on every device."""
+def chunk_slots(model: Model, clip: Clip, scanned: bool = False) -> int:
+    """Slots of a clip per call of the vision tower, the same number on every device.
+
+    Of a video that is not `scanned`, no more than it has; else its length makes no difference.
+    """
     slots, height, width = clip.grid
     patches = _PATCHES_PER_GPU_CHUNK if jax.default_backend() == "gpu" else _PATCHES_PER_CHUNK
     most = max(1, min(_SLOTS_PER_CHUNK, patches // (height * width)))
     even = 1 << (most.bit_length() - 1)  # a power of two divides the usual groups
     devices = 1 if model.mesh is None else model.mesh.size
-    return min(even * devices, round_up(slots, devices))
+    return even * devices if scanned else min(even * devices, round_up(slots, devices))
 
 
 def _place(model: Model, array: np.ndarray):

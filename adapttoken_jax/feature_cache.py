@@ -25,13 +25,18 @@ from adapttoken_jax.loading import Model
 from adapttoken_jax.result import atomic_file, library_versions, made_directory
 from adapttoken_jax.video import PRESETS, Clip
 
-_VERSION = 3  # 1: pixels were normalised on the host, which rounds otherwise; 2: on whatever devices
+_VERSION = (
+    4  # 1: pixels were normalised on the host, which rounds otherwise; 2: on whatever devices; 3: in other chunks
+)
 _SLOT = np.dtype("<i4")
 _REMAINS_S = 3600.0
 
 
 class FeatureCache:
     """A directory of entries for one model. Reads all of the vision tower's weights once, to know them again.
+
+    Attributes:
+      model: what the entries' features are computed with.
 
     Raises:
       UserError: the directory cannot be made or written to, or the model is spread over several hosts.
@@ -42,11 +47,14 @@ class FeatureCache:
         _remove_remains(self._directory)
         if jax.process_count() > 1:
             raise UserError("--feature_cache: works on one host only; drop it")
-        self._model = _model_hash(model)
+        self.model, self._hash = model, _model_hash(model)
 
-    def entry(self, clip: Clip) -> "Entry":
-        """The entry of a clip, which may not exist yet. Reads the whole video file once."""
-        digest = hashlib.sha256(f"{_VERSION} {self._model} {_content_hash(clip)}".encode())
+    def entry(self, clip: Clip, scanned: bool = False) -> "Entry":
+        """The entry of a clip, which may not exist yet. Reads the whole video file once.
+
+        Whether the clip is `scanned` decides how many of its slots are encoded at once, and with that the last bits.
+        """
+        digest = hashlib.sha256(f"{_VERSION} {self._hash} {_content_hash(clip)} {scanned}".encode())
         digest.update(f"{clip.height} {clip.width} {PRESETS[clip.preset].resizer}".encode())
         digest.update(clip.slot_frames.tobytes())
         return Entry(self._directory / f"{digest.hexdigest()[:40]}.zip")

@@ -61,18 +61,20 @@ def plan_run(model: ModelConfig, video, config: AdaptTokenConfig, method: str) -
     groups = group_slots(clip.grid[0], config.slots_per_group)
     if not grouped or len(groups) == 1 or clip.tokens <= config.budget:
         groups = []
-    _check_minimum(config, len(groups))
+    if method != "flexselect":
+        _check_minimum(config, [len(slots) * clip.tokens_per_slot for slots in groups])
     return Plan(clip, groups)
 
 
-def _check_minimum(config: AdaptTokenConfig, groups: int) -> None:
+def _check_minimum(config: AdaptTokenConfig, capacity: list[int]) -> None:
     shared = config.budget - coverage_count(config.coverage, config.budget)
-    if groups * config.min_tokens_per_group > shared:
+    least = sum(min(config.min_tokens_per_group, tokens) for tokens in capacity)
+    if least > shared:
         beside = f" beside --coverage={config.coverage:g}" if shared < config.budget else ""
-        enough = math.ceil(groups * config.min_tokens_per_group / (1 - config.coverage))
+        enough = math.ceil(least / (1 - config.coverage))
         raise UserError(
             f"--budget={config.budget}: less than --min_tokens_per_group={config.min_tokens_per_group} for each of "
-            f"{groups} groups{beside}; raise the budget to {enough}"
+            f"{len(capacity)} groups{beside}; raise the budget to {enough}"
         )
 
 
@@ -125,7 +127,7 @@ def answer(
     asked = [(question, options)] if single else _paired(question, options)
     prompts = [build_prompt(model.tokenizer, each, choices, system) for each, choices in asked]
     _check_limits(abstain_above, deadline)
-    check_feature_cache(feature_cache, trace)
+    check_feature_cache(feature_cache, trace, model)
     if loop not in [*LOOPS]:
         raise UserError(f"loop={loop}: choose one of {', '.join(LOOPS)}")
     plan = plan_run(model.config, video, config, method)
@@ -165,21 +167,25 @@ def _check_limits(abstain_above: float | None, deadline: float | None) -> None:
             raise UserError(f"--{name}={value}: must be a number of at least 0")
 
 
-def check_feature_cache(cache: str | os.PathLike | FeatureCache | None, trace: bool) -> None:
-    """Raises `UserError` for a cache that a run cannot use; makes the directory if it is missing."""
+def check_feature_cache(
+    cache: str | os.PathLike | FeatureCache | None, trace: bool, model: Model | None = None
+) -> None:
+    """Raises `UserError` for a cache that a run, of this model, cannot use; makes the directory if it is missing."""
     if cache is not None and trace:
         raise UserError("--feature_cache: a trace needs every frame decoded; drop one of --feature_cache and --trace")
     if isinstance(cache, str | os.PathLike):
         result.made_directory("feature_cache", cache)
     elif not isinstance(cache, FeatureCache | None):
         raise UserError(f"feature_cache={cache!r}: give a directory or a FeatureCache")
+    elif cache is not None and cache.model is not model:
+        raise UserError("feature_cache: was made for another model; give each loaded model a FeatureCache of its own")
 
 
 def slot_order(
     model: Model, plan: Plan, config: AdaptTokenConfig, method: str, deadline: float | None = None
 ) -> list[Part]:
     """In which order the slots of a video are best read."""
-    if not plan.groups:
+    if not plan.scanned:
         return one_pass(plan.clip)
     visits = [plan.groups[g] for g in visiting_order(len(plan.groups), config.group_order)]
     least = [config.stop_groups] if method == "lite" else []
@@ -192,10 +198,11 @@ def slot_order(
 def _open_tokens(model, plan, order, trace, cache, on_progress) -> contextlib.AbstractContextManager[VisualTokens]:
     """All tokens at once where the trace wants every array, else as they are asked for."""
     if trace:
-        return contextlib.nullcontext(encode_video(model, plan.clip, trace, on_progress))
+        return contextlib.nullcontext(encode_video(model, plan.clip, trace, on_progress, scanned=plan.scanned))
     if cache is not None and not isinstance(cache, FeatureCache):
         cache = FeatureCache(cache, model)
-    return stream_video(model, plan.clip, order, on_progress, cache.entry(plan.clip) if cache else None)
+    entry = cache.entry(plan.clip, plan.scanned) if cache else None
+    return stream_video(model, plan.clip, order, on_progress, entry, plan.scanned)
 
 
 def scan_video(
@@ -222,12 +229,12 @@ def scan_video(
 
 
 def _one_scan(model, plan, tokens, prompts, config, method, time_is_up, on_progress, loop) -> list[Run]:
-    if not plan.groups:
+    if not plan.scanned:
         tokens.ensure(np.arange(plan.clip.grid[0]))
     begin, waited = time.perf_counter(), tokens.seconds["waiting"]
     runs = [Run(model, plan, tokens, config, method, prompt, loop=loop) for prompt in prompts]
     scans = [None] * len(prompts)
-    if plan.groups:
+    if plan.scanned:
         if method == "lite" and config.stop_gain:
             blind = blind_replies(model, tokens, prompts, config)
             runs = [dataclasses.replace(run, blind=each) for run, each in zip(runs, blind, strict=True)]

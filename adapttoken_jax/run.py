@@ -19,6 +19,11 @@ class Plan:
     clip: Clip
     groups: list[np.ndarray]
 
+    @property
+    def scanned(self) -> bool:
+        """Whether there are groups to visit."""
+        return bool(self.groups)
+
 
 @dataclasses.dataclass(frozen=True)
 class Selected:

@@ -151,6 +151,7 @@ def test_whatever_features_depend_on_is_in_the_name(model, path, cache, tmp_path
         cache.entry(clip_of(path, model, max_frames=20)),
         cache.entry(clip_of(path, model, max_pixels=28 * 28)),
         cache.entry(clip_of(path, model, preset="hf")),
+        cache.entry(clip_of(path, model), scanned=True),
         FeatureCache(tmp_path / "cache", other).entry(clip_of(path, model)),
         cache.entry(clip_of(Frames(images, 25.0), model)),
         cache.entry(clip_of(Frames(changed, 25.0), model)),
@@ -254,3 +255,5 @@ def test_answers_are_the_same_from_disk(model, path, tmp_path):
     assert second.cost.seconds.vision == 0 and second.cost.flops < first.cost.flops == plain.cost.flops
     with pytest.raises(UserError, match="--feature_cache: a trace needs"):
         ask(feature_cache=tmp_path / "c", trace=True)
+    with pytest.raises(UserError, match="feature_cache: was made for another model"):
+        ask(feature_cache=FeatureCache(tmp_path / "c", small_model()))

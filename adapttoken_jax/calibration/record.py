@@ -46,7 +46,7 @@ def record_video(
     plan = plan_run(model.config, video, config, "adapttoken")
     if not plan.groups:
         return None
-    tokens = encode_video(model, plan.clip)
+    tokens = encode_video(model, plan.clip, scanned=True)
     blind = blind_replies(model, tokens, prompts, config)
     runs = scan_video(model, plan, tokens, prompts, config, "adapttoken")
     logs = [_question_log(*each, points) for each in zip(questions, options, runs, blind, strict=True)]

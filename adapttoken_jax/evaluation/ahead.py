@@ -138,7 +138,7 @@ class DecodeAhead:
             raise UserError("no video file in the data directory")
         plan = plan_run(self._model.config, video, self._config, self._method)
         wanted = self._put(plan)
-        size = chunk_slots(self._model, plan.clip)
+        size = chunk_slots(self._model, plan.clip, plan.scanned)
         for chunk in read_patches(plan.clip, chunk_slots=size) if wanted and reads_ahead(plan, self._method) else ():
             if not self._put(chunk):
                 return False

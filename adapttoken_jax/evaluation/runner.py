@@ -164,5 +164,5 @@ def _answer_video(
 
 def _open_tokens(model, plan, decoded, config, method) -> contextlib.AbstractContextManager[VisualTokens]:
     if reads_ahead(plan, method):
-        return contextlib.nullcontext(encode_video(model, plan.clip, chunks=decoded.chunks()))
-    return stream_video(model, plan.clip, slot_order(model, plan, config, method))
+        return contextlib.nullcontext(encode_video(model, plan.clip, chunks=decoded.chunks(), scanned=plan.scanned))
+    return stream_video(model, plan.clip, slot_order(model, plan, config, method), scanned=plan.scanned)

@@ -117,6 +117,12 @@ def test_a_minimum_that_does_not_fit_beside_the_floor_is_refused_at_once(model):
     assert ask(model, coverage=0.4, min_tokens_per_group=4, budget=40).selected.count == 40
 
 
+def test_a_minimum_counts_no_more_than_a_group_has_and_not_for_flexselect(model):
+    with pytest.raises(UserError, match=r"--min_tokens_per_group=1000 for each of 6 groups; raise the budget to 138$"):
+        ask(model, min_tokens_per_group=1000)  # of 23 slots of 6 tokens
+    assert ask(model, "flexselect", min_tokens_per_group=1000).selected.count == 30
+
+
 def test_flexselect_is_left_alone(model):
     changed = ask(model, "flexselect", debias=True, coverage=0.3, temperature_target=1.0)
     assert changed.selected == ask(model, "flexselect").selected
