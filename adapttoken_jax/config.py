@@ -279,10 +279,11 @@ def _switch(default: bool, *, help: str) -> Any:
 
 def _plain(field: dataclasses.Field, value):
     """A setting as a plain Python value of its field's type: NumPy's numbers are welcome, numbers as text are not."""
+    number = not isinstance(value, bool)
     try:
-        if field.type is int:
+        if field.type is int and number:
             return operator.index(value)
-        if field.type is float and isinstance(value, numbers.Real):
+        if field.type is float and number and isinstance(value, numbers.Real):
             return float(value)
         if field.type is bool and value in (True, False):
             return bool(value)
@@ -307,12 +308,14 @@ class AdaptTokenConfig:
 
     preset: str = _choice("qwen-vl-utils", "flexselect", "hf", help="rules for sampling, size, resizer and time ids")
     fps: float = _number(4.0, low=1e-6, help="frames sampled per second of video")
-    max_frames: int = _number(4096, low=1, help="most frames sampled from a video")
-    max_pixels: int = _number(308 * 560, low=1, help="most pixels per resized frame")
+    max_frames: int = _number(4096, low=1, high=_INT32, help="most frames sampled from a video")
+    max_pixels: int = _number(308 * 560, low=1, high=_INT32, help="most pixels per resized frame")
     mrope: str = _choice("legacy", "hf5", help="where the text after the video starts in M-RoPE")
-    slots_per_group: int = _number(64, low=1, help="temporal slots (frame pairs) per group")
+    slots_per_group: int = _number(64, low=1, high=_INT32, help="temporal slots (frame pairs) per group")
     group_order: str = _choice("sequential", "bit_reversed", help="order in which groups are visited")
-    reference_layer: int = _number(-1, low=-1, help="0-based decoder layer that scores tokens; -1: the model's preset")
+    reference_layer: int = _number(
+        -1, low=-1, high=_INT32, help="0-based decoder layer that scores tokens; -1: the model's preset"
+    )
     relevance_heads: str = _choice("max", "mean", help="reduction of attention over heads")
     relevance_text: str = _choice("max", "mean", help="reduction of attention over text tokens")
     relevance_queries: str = _choice("after_vision", "question", "last", help="text tokens whose attention counts")
@@ -329,9 +332,9 @@ class AdaptTokenConfig:
         0.0, low=0.0, help="groups that share the budget where one stands out; sets the temperature; 0: off"
     )
     min_tokens_per_group: int = _number(
-        0, low=0, help="fewest tokens that a visited group gets, before redundant ones go"
+        0, low=0, high=_INT32, help="fewest tokens that a visited group gets, before redundant ones go"
     )
-    budget: int = _number(7040, low=1, help="visual tokens in the final prompt")
+    budget: int = _number(7040, low=1, high=_INT32, help="visual tokens in the final prompt")
     over_selection: float = _number(1.1, low=1.0, help="candidates before redundancy removal, as a multiple of budget")
     coverage: float = _number(
         0.0, low=0.0, high=0.5, help="share of the budget that goes to one token per stretch of time; 0: off"
@@ -364,9 +367,9 @@ class AdaptTokenConfig:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _plain(field, getattr(self, field.name)))
             value, meta = getattr(self, field.name), field.metadata
-            if "choices" in meta and value not in meta["choices"]:
+            if "choices" in meta and not (isinstance(value, str) and value in meta["choices"]):
                 raise UserError(f"--{field.name}={value}: choose one of {', '.join(meta['choices'])}")
-            if field.type in (int, float) and not math.isfinite(value):
+            if field.type is float and not math.isfinite(value):
                 raise UserError(f"--{field.name}={value}: must be a finite number")
             if meta.get("low") is not None and not value >= meta["low"]:
                 raise UserError(f"--{field.name}={value}: must be at least {meta['low']}")

@@ -33,7 +33,7 @@ def select(run: Run) -> tuple[Selected, jax.Array]:
         kept = found.free
         if not equal:
             similar = features if config.similarity == "projector" else _padded(_hidden(run, candidates), most)
-            positions = np.column_stack([run.plan.clip.slot_times[candidates[:, 0]], candidates[:, 1:]])
+            positions = run.plan.clip.positions(candidates)
             kept = compiled.remove_redundant(
                 similar.astype(np.float32), _padded(positions, most), found, numbers.scale, kernel=config.proximity
             )

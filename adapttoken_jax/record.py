@@ -116,7 +116,7 @@ def _cost(run: Run, outcome: Outcome) -> result.Cost:
 
 
 def make_trace(run: Run, outcome: Outcome) -> dict[str, np.ndarray]:
-    """The arrays of `result.TRACE_ARRAYS`; what was not visited or is padding is NaN, or -1 for integers."""
+    """The arrays of `result.TRACE_ARRAYS`; what is padding or not visited is NaN, -1 for integers, 0 in `budget`."""
     selected, final = outcome.selected, outcome.reply
     clip, video, groups = run.plan.clip, run.video, run.plan.groups
     G, K = len(groups), run.config.slots_per_group

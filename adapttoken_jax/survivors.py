@@ -96,7 +96,7 @@ def _without_redundancy(run: Run, visits, chosen, by_place, candidates, score, k
         features = run.video.gather(candidates)
     else:
         features = np.concatenate([v.hidden[c] for v, c in zip(visits, chosen, strict=True)])[by_place]
-    positions = np.column_stack([run.plan.clip.slot_times[candidates[:, 0]], candidates[:, 1:]])
+    positions = run.plan.clip.positions(candidates)
     return remove_redundant(
         features.astype(np.float32), positions, score, keep, kernel=config.proximity, scale=config.proximity_scale
     )

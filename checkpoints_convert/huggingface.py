@@ -181,7 +181,7 @@ def _dtype(tensors: list[StoredTensor], dtype) -> np.dtype:
     for tensor in tensors:
         if tensor.dtype != tensors[0].dtype:
             problem = f"'{tensor.key}' is {tensor.dtype} while '{tensors[0].key}' is {tensors[0].dtype}"
-            raise UserError(f"{tensor.file}: {problem}; layers stack in one dtype, so choose one for all (dtype)")
+            raise UserError(f"{tensor.file}: {problem}; layers stack in one: save them alike, or answer with --dtype")
     return tensors[0].dtype
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.torch import load_file, save_file
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 import adapttoken_jax as at
 from adapttoken_jax import costs, parameters
@@ -107,6 +109,17 @@ def test_key_heads_default_to_all_and_the_vision_tower_has_a_theta_of_its_own():
     assert (config.text.kv_heads, config.vision.rope_theta) == (config.text.heads, 1e4)
     vision = flat()["vision_config"] | {"rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}}
     assert model_config(flat(vision_config=vision)).vision.rope_theta == 100
+
+
+def test_what_the_vision_tower_reads_from_no_file_is_transformers_own():
+    """Its norms' epsilon is fixed there, and `tokens_per_second` has a default."""
+    theirs, raw = Qwen2_5_VLVisionConfig(), flat()
+    del raw["vision_config"]["tokens_per_second"]
+    vision = model_config(raw).vision
+    assert vision.tokens_per_second == theirs.tokens_per_second
+    norms = [m for m in Qwen2_5_VisionTransformerPretrainedModel(Qwen2_5_VLVisionConfig(depth=1)).modules()
+             if hasattr(m, "variance_epsilon")]  # fmt: skip
+    assert len(norms) == 3 and {norm.variance_epsilon for norm in norms} == {vision.eps}
 
 
 def test_a_checkpoint_of_two_types_computes_in_that_of_its_embedding(tmp_path, monkeypatch):
@@ -222,7 +235,9 @@ def test_vision_costs_the_published_flops_per_merged_token():
         ({"over_selection": float("inf")}, "--over_selection=inf: must be a finite number"),
         ({"budget": float("inf")}, "--budget=inf: must be a whole number"),
         ({"max_frames": 2.5}, "--max_frames=2.5: must be a whole number"),
-        ({"fps": "4"}, "--fps=4: must be a number"),
+        ({"fps": "4"}, "--fps=4: must be a number"), ({"fps": True}, "--fps=True: must be a number"),
+        ({"budget": True}, "--budget=True: must be a whole number"), ({"budget": 10**400}, "must be at most"),
+        ({"preset": np.arange(2)}, "--preset=.0 1.: choose one of"), ({"preset": None}, "--preset=None: choose one of"),
         ({"debias": "no"}, "--debias=no: must be true or false"),
         ({"seed": 2**32}, "--seed=4294967296: must be at most 4294967295"),  # JAX would take the lower 32 bits
         ({"stop_groups": 2**31}, "--stop_groups=2147483648: must be at most 2147483647"),

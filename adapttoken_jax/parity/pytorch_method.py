@@ -11,8 +11,8 @@ Decisions where the steps leave room:
   * Group answers and the final answer count the tokens before the end-of-sequence token; if it comes first, it counts.
   * When the video is answered directly (step 12, `full`, `uniform`), there are no groups (G is 0 in every array), every
     token is a candidate and is selected, and the ids are the original ones.
-  * Generated tokens follow the largest id of the prompt, which is what transformers' `rope_deltas` means. Under `hf5`
-    its `generate()` (5.23.0) instead goes on from the last prompt token's id; under `legacy` the two are the same.
+  * Generated tokens go on from the last prompt token's id, as in transformers' `generate` (5.23.0). Under `legacy` that
+    is the largest id of the prompt, which is what `rope_deltas` means; under `hf5` it can be smaller.
   * Pairs of equal redundancy are ordered by the candidates' video order (slot, row, column).
 
 Axis letters: S positions of one prompt, N heads, D model width, V vocabulary, M merged tokens per slot, n tokens,
@@ -525,9 +525,9 @@ def _features_of(model, inputs, features, tokens) -> np.ndarray:
 
 
 def _seconds_rows_columns(inputs, tokens) -> np.ndarray:
-    """A slot's time is that of its first frame, float64 [n, 3]."""
-    times = np.asarray(inputs.frame_times, np.float64)[2 * tokens[:, 0]]
-    return np.stack([times, tokens[:, 1], tokens[:, 2]], axis=1)
+    """A slot's time is that of its first frame, as a trace holds it; float64 [n, 3]."""
+    times = np.asarray(inputs.frame_times, np.float32)[2 * tokens[:, 0]]
+    return np.stack([times, tokens[:, 1], tokens[:, 2]], axis=1).astype(np.float64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

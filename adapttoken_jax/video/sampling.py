@@ -99,6 +99,14 @@ class Clip:
         """float64 [T] seconds: the time of each slot's first frame."""
         return self.frame_times[:: self.vision.temporal_patch]
 
+    def positions(self, tokens: np.ndarray) -> np.ndarray:
+        """(seconds, row, column) of tokens (slot, row, column), for step 10: float64 [n, 3].
+
+        Seconds are rounded as in a trace, to float32: whoever computes step 10 again from one has the same ties.
+        """
+        seconds = self.slot_times.astype(np.float32)
+        return np.column_stack([seconds[tokens[:, 0]], tokens[:, 1:]]).astype(np.float64)
+
 
 def plan_clip(
     info: VideoInfo,

@@ -93,6 +93,27 @@ def test_every_setting_matches(load, name):
     assert_agree(result, theirs)
 
 
+@pytest.mark.parametrize("rate", [24.0, 25.0, 30.0])
+@pytest.mark.parametrize("kernel", ["exponential", "window"])
+def test_redundancy_removal_can_be_computed_again_from_the_trace_of_a_still_picture(load, rate, kernel):
+    """Where every pair of one place resembles each other alike, nearness in time decides, down to its last bit."""
+    model, _ = load("base")
+    still = np.repeat(random_video(1).images, int(40 * rate), 0)
+    config = settings(model, max_frames=160, budget=60, temperature=20.0, over_selection=2.0, proximity=kernel)
+    result = at.answer(model, at.Frames(still, rate), "What?", OPTIONS, config, trace=True)
+    trace, (rows, cols) = result.trace, (2, 3)
+    slots, row, col = tokens = trace["candidates"].T
+    group, place = slots % len(result.groups), slots // len(result.groups)
+    weights = np.asarray([each.weight for each in result.groups])
+    score = weights[group] * trace["group_relevance"][group, place * rows * cols + row * cols + col]
+    seconds = trace["frame_times"].astype(np.float64)[2 * slots]
+    features = trace["visual_features"][slots, row * cols + col]
+    pairs = oracle.redundancy(features, np.stack([seconds, row, col], 1), kernel, config.proximity_scale)
+    kept = oracle.remove_redundant(pairs, score, config.budget)
+    assert len(slots) == 120
+    np.testing.assert_array_equal(trace["selected"], tokens.T[kept])
+
+
 @pytest.mark.parametrize("method", ["lite", "flexselect", "uniform", "full"])
 @pytest.mark.parametrize("options", [OPTIONS, None], ids=["options", "open"])
 def test_every_method_matches(load, method, options):

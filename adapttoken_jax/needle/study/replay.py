@@ -113,7 +113,7 @@ def _without_redundancy(video, log, taken, places, scores, config, reserved) -> 
     order = np.lexsort(tokens.T[::-1])
     tokens, scores = tokens[order], scores[taken][order]
     features = video.gather(tokens) if config.similarity == "projector" else log.hidden[taken][order]
-    positions = np.column_stack([video.clip.slot_times[tokens[:, 0]], tokens[:, 1:]])
+    positions = video.clip.positions(tokens)
     kept = remove_redundant(
         features.astype(np.float32), positions, scores, keep, kernel=config.proximity, scale=config.proximity_scale
     )
