@@ -296,6 +296,7 @@ def _plain(field: dataclasses.Field, value):
 
 
 _INT32 = 2**31 - 1  # largest number of the compiled loops
+_EXACT = 2**53  # beyond it floats leave whole numbers out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,10 +309,10 @@ class AdaptTokenConfig:
 
     preset: str = _choice("qwen-vl-utils", "flexselect", "hf", help="rules for sampling, size, resizer and time ids")
     fps: float = _number(4.0, low=1e-6, help="frames sampled per second of video")
-    max_frames: int = _number(4096, low=1, high=_INT32, help="most frames sampled from a video")
-    max_pixels: int = _number(308 * 560, low=1, high=_INT32, help="most pixels per resized frame")
+    max_frames: int = _number(4096, low=1, high=_EXACT, help="most frames sampled from a video")
+    max_pixels: int = _number(308 * 560, low=1, high=_EXACT, help="most pixels per resized frame")
     mrope: str = _choice("legacy", "hf5", help="where the text after the video starts in M-RoPE")
-    slots_per_group: int = _number(64, low=1, high=_INT32, help="temporal slots (frame pairs) per group")
+    slots_per_group: int = _number(64, low=1, high=_EXACT, help="temporal slots (frame pairs) per group")
     group_order: str = _choice("sequential", "bit_reversed", help="order in which groups are visited")
     reference_layer: int = _number(
         -1, low=-1, high=_INT32, help="0-based decoder layer that scores tokens; -1: the model's preset"
@@ -332,9 +333,9 @@ class AdaptTokenConfig:
         0.0, low=0.0, help="groups that share the budget where one stands out; sets the temperature; 0: off"
     )
     min_tokens_per_group: int = _number(
-        0, low=0, high=_INT32, help="fewest tokens that a visited group gets, before redundant ones go"
+        0, low=0, high=_EXACT, help="fewest tokens that a visited group gets, before redundant ones go"
     )
-    budget: int = _number(7040, low=1, high=_INT32, help="visual tokens in the final prompt")
+    budget: int = _number(7040, low=1, high=_EXACT, help="visual tokens in the final prompt")
     over_selection: float = _number(1.1, low=1.0, help="candidates before redundancy removal, as a multiple of budget")
     coverage: float = _number(
         0.0, low=0.0, high=0.5, help="share of the budget that goes to one token per stretch of time; 0: off"

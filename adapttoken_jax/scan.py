@@ -218,10 +218,13 @@ def group_limit(prompt: Prompt, config: AdaptTokenConfig) -> int:
 
 
 def read_visits(out: dict[str, np.ndarray], b: int, index: int, slots, n: int, config) -> list[Visit]:
-    """Reads the group `index` of `n` tokens, context b of what `run_prompts` returned: one visit per question."""
-    hidden = out["kept"][b, :n] if "kept" in out else None
+    """Reads the group `index` of `n` tokens, context b of what `run_prompts` returned: one visit per question.
+
+    Visits hold copies: a view would keep all that was returned, padding included, for as long as the scan goes on.
+    """
+    hidden = out["kept"][b, :n].copy() if "kept" in out else None
     return [
-        Visit(index, slots, reply(out, b, q, config), relevance[:n], hidden)
+        Visit(index, slots, reply(out, b, q, config), relevance[:n].copy(), hidden)
         for q, relevance in enumerate(out["relevance"][b])
     ]
 
@@ -234,7 +237,7 @@ def reply(out: dict[str, np.ndarray], b: int, q: int, config: AdaptTokenConfig) 
     """
     counted = out["counted"][b, q]
     said = Reply(
-        first_logits=out["first_logits"][b, q],
+        first_logits=out["first_logits"][b, q].copy(),
         answer_ids=out["tokens"][b, q][counted],
         entropy=float(-group_certainty(out["entropy"][b, q], counted, config.bottom_fraction)),
         certainty=float(least_certain_mean(out["certainty"][b, q], counted, config.bottom_fraction)),

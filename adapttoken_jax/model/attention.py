@@ -17,6 +17,7 @@ _BLOCK = 64  # queries per block of the memory-bounded version: a block's scores
 _SEGMENTS = 16  # parts of a sequence whose blocks look no further than the part's end: half of the work is never done
 _REFERENCE_UP_TO = 128  # keys up to which the score matrix is formed whole
 _MOST_ROWS = 512  # of questions that attend at once; a prompt with an hour of subtitles has ten thousand
+_ROW_STEP = 16  # of what a question then has at once, so that kernels have whole tiles
 
 
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -147,8 +148,9 @@ def two_part_attention(q, context, tail, over_context=context_attention):
 
 
 def rows_at_once(questions: int, rows: int) -> int:
-    """Of so many rows of each question, those that attend at once: all, as long as they are few."""
-    return rows if rows <= _MOST_ROWS else max(_BLOCK, _MOST_ROWS // questions)
+    """Of so many rows of each question, those that attend at once: as many as keep all questions' rows few."""
+    parts = -(-rows // max(_BLOCK, _MOST_ROWS // questions))
+    return rows if parts == 1 else round_up(-(-rows // parts), _ROW_STEP)
 
 
 def _with_tail(q, from_context, context_lse, mask, k, v):

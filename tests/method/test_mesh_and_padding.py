@@ -61,9 +61,11 @@ def agrees_with_one_device(directory, alone, mesh):
     assert ours.model.mesh == {axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))}
     for key in ("budget", "candidates", "selected", "answer_ids"):
         np.testing.assert_array_equal(ours.trace[key], alone.trace[key], err_msg=key)
-    # Sharded sums add in another order; scores of some tens then move the exponentials by a share of 1e-5 at most.
-    np.testing.assert_allclose(ours.trace["group_entropy"], alone.trace["group_entropy"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(ours.trace["group_relevance"], alone.trace["group_relevance"], atol=1e-5)
+    # Sharded sums add in another order; logits of some tens then move the exponentials by a share of 1e-5, and of
+    # somewhat more where attention is cut into pieces, whose rounding goes through the layers.
+    within = 2e-5 if "context" in mesh else 1e-5
+    np.testing.assert_allclose(ours.trace["group_entropy"], alone.trace["group_entropy"], rtol=0, atol=within)
+    np.testing.assert_allclose(ours.trace["group_relevance"], alone.trace["group_relevance"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

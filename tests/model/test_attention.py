@@ -109,6 +109,16 @@ def test_two_parts_are_one_softmax(T, monkeypatch):
         np.testing.assert_allclose(observed[:, j], expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("questions", [1, 3, 15, 100])
+def test_rows_that_attend_at_once_are_bounded_over_all_questions(questions):
+    most = max(attention._MOST_ROWS, questions * attention._BLOCK)
+    for rows in range(1, 1500):
+        size = attention.rows_at_once(questions, rows)
+        blocks = -(-rows // size)
+        assert size * questions < most + 16 * questions and blocks * size < rows + 16 * blocks
+        assert size == rows or size % 16 == 0
+
+
 def test_text_angles_follow_their_sections():
     ids = jnp.array([[5, 300], [7, 1], [11, 65537]])
     angles = np.asarray(rotary.text_angles(ids, 16, 1e4, (2, 3, 3)))
