@@ -11,6 +11,7 @@ Design decisions:
 - Joining waits in a thread: signals are heard in the main one, which must not be in JAX for that.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import os
@@ -18,7 +19,6 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
 
 from adapttoken_jax.errors import UserError
 
@@ -66,42 +66,26 @@ def start(
     _keep_stdout()
     _on_abort(lambda: end(program))
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
-    times = dict(heartbeat_timeout_seconds=lost_after, shutdown_timeout_seconds=_PATIENCE)
     _joining = True
     # JAX would end the process when its own time is over, so that is longer.
-    error = _within(join_within, lambda: jax.distributed.initialize(
-        **known, **times, initialization_timeout=join_within + LOST_AFTER))  # fmt: skip
-    if isinstance(error, TimeoutError):
+    coming = concurrent.futures.ThreadPoolExecutor(1).submit(
+        jax.distributed.initialize, **known, initialization_timeout=join_within + LOST_AFTER,
+        heartbeat_timeout_seconds=lost_after, shutdown_timeout_seconds=_PATIENCE,
+    )  # fmt: skip
+    try:
+        coming.result(join_within)
+    except TimeoutError:
         flag = "--distributed" if process is None else f"--process={process}"
         raise UserError(f"{flag}: not all processes came within {join_within} s (--join_within); start all of them, "
-                        f"with the same HOST:PORT, which each must reach")  # fmt: skip
-    _joining = False
-    if isinstance(error, ValueError | RuntimeError):
+                        f"with the same HOST:PORT, which each must reach") from None  # fmt: skip
+    except (ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"--distributed: {reason} Say where it is: --process=INDEX/COUNT@HOST:PORT")
-    if error:
-        raise error
+        raise UserError(f"--distributed: {reason} Say where it is: --process=INDEX/COUNT@HOST:PORT") from None
+    _joining = False
     _index, _together = jax.process_index(), True
     if jax.default_backend() == "cpu":
         # Only process 0 could use it, and gloo gives up on processes that compile half a minute longer than others.
         jax.config.update("jax_enable_compilation_cache", False)
-
-
-def _within(seconds: float, call: Callable[[], None]) -> Exception | None:
-    """Calls in a thread, so that signals are heard meanwhile: the error it ended with, or that time is over."""
-    raised = [TimeoutError()]
-
-    def run():
-        try:
-            call()
-            raised[:] = [None]
-        except Exception as error:
-            raised[:] = [error]
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return raised[0]
 
 
 def _parse(process: str) -> dict:
