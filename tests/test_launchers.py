@@ -1,5 +1,6 @@
 """How every launcher under `experiments/` starts and ends: as the commands of `adapttoken` do."""
 
+import json
 import pathlib
 import signal
 import subprocess
@@ -56,6 +57,7 @@ FILES = {
         ("plan_table", ["--cases=foo"], "--cases=foo: give MODEL@SLICE or MODEL@SLICE@MESH"),
         ("plan_table", ["--cases="], "--cases=: give MODEL@SLICE or MODEL@SLICE@MESH"),
         ("pruning", ["--keep=0.5,2"], "--keep=0.5,2: give numbers from 0 to 1"),
+        ("visiting", ["--give_up=0"], "--give_up=0: give numbers of at least 1, separated by commas"),
         ("table", ["--formt=latex"], "--formt: unknown flag; did you mean --format?"),
         ("table", ["/proc/x"], "/proc/x: no run.json"),
         ("table", ["{at}", "--plot={at}/results.json"], "--plot={at}/results.json: the same file as {at}/results.json"),
@@ -79,6 +81,23 @@ def test_a_mistake_is_one_line(tmp_path, name, argv, words):
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"{name}: {words.format(at=tmp_path)}")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == FILES
+
+
+def test_an_order_of_visits_changes_what_is_visited_and_not_what_it_says():
+    """Lite that is never certain visits all groups in either order; giving up is what ends it."""
+    never = ["--paper", "--stop_entropy=0", "--slots_per_group=4", "--frames=64", "--questions=2", "--give_up=2"]
+    done = run("visiting", *never, "--json=-")
+    assert done.returncode == 0, done.stderr
+    full, *lite = json.loads(done.stdout)["rows"]
+    arms = [("sequential", 0), ("sequential", 2), ("bit_reversed", 0), ("bit_reversed", 2)]
+    assert [(each["order"], each["give_up_groups"]) for each in lite] == arms
+    for each in (full, *lite):
+        assert each["questions"] == 2 and each["seconds"] > 0
+        assert each["entropy_moved_nats"] < 1e-5
+    for each in (full, *lite[::2]):
+        assert each["groups_visited_share"] == each["selected_in_common"] == 1 and each["gain"] == 0
+    for each in lite[1::2]:
+        assert 3 / 8 <= each["groups_visited_share"] < 1 and each["selected_in_common"] < 1
 
 
 def importing(process, directory):
