@@ -25,9 +25,7 @@ from adapttoken_jax.loading import Model
 from adapttoken_jax.result import atomic_file, library_versions, made_directory
 from adapttoken_jax.video import PRESETS, Clip
 
-_VERSION = (
-    4  # 1: pixels were normalised on the host, which rounds otherwise; 2: on whatever devices; 3: in other chunks
-)
+_VERSION = 4  # 1: pixels were normalised on the host, which rounds otherwise; 2: on any devices; 3: in other chunks
 _SLOT = np.dtype("<i4")
 _REMAINS_S = 3600.0
 

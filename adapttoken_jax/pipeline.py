@@ -330,8 +330,8 @@ def dry_run(directory, video, overrides: dict, method: str, question: str | None
         "tokens_per_slot": clip.tokens_per_slot,
         "tokens": clip.tokens,
         "groups": len(plan.groups),
-        "slots_per_group": config.slots_per_group if plan.groups else clip.grid[0],
+        "slots_per_group": config.slots_per_group if plan.scanned else clip.grid[0],
         "reference_layer": config.reference_layer,
-        "budget": min(config.budget, clip.tokens) if plan.groups else clip.tokens,
+        "budget": min(config.budget, clip.tokens) if plan.scanned else clip.tokens,
         "method": method,
     }

@@ -101,7 +101,7 @@ def decoding(model: at.Model, clip) -> dict:
         times["bare_s"].append(bare_pass(path, set()))
         times["bare_rgb_s"].append(bare_pass(path, wanted))
         begin, busy = time.perf_counter(), time.thread_time()
-        for _ in read_patches(clip, chunk_slots=chunk_slots(model, clip, True)):
+        for _ in read_patches(clip, chunk_slots=chunk_slots(model, clip, scanned=True)):
             pass
         times["patches_s"].append(time.perf_counter() - begin)
         times["patches_thread_s"].append(time.thread_time() - busy)

@@ -44,7 +44,7 @@ def record_video(
     """
     prompts = [build_prompt(model.tokenizer, q, o) for q, o in zip(questions, options, strict=True)]
     plan = plan_run(model.config, video, config, "adapttoken")
-    if not plan.groups:
+    if not plan.scanned:
         return None
     tokens = encode_video(model, plan.clip, scanned=True)
     blind = blind_replies(model, tokens, prompts, config)
@@ -55,7 +55,7 @@ def record_video(
 
 def has_groups(model: Model, video, config: AdaptTokenConfig) -> bool:
     """Whether Lite runs on a video, so that `record_video`, with the same arguments, gives something to log."""
-    return bool(plan_run(model.config, video, config, "adapttoken").groups)
+    return plan_run(model.config, video, config, "adapttoken").scanned
 
 
 def _question_log(question: str, options, run: Run, blind: Reply, points) -> QuestionLog:

@@ -33,7 +33,7 @@ def memory_for_chunks() -> int:
 
 def reads_ahead(plan: Plan, method: str) -> bool:
     """Whether a video is decoded before its turn comes."""
-    return method != "lite" or not plan.groups
+    return method != "lite" or not plan.scanned
 
 
 class DecodedVideo:
@@ -138,7 +138,7 @@ class DecodeAhead:
             raise UserError("no video file in the data directory")
         plan = plan_run(self._model.config, video, self._config, self._method)
         wanted = self._put(plan)
-        size = chunk_slots(self._model, plan.clip, plan.scanned)
+        size = chunk_slots(self._model, plan.clip, scanned=plan.scanned)
         for chunk in read_patches(plan.clip, chunk_slots=size) if wanted and reads_ahead(plan, self._method) else ():
             if not self._put(chunk):
                 return False

@@ -64,12 +64,13 @@ def compare(directory, video, question: str, options, overrides: dict, tolerance
 
 
 def method_inputs(model, clip: Clip, trace: dict, question: str, options) -> oracle.MethodInputs:
-    """What the PyTorch version of the method starts from: this library's patches and prompt."""
+    """What the PyTorch version of the method starts from: this library's prompt, and what its trace holds."""
     prompt = build_prompt(model.tokenizer, question, options)
     return oracle.MethodInputs(
-        patches=trace["patches"], grid=clip.grid, frame_times=clip.frame_times, seconds_per_slot=clip.seconds_per_slot,
+        patches=trace["patches"], grid=clip.grid, frame_times=trace["frame_times"],
+        seconds_per_slot=clip.seconds_per_slot, frame_indices=clip.frame_indices,
         prefix_ids=prompt.prefix_ids, suffix_ids=prompt.suffix_ids, question_span=prompt.question_span,
-        letter_ids=list(prompt.letter_ids) or None, eos_ids=model.tokenizer.eos, frame_indices=clip.frame_indices,
+        letter_ids=list(prompt.letter_ids) or None, eos_ids=model.tokenizer.eos,
     )  # fmt: skip
 
 

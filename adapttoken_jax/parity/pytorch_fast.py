@@ -261,7 +261,7 @@ def select(model: Model, inputs: plain.MethodInputs, features: torch.Tensor, pas
     scores = np.concatenate([w * v.relevance[i] for w, v, i in zip(weights, passes, chosen, strict=True)])
     order = np.lexsort(candidates.T[::-1])
     candidates, scores = candidates[order], scores[order]
-    times = np.asarray(inputs.frame_times, np.float32).astype(np.float64)[2 * candidates[:, 0]]
+    times = np.asarray(inputs.frame_times, np.float64)[2 * candidates[:, 0]]
     positions = torch.as_tensor(np.column_stack([times, candidates[:, 1:]]), device=model.device)
     pairs = redundancy(_gather(model, inputs, features, candidates), positions, config.proximity_scale)
     return Selection(budget, candidates[remove_redundant(pairs.cpu().numpy(), scores, config.budget)])

@@ -41,7 +41,7 @@ class MethodInputs:
       patches: float32 [T*h*w, 1176], normalised, in the order in which transformers' processors give them;
         `pytorch_fast` also takes them as pixels, uint8.
       grid: (T, h, w): slots, then rows and columns of 14-pixel patches.
-      frame_times: float64 [N] seconds.
+      frame_times: float [N] seconds; to select the same where pairs tie, in float32's precision as a trace.
       seconds_per_slot: time between slots as M-RoPE counts it.
       prefix_ids: prompt before the visual tokens; ends with `<|vision_start|>`.
       suffix_ids: prompt after them; starts with `<|vision_end|>`.
@@ -525,9 +525,9 @@ def _features_of(model, inputs, features, tokens) -> np.ndarray:
 
 
 def _seconds_rows_columns(inputs, tokens) -> np.ndarray:
-    """A slot's time is that of its first frame, as a trace holds it; float64 [n, 3]."""
-    times = np.asarray(inputs.frame_times, np.float32)[2 * tokens[:, 0]]
-    return np.stack([times, tokens[:, 1], tokens[:, 2]], axis=1).astype(np.float64)
+    """A slot's time is that of its first frame, float64 [n, 3]."""
+    times = np.asarray(inputs.frame_times, np.float64)[2 * tokens[:, 0]]
+    return np.stack([times, tokens[:, 1], tokens[:, 2]], axis=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -90,7 +90,9 @@ def make_pair(shape: Shape, dtype: str, *, questions: int = 1, answer_tokens: in
         suffix_ids=prompts[0].suffix_ids, question_span=prompts[0].question_span,
         letter_ids=list(prompts[0].letter_ids), eos_ids=model.tokenizer.eos,
     )  # fmt: skip
-    return Pair(shape, model, torch_model, plan, patches, prompts, inputs, config, chunk_slots(model, plan.clip, True))
+    return Pair(
+        shape, model, torch_model, plan, patches, prompts, inputs, config, chunk_slots(model, plan.clip, scanned=True)
+    )
 
 
 def torch_weights(model: Model) -> dict[str, torch.Tensor]:
@@ -501,12 +503,12 @@ def device_peak(dtype: str, size: int = 2048) -> float | None:
         return next(known, (None, None))[dtype == "float32"]
     product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
 
-    def rates(side: int) -> list[float]:
+    def reached(side: int) -> list[float]:
         left = np.random.default_rng(0).standard_normal((side, side), np.float32)
         ours, theirs = jnp.asarray(left, dtype), torch.from_numpy(left).to(getattr(torch, dtype))
         runs = (lambda: product(ours).block_until_ready(), lambda: torch.mm(theirs, theirs))
         return [2 * side**3 / min(_seconds(run) for _ in range(6)) for run in runs]
 
     # A processor without instructions for bfloat16 may multiply it number by number, half a minute for a large product.
-    found = rates(min(size, _SMALL))
-    return max(found) if min(found) < 2 * size**3 / _SLOW_S else max(rates(size))
+    found = reached(min(size, _SMALL))
+    return max(found) if min(found) < 2 * size**3 / _SLOW_S else max(reached(size))

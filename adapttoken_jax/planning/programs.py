@@ -100,7 +100,7 @@ def vision(model: Model, work: Work) -> Program:
     """`passes.encode_slots` on one chunk of the video."""
     slots, height, width = work.grid
     c = model.config.vision
-    size = chunk_slots(model, work, bool(work.groups))  # of a clip it asks for the grid alone
+    size = chunk_slots(model, work, scanned=bool(work.groups))  # of a clip it asks for the grid alone
     shape = (size, height * width, c.patch_features)
     patches = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding.slot_sharding(model.mesh))
     kernel = lambda: resolve_vision(model.dtype, c.head_dim, model.mesh, platform="tpu")  # of the chips, once lowered
