@@ -138,7 +138,25 @@ def _model_config(raw, text, vision, source) -> ModelConfig:
     _check_values(raw, text, vision, source)
     tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     token_ids = {field: raw[key] for field, key in _TOKEN_IDS.items() if key in raw}
-    return ModelConfig(_vision_config(vision), _text_config(text, tied, source), **token_ids)
+    config = ModelConfig(_vision_config(vision), _text_config(text, tied, source), **token_ids)
+    _check_sizes(config.text, config.vision, source)
+    return config
+
+
+def _check_sizes(text: TextConfig, vision: VisionConfig, source) -> None:
+    """Sizes that are possible each by itself, but not together."""
+    for fit, said in (
+        (text.heads % text.kv_heads == 0,
+         f"num_attention_heads {text.heads} is no multiple of num_key_value_heads {text.kv_heads}"),
+        (vision.width % (4 * vision.heads) == 0,
+         f"vision_config.hidden_size {vision.width} is no multiple of four times num_heads {vision.heads}"),
+        (vision.window >= vision.pixels_per_token,
+         f"vision_config.window_size {vision.window} is less than a token's side, {vision.pixels_per_token} pixels"),
+        (vision.out_width == text.width,
+         f"vision_config.out_hidden_size {vision.out_width} differs from hidden_size {text.width}"),
+    ):  # fmt: skip
+        if not fit:
+            raise UserError(f"{source}: {said}")
 
 
 # Keys whose values are above 0 where they are given: whole numbers, other numbers, and those that may be null.

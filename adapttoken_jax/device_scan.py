@@ -158,7 +158,8 @@ def run_waves(
       spec: what a group pass holds.
       bottom_fraction: share of an answer's least certain tokens that its entropy averages.
     """
-    ask = lambda wave: prompts_pass(model, _wave_of(batch, wave), spec)
+    # Traced once, for the shapes of its results and for the loop.
+    ask = jax.jit(lambda wave: prompts_pass(model, _wave_of(batch, wave), spec), inline=True)
 
     def going(loop: LoopState):
         return (loop.wave < span[1]) & jnp.any(loop.stopping.stop == Stop.GOING)

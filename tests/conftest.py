@@ -30,6 +30,8 @@ import pytest  # noqa: E402
 _MAPPINGS = pathlib.Path("/proc/self/maps")
 _MANY = 15_000  # Linux allows a process 65 530
 
+gc.set_threshold(20_000, 20, 20)  # tracing makes many objects, and few of them die in cycles
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs_do_not_pile_up():

@@ -4,11 +4,7 @@ import dataclasses
 import fractions
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +16,8 @@ from adapttoken_jax.calibration.record import record_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle import scene, write_mp4
 from adapttoken_jax.selection import StopRule
-from tests import tiny
+from tests import launcher, tiny
 from tests.method.test_oracle import OPTIONS, random_video
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Statistics
 
@@ -594,11 +588,6 @@ def test_the_models_fingerprint(model, directory, tmp_path):
 FLAGS = ["--max_pixels=3136", "--slots_per_group=4", "--budget=8", "--max_answer_tokens=2"]
 
 
-def run_launcher(*argv):
-    line = [sys.executable, "-m", "experiments.calibrate_stop", *map(str, argv)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ)
-
-
 def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
     lines = []
     for seed in range(3):
@@ -610,7 +599,7 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8-sig")
     argv = [f"--model={directory}", f"--data={tmp_path}/data.jsonl", f"--log={tmp_path}/log", "--alpha=0.6", *FLAGS]
     argv += [f"--certificate={tmp_path}/stop.json", "--stop_groups=1", "--thresholds=0.01,9", "--signals", "--json=-"]
-    done = run_launcher(*argv, "--resamples=20")
+    done = launcher.run("calibrate_stop", *argv, "--resamples=20")
     assert done.returncode == 0, done.stderr
     tables = json.loads(done.stdout)
     assert tables["thresholds"][0]["losses"] == 0 and tables["thresholds"][0]["videos"] == 3
@@ -629,7 +618,7 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
         (f"--data={tmp_path}/more.jsonl", 2, "--log: tested before with videos=3, but this run has videos=4"),
         (f"--data={tmp_path}/short.jsonl", 0, "stop.json: rule groups"),
     ):
-        again = run_launcher(*argv, change)
+        again = launcher.run("calibrate_stop", *argv, change)
         assert again.returncode == code and words in again.stderr.splitlines()[-1]
         assert code == 0 or (again.stdout == "" and again.stderr.count("\n") == 1)
         assert (tmp_path / "log").read_bytes() == tested
@@ -643,9 +632,9 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
         (f"--data={tmp_path}/more.jsonl", 2, f"--fresh_log={tmp_path}/log: has 0.mp4, which is calibrated with"),
         ("--resamples=0", 2, "--fresh_log: counts the risks of --resamples"),
     ):
-        other = run_launcher(*new, f"--fresh_log={tmp_path}/log", change)
+        other = launcher.run("calibrate_stop", *new, f"--fresh_log={tmp_path}/log", change)
         assert other.returncode == code and words in other.stdout + other.stderr, other.stderr
-    pruned = run_launcher(*argv, "--keep_after_reference=0.5")
+    pruned = launcher.run("calibrate_stop", *argv, "--keep_after_reference=0.5")
     assert pruned.returncode == 2 and "no certificate holds" in pruned.stderr.splitlines()[-1]
 
     answer = ["answer", f"--model={directory}", f"--video={tmp_path}/0.mp4", "--question=Why?", "--json=-", *FLAGS]
@@ -656,7 +645,7 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
 
     for change in ({"question": "Who?"}, {"options": ["a", "b", *lines[0]["options"][2:]]}, {"options": ["a", "b"]}):
         (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, [lines[0] | change, *lines[1:]])))
-        done = run_launcher(*argv, f"--data={tmp_path}/other.jsonl")
+        done = launcher.run("calibrate_stop", *argv, f"--data={tmp_path}/other.jsonl")
         assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
         assert f"--log={tmp_path}/log: other questions about 0.mp4 were logged" in done.stderr
 
@@ -688,8 +677,13 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_certified_is_refused_before_any_work(tmp_path, flags, words):
-    done = run_launcher(
-        "--needle", "--model=none", f"--log={tmp_path}/log", f"--certificate={tmp_path}/stop.json", *flags
+    done = launcher.run(
+        "calibrate_stop",
+        "--needle",
+        "--model=none",
+        f"--log={tmp_path}/log",
+        f"--certificate={tmp_path}/stop.json",
+        *flags,
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(f"calibrate_stop: {words}") and list(tmp_path.iterdir()) == []

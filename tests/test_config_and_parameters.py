@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,21 @@ def test_a_config_that_is_not_supported_says_why(changes, words):
     with pytest.raises(UserError) as error:
         model_config(flat(**changes))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tower", "changes", "words"),
+    [
+        ({}, {"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"num_heads": 3}, {}, "vision_config.hidden_size 32 is no multiple of four times num_heads 3"),
+        ({"window_size": 27}, {}, "vision_config.window_size 27 is less than a token's side, 28 pixels"),
+        ({"out_hidden_size": 32}, {}, "vision_config.out_hidden_size 32 differs from hidden_size 64"),
+    ],
+)
+def test_sizes_that_do_not_fit_one_another_are_named(tower, changes, words):
+    vision = flat()["vision_config"] | tower
+    with pytest.raises(UserError, match=f"^DIR/config.json: {re.escape(words)}$"):
+        model_config(flat(vision_config=vision, **changes), "DIR/config.json")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests import launcher
+from tests.launcher import ROOT
+
 NAMES = sorted(
     file.stem for file in (ROOT / "experiments").glob("*.py") if "__main__" in file.read_text(encoding="utf-8")
 )
@@ -19,13 +21,9 @@ def line(name, *argv):
     return [sys.executable, "-m", f"experiments.{name}", *map(str, argv)]
 
 
-def run(name, *argv):
-    return subprocess.run(line(name, *argv), capture_output=True, text=True, check=False, cwd=ROOT)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_help_is_no_failure(name):
-    done = run(name, "--help")
+    done = subprocess.run(line(name, "--help"), capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "") and "  --" in done.stdout
 
 
@@ -77,7 +75,7 @@ FILES = {
 def test_a_mistake_is_one_line(tmp_path, name, argv, words):
     for file, text in FILES.items():
         (tmp_path / file).write_text(text)
-    done = run(name, *(word.format(at=tmp_path) for word in argv))
+    done = launcher.run(name, *(word.format(at=tmp_path) for word in argv))
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"{name}: {words.format(at=tmp_path)}")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == FILES
@@ -86,7 +84,7 @@ def test_a_mistake_is_one_line(tmp_path, name, argv, words):
 def test_an_order_of_visits_changes_what_is_visited_and_not_what_it_says():
     """Lite that is never certain visits all groups in either order; giving up is what ends it."""
     never = ["--paper", "--stop_entropy=0", "--slots_per_group=4", "--frames=64", "--questions=2", "--give_up=2"]
-    done = run("visiting", *never, "--json=-")
+    done = launcher.run("visiting", *never, "--json=-")
     assert done.returncode == 0, done.stderr
     full, *lite = json.loads(done.stdout)["rows"]
     arms = [("sequential", 0), ("sequential", 2), ("bit_reversed", 0), ("bit_reversed", 2)]

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special  # `scipy.stats` takes a second to import
 
 from adapttoken_jax.errors import UserError
 
@@ -68,7 +68,7 @@ def _interval(mean: float, error: float, freedom: int, level: float, lowest: flo
     if error == 0:
         differs = 1 - (1 - level) ** (1 / (freedom + 1))
         return mean - differs * (mean - lowest), mean + differs * (1 - mean)
-    half = error * float(stats.t.ppf(0.5 + level / 2, freedom))
+    half = error * float(special.stdtrit(freedom, 0.5 + level / 2))
     return max(mean - half, lowest), min(mean + half, 1.0)
 
 
@@ -136,4 +136,4 @@ def _p_value(mean: float, error: float, freedom: int) -> float:
         return float("nan")
     if error == 0:  # every video has the same gain: the sign test
         return 1.0 if mean == 0 else 2 * 0.5 ** (freedom + 1)
-    return float(2 * stats.t.sf(abs(mean) / error, freedom))
+    return float(2 * special.stdtr(freedom, -abs(mean) / error))

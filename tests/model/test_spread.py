@@ -59,6 +59,11 @@ def read(mesh=None, keep_layer=1):
     return [np.asarray(each) for each in run(text, context, suffixes)], lowered.as_text().count("reduce_scatter")
 
 
+@functools.cache
+def alone(keep_layer):
+    return read(None, keep_layer)
+
+
 # The two sums of a layer of the loop, in so many parts. None where `model` splits nothing, or where fewer contexts than
 # places of `fsdp` leave the weights in parts.
 @pytest.mark.parametrize(
@@ -77,7 +82,7 @@ def read(mesh=None, keep_layer=1):
 def test_spread_rows_are_the_rows(mesh, scattered, keep_layer, monkeypatch):
     monkeypatch.setattr(spread, "PART_ROWS", 160)
     ours, count = read(on(mesh), keep_layer)
-    theirs, none = read(None, keep_layer)
+    theirs, none = alone(keep_layer)
     assert (count, none) == (scattered, 0)
     context, suffixes = rows(weights()[0])
     (hidden, kept, observed), (same_hidden, same_kept, same_observed) = ours, theirs

@@ -43,9 +43,9 @@ def reference(qkv, angles, valid, W, N):
 @pytest.mark.parametrize(
     ("T", "W", "U", "N", "H"),
     [
-        (2, 15, 64, 16, 80),  # 560 x 308 pixels of the released models: blocks of three windows, eight heads
+        (1, 15, 64, 16, 80),  # 560 x 308 pixels of the released models: blocks of three windows, eight heads
         (2, 5, 64, 8, 80),  # no four windows fill a block
-        (2, 1, 880, 8, 80),  # a whole slot, in parts of 224 rows that share the rotated keys, the last of 208
+        (1, 1, 880, 8, 80),  # a whole slot, in parts of 224 rows that share the rotated keys, the last of 208
         (1, 1, 272, 8, 16),
         (3, 4, 48, 4, 64),
         (1, 7, 16, 2, 128),
@@ -78,7 +78,7 @@ def test_it_takes_windows_of_one_size_in_whole_tiles():
 
 
 SHAPE = tiny.TinyShape(vision_width=128, vision_heads=8, window=56, seed=13)
-GRIDS = [(8, 12), (6, 10), (10, 4)]  # windows of 16 patches; at the border of the second and third some are padded
+GRIDS = [(4, 8), (6, 10), (10, 4)]  # windows of 16 patches; at the border of the second and third some are padded
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +118,12 @@ def test_what_does_not_suit_takes_the_path_of_xla(model, monkeypatch):
 @pytest.mark.parametrize("mesh", ["data=4,model=2", "fsdp=2,model=1", "data=2,context=2,model=1"])
 def test_on_a_mesh_every_device_has_slots_of_its_own(model, mesh):
     mesh = sharding.make_mesh(sharding.MeshShape.parse(mesh))
-    patches = pixels(8, 48)
+    patches = pixels(8, 24)
     place = lambda array, where: jax.device_put(array, where(mesh))
     module = jax.tree.map(lambda x: place(x, sharding.replicated), model.module)
-    ours = encode_slots(module, place(patches, sharding.slot_sharding), 6, 8, Kernel("windows", mesh))
+    ours = encode_slots(module, place(patches, sharding.slot_sharding), 6, 4, Kernel("windows", mesh))
     assert ours.sharding.is_equivalent_to(sharding.slot_sharding(mesh), ours.ndim)
-    assert_same_features(ours, encode_slots(model.module, patches, 6, 8, XLA))
+    assert_same_features(ours, encode_slots(model.module, patches, 6, 4, XLA))
 
 
 @pytest.mark.parametrize(("W", "U"), [(15, 64), (1, 880)])

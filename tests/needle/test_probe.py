@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from adapttoken_jax.needle import scene, write_mp4
 from adapttoken_jax.needle.study import layers
 from adapttoken_jax.needle.study.cells import Cell, film_video
 from experiments.questions import read_needles
+from tests import launcher
 from tests.needle.study_model import SETTINGS, settings, small_model, write_small_model
 
 
@@ -127,11 +126,6 @@ def test_the_proposal_is_the_best_layer_and_the_lower_one_of_equals():
     assert layers.proposed_layer(rows) == 1
 
 
-def _run(*arguments):
-    command = [sys.executable, "-m", "experiments.probe_layer", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1800)
-
-
 def test_the_command_reads_videos_with_boxes(tmp_path):
     made = scene(5, "validation", 32)
     write_mp4(made, tmp_path / "video.mp4")
@@ -146,7 +140,7 @@ def test_the_command_reads_videos_with_boxes(tmp_path):
     nothing.write_text(json.dumps(line | {"needles": [outside]}))
     given = [f"--{name}={value}" for name, value in SETTINGS.items() if name != "reference_layer"]
     given += [f"--model={write_small_model(tmp_path / 'model')}", "--taken=16", "--json=-"]
-    done = _run(f"--data={data}", f"--plot={tmp_path / 'layers.png'}", *given)
+    done = launcher.run("probe_layer", f"--data={data}", f"--plot={tmp_path / 'layers.png'}", *given)
     assert done.returncode == 0, done.stderr
     words = "1 of 2 needles lie outside of their videos and are left out; the first: "
     assert done.stderr.splitlines()[-1] == f"{words}--data={data}, line 1"
@@ -154,7 +148,7 @@ def test_the_command_reads_videos_with_boxes(tmp_path):
     assert found["proposed"] in (0, 1) and {r["layer"] for r in found["rows"]} == {0, 1}
     assert all(r["recall"] == 1.0 for r in found["rows"] if r["taken"] == 16), "16 tokens are the whole group"
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
-    done = _run(f"--data={nothing}", *given)
+    done = launcher.run("probe_layer", f"--data={nothing}", *given)
     words = f"probe_layer: --data={nothing}: no needle lies inside of its video; check times and boxes"
     assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, "", [words])
 
@@ -218,7 +212,7 @@ def test_mistakes_are_one_line(tmp_path):
         (["--model=none", f"--data={tmp_path / 'bad.jsonl'}"], f"--data={tmp_path / 'bad.jsonl'}, line 1:"),
         ([f"--model={model}", "--layers=0,9"], "--layers=0,9: give numbers from 0 to 1"),
     ):
-        done = _run(*arguments)
+        done = launcher.run("probe_layer", *arguments)
         assert (
             done.returncode == 2 and done.stderr.startswith(f"probe_layer: {message}") and done.stderr.count("\n") == 1
         )

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from adapttoken_jax.needle.study.cells import Arm, Cell, check_replay, film_vide
 from adapttoken_jax.needle.study.lab import Lab
 from adapttoken_jax.needle.study.videos import differing_frames, draw_frames, variant
 from adapttoken_jax.selection import group_slots
+from tests import launcher
 from tests.needle.study_model import SETTINGS, settings, small_model, write_small_model
 
 
@@ -400,16 +399,11 @@ def test_targets_compare_with_what_was_measured():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _run(*arguments):
-    command = [sys.executable, "-m", "experiments.needle_study", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1800)
-
-
 def test_the_command_prints_rows(tmp_path):
     directory = write_small_model(tmp_path / "model")
     given = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    done = _run(f"--model={directory}", "--task=pair", "--frames=64", "--questions=4", "--seed=7",
-                "--arms=adapttoken,uniform", "--json=-", *given)  # fmt: skip
+    done = launcher.run("needle_study", f"--model={directory}", "--task=pair", "--frames=64", "--questions=4",
+                "--seed=7", "--arms=adapttoken,uniform", "--json=-", *given)  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [(r["arm"], r["task"], r["frames"], r["questions"]) for r in rows] == [
@@ -440,5 +434,5 @@ def _accuracy_of_real_answers(directory) -> float:
     ],
 )
 def test_mistakes_are_one_line(arguments, message):
-    done = _run("--model=nowhere", *arguments)
+    done = launcher.run("needle_study", "--model=nowhere", *arguments)
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
