@@ -11,6 +11,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Compiling is most of the run's time. Without LLVM's optimisations it takes half as long, without MLIR a quarter, and
 # the tests are small. Later versions, of which libtpu is one, know no way around MLIR, and end a process that asks.
 _CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_CHEAP += " --xla_cpu_parallel_codegen_split_count=1"  # cores are busy with other tests
 if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11) and importlib.util.find_spec("libtpu") is None:
     _CHEAP += " --xla_cpu_use_fusion_emitters=false"
 

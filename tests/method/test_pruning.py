@@ -130,12 +130,12 @@ def test_both_loops_agree(load, given):
 
 @pytest.fixture(scope="module")
 def of_one_device(load):
-    return ask(load("needle")[0], SHARE)
+    return ask(load("base")[0], SHARE)
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=4,model=2", "data=2,context=2,model=2"])
 def test_meshes_agree(load, of_one_device, mesh):
-    for ours, alone in zip(ask(at.load(load("needle")[2], mesh=mesh), SHARE), of_one_device, strict=True):
+    for ours, alone in zip(ask(at.load(load("base")[2], mesh=mesh), SHARE), of_one_device, strict=True):
         assert ours.answer == alone.answer and ours.selected == alone.selected
         for key in ("group_entropy", "group_relevance"):  # sharded sums add in another order
             np.testing.assert_allclose(ours.trace[key], alone.trace[key], rtol=0, atol=1e-5, err_msg=key)
