@@ -33,6 +33,7 @@ from adapttoken_jax.video import Clip, SlotPatches, normalised
 _PATCHES_PER_CHUNK = 16384
 _PATCHES_PER_GPU_CHUNK = 32768
 _SLOTS_PER_CHUNK = 64
+_SLOTS_AT_ONCE = 2048  # on all devices together: what 4096 frames have, or a large slice would mostly encode padding
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -263,9 +264,9 @@ def chunk_slots(model: Model, clip: Clip, scanned: bool = False) -> int:
     """
     slots, height, width = clip.grid
     patches = _PATCHES_PER_GPU_CHUNK if jax.default_backend() == "gpu" else _PATCHES_PER_CHUNK
-    most = max(1, min(_SLOTS_PER_CHUNK, patches // (height * width)))
-    even = 1 << (most.bit_length() - 1)  # a power of two divides the usual groups
     devices = 1 if model.mesh is None else model.mesh.size
+    most = max(1, min(_SLOTS_PER_CHUNK, patches // (height * width), _SLOTS_AT_ONCE // devices))
+    even = 1 << (most.bit_length() - 1)  # a power of two divides the usual groups
     return even * devices if scanned else min(even * devices, round_up(slots, devices))
 
 

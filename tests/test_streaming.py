@@ -191,6 +191,17 @@ def test_a_gpu_takes_twice_as_many_patches_per_call(model, monkeypatch, platform
     assert encoding.chunk_slots(model, large) == slots
 
 
+@pytest.mark.parametrize(
+    ("devices", "grid", "slots"),
+    [(8, (22, 40), 8 * 16), (8, (4, 6), 8 * 64), (96, (22, 40), 96 * 16), (256, (22, 40), 2048), (4096, (4, 6), 4096)],
+)
+def test_a_scanned_videos_calls_depend_on_the_devices_alone(monkeypatch, devices, grid, slots):
+    monkeypatch.setattr(encoding, "_SLOTS_PER_CHUNK", 64)
+    mesh = types.SimpleNamespace(mesh=types.SimpleNamespace(size=devices))
+    for length in (3, 2048, 5000):
+        assert encoding.chunk_slots(mesh, types.SimpleNamespace(grid=(length, *grid)), scanned=True) == slots
+
+
 def test_no_more_is_decoded_than_one_group_ahead(model, clip, monkeypatch):
     groups, opened = group_slots(clip.grid[0], 8), []
 
