@@ -138,14 +138,17 @@ def _model_config(raw, text, vision, source) -> ModelConfig:
     _check_values(raw, text, vision, source)
     tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     token_ids = {field: raw[key] for field, key in _TOKEN_IDS.items() if key in raw}
-    config = ModelConfig(_vision_config(vision), _text_config(text, tied, source), **token_ids)
+    config = ModelConfig(_vision_config(vision), _text_config(text, tied), **token_ids)
     _check_sizes(config.text, config.vision, source)
     return config
 
 
 def _check_sizes(text: TextConfig, vision: VisionConfig, source) -> None:
     """Sizes that are possible each by itself, but not together."""
+    sections, head_dim = text.mrope_sections, text.head_dim
     for fit, said in (
+        (2 * sum(sections) == head_dim,
+         f"mrope_section {list(sections)} does not add up to half of head_dim {head_dim}"),
         (text.heads % text.kv_heads == 0,
          f"num_attention_heads {text.heads} is no multiple of num_key_value_heads {text.kv_heads}"),
         (vision.width % (4 * vision.heads) == 0,
@@ -220,12 +223,9 @@ def _vision_config(vision) -> VisionConfig:
     )
 
 
-def _text_config(text, tied: bool, source) -> TextConfig:
+def _text_config(text, tied: bool) -> TextConfig:
     rope, heads = _rope(text), text["num_attention_heads"]
     head_dim = text.get("head_dim") or text["hidden_size"] // heads
-    sections = tuple(rope.get("mrope_section", (16, 24, 24)))
-    if sum(sections) * 2 != head_dim:
-        raise UserError(f"{source}: mrope_section {list(sections)} does not add up to half of head_dim {head_dim}")
     return TextConfig(
         layers=text["num_hidden_layers"],
         width=text["hidden_size"],
@@ -234,7 +234,7 @@ def _text_config(text, tied: bool, source) -> TextConfig:
         head_dim=head_dim,
         ff=text["intermediate_size"],
         vocab=text["vocab_size"],
-        mrope_sections=sections,
+        mrope_sections=tuple(rope.get("mrope_section", (16, 24, 24))),
         rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
         eps=text["rms_norm_eps"],
         tied=tied,

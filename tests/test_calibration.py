@@ -677,14 +677,8 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_certified_is_refused_before_any_work(tmp_path, flags, words):
-    done = launcher.run(
-        "calibrate_stop",
-        "--needle",
-        "--model=none",
-        f"--log={tmp_path}/log",
-        f"--certificate={tmp_path}/stop.json",
-        *flags,
-    )
+    places = [f"--log={tmp_path}/log", f"--certificate={tmp_path}/stop.json"]
+    done = launcher.run("calibrate_stop", "--needle", "--model=none", *places, *flags)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(f"calibrate_stop: {words}") and list(tmp_path.iterdir()) == []
 

@@ -85,11 +85,15 @@ def alone(files):
 
 
 @pytest.mark.parametrize(
-    ("count", "devices", "mesh"), [(2, 2, "data=2,model=2"), (4, 1, "fsdp=2,model=2"), (4, 1, "data=2,context=2")]
+    ("count", "devices", "mesh", "cases"),
+    [
+        (2, 2, "data=2,model=2", ["full", "lite", "no time"]),
+        (4, 1, "fsdp=2,model=2", ["full"]),
+        (4, 1, "data=2,context=2", ["full", "lite"]),
+    ],
 )
-def test_processes_on_one_mesh_equal_one_process(files, alone, count, devices, mesh):
+def test_processes_on_one_mesh_equal_one_process(files, alone, count, devices, mesh, cases):
     """Two processes that hold a group each; four of which two share a group, by heads and F or by its rows."""
-    cases = list(hosts_run.CASES)[: {"data=2,model=2": 3, "data=2,context=2": 2, "fsdp=2,model=2": 1}[mesh]]
     words = lambda process: ["tests.hosts_run", process, files, mesh, *cases]
     for ended in finish(start(count, words, files, devices), files):
         assert (ended.status, ended.out) == (0, ""), ended.err

@@ -45,7 +45,7 @@ def reference(qkv, angles, valid, W, N):
     [
         (1, 15, 64, 16, 80),  # 560 x 308 pixels of the released models: blocks of three windows, eight heads
         (2, 5, 64, 8, 80),  # no four windows fill a block
-        (1, 1, 880, 8, 80),  # a whole slot, in parts of 224 rows that share the rotated keys, the last of 208
+        (2, 1, 880, 8, 80),  # a whole slot, in parts of 224 rows that share the rotated keys, the last of 208
         (1, 1, 272, 8, 16),
         (3, 4, 48, 4, 64),
         (1, 7, 16, 2, 128),

@@ -402,8 +402,8 @@ def test_targets_compare_with_what_was_measured():
 def test_the_command_prints_rows(tmp_path):
     directory = write_small_model(tmp_path / "model")
     given = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    done = launcher.run("needle_study", f"--model={directory}", "--task=pair", "--frames=64", "--questions=4",
-                "--seed=7", "--arms=adapttoken,uniform", "--json=-", *given)  # fmt: skip
+    given += ["--task=pair", "--frames=64", "--questions=4", "--seed=7", "--arms=adapttoken,uniform"]
+    done = launcher.run("needle_study", f"--model={directory}", "--json=-", *given)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [(r["arm"], r["task"], r["frames"], r["questions"]) for r in rows] == [
