@@ -134,8 +134,8 @@ _TOKEN_IDS = {
 
 
 def _model_config(raw, text, vision, source) -> ModelConfig:
-    _check_supported(text, vision, source)
     _check_values(raw, text, vision, source)
+    _check_supported(text, vision, source)
     tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     token_ids = {field: raw[key] for field, key in _TOKEN_IDS.items() if key in raw}
     config = ModelConfig(_vision_config(vision), _text_config(text, tied), **token_ids)
@@ -184,6 +184,10 @@ def _check_values(raw, text, vision, source) -> None:
     for key in _TOKEN_IDS.values():
         if type(raw.get(key, 0)) is not int:
             raise UserError(f"{source}: {key} is {raw[key]!r}; it must be a whole number")
+    for key in ("tie_word_embeddings", "use_sliding_window"):
+        for value in (raw.get(key), text.get(key)):
+            if not isinstance(value, bool | None):
+                raise UserError(f"{source}: {key} is {value!r}; it must be true or false")
     key, depth = "fullatt_block_indexes", range(vision["depth"])
     if not (isinstance(vision[key], list) and all(type(layer) is int and layer in depth for layer in vision[key])):
         raise UserError(f"{source}: vision_config.{key} is {vision[key]!r}; it must list layers below {len(depth)}")

@@ -26,13 +26,13 @@ def select(run: Run) -> Selected:
     relevance = [relevance_of(run, v) for v in visits]
     weights, budgets, covering = _budgets(run, visits, relevance)
     chosen = [
-        np.flatnonzero(top_tokens(np.where(own, np.nan, r)[None], [b])[0])
+        top_tokens(np.where(own, np.nan, r)[None], [b])[0]
         for r, b, own in zip(relevance, budgets, covering, strict=True)
     ]
     budgets = budgets + [own.sum() for own in covering]
     back = np.argsort(order)
-    floor = _coordinates(run, visits, [np.flatnonzero(own) for own in covering])
-    candidates = _coordinates(run, visits, chosen)
+    scanned = run.video.coordinates(np.concatenate([v.slots for v in visits]))
+    floor, candidates = (scanned[np.concatenate(marks)] for marks in (covering, chosen))
     by_place = np.lexsort(candidates.T[::-1])
     candidates = candidates[by_place]
     kept = np.ones(len(candidates), bool)
@@ -75,11 +75,6 @@ def _cover(run: Run, visits, relevance, weights) -> list[np.ndarray]:
     count = coverage_count(run.config.coverage, run.config.budget)
     marked = coverage_tokens(slots, score, run.plan.clip.grid[0], count)
     return np.split(marked, np.cumsum([len(r) for r in relevance])[:-1])
-
-
-def _coordinates(run: Run, visits, chosen) -> np.ndarray:
-    """(slot, row, column) of the chosen tokens of each group, int64[n, 3]."""
-    return np.concatenate([run.video.coordinates(v.slots)[c] for v, c in zip(visits, chosen, strict=True)])
 
 
 def _in_video_order(tokens: np.ndarray, more: np.ndarray) -> np.ndarray:

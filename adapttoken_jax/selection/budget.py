@@ -4,6 +4,8 @@ Axis letter: g groups. JAX arrays are accepted and come back as NumPy arrays: bu
 the host.
 """
 
+import bisect
+
 import numpy as np
 
 from adapttoken_jax.errors import UserError
@@ -94,9 +96,9 @@ def _clipped_shares(log_weights, low, high, total: int) -> np.ndarray:
     with np.errstate(divide="ignore", over="ignore"):
         leaves_low, meets_high = np.log(low) - log_weights, np.log(high) - log_weights
         points = np.unique(np.concatenate([leaves_low, meets_high]))
-        sums = [np.clip(np.exp(mu + log_weights), low, high).sum() for mu in points]
+        place = bisect.bisect_left(points, total, key=lambda mu: np.clip(np.exp(mu + log_weights), low, high).sum())
     # At the smallest temperatures the exponentials are rough, and no sum may reach the total.
-    end = points[min(np.searchsorted(sums, total), points.size - 1)]
+    end = points[min(place, points.size - 1)]
     free = (leaves_low < end) & (meets_high >= end)
     shares = np.where(meets_high < end, high, low).astype(np.float64)
     if free.any():
