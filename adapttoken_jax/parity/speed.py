@@ -380,8 +380,8 @@ def measure(
     """Warms every stage up, then runs all of them again and again, the two sides in turn and in changing order.
 
     Load from outside then falls on both sides alike, which is what makes their ratio robust. Short calls are timed
-    several in a row, for `least_seconds`: the threads of the other side keep a core busy for a while after their work.
-    `tell` is told every time taken.
+    several in a row, for `least_seconds`, after some that are not: threads of the call before keep a core busy for a
+    while after their work. `tell` is told every time taken.
     """
     times, calls = {}, {}
     for stage in stages:
@@ -396,19 +396,21 @@ def measure(
             sides = [("ours", stage.ours, times[stage.name].ours), ("PyTorch", stage.theirs, times[stage.name].theirs)]
             for side, call, seconds in sides if repetition % 2 == 0 else sides[::-1]:
                 if call:
-                    seconds.append(_seconds(call, calls[stage.name]) / stage.groups)
+                    count = calls[stage.name]
+                    _seconds(call, count // 3)
+                    seconds.append(_seconds(call, count) / stage.groups)
                     tell(f"{stage.name}, {side}: {seconds[-1]:.3g} s")
     return times
 
 
 def _seconds(call: Callable[[], object], times: int = 1) -> float:
-    """Wall seconds of one call, the mean of several in a row."""
+    """Wall seconds of one call, the mean of several in a row; of none, about nothing."""
     begin = time.perf_counter()
     for _ in range(times):
         call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / times
+    return (time.perf_counter() - begin) / max(1, times)
 
 
 def summary(stage: Stage, times: Times, peak: float | None) -> dict:
