@@ -7,8 +7,9 @@ Design decisions:
 - The most redundant pair loses its lower score, again and again; ties go to the smallest i, then the smallest j > i.
 - Real videos tie all the time (a static scene repeats its tokens exactly), so cosines are float64 rounded to 12
   decimals: equal features have cosine exactly 1, and neither block sizes nor the BLAS decide which token goes.
-- `remove_redundant` never holds an n x n array. It keeps each token's best partner, and looks at features only where
-  the proximity alone, the upper bound of redundancy, leaves a pair in the race.
+- `remove_redundant` never holds an n x n array. It keeps each token's few best partners, seeks others when all of them
+  are gone, and looks at features only where the proximity alone, the upper bound of redundancy, leaves a pair in the
+  race.
 """
 
 import math
@@ -23,7 +24,10 @@ _DECIMALS = 12
 # Rows whose partners are sought together, and columns whose features are in float64 at a time: these bound the memory.
 _ROWS, _COLUMNS = 128, 1024
 
-# Nearest partners tried first; their best redundancy is what the remaining partners' proximity must reach.
+# Partners that are kept of each token.
+_BEST = 4
+
+# Nearest partners tried first; the redundancy of the best of them is what the remaining partners' proximity must reach.
 _NEAREST = 16
 
 
@@ -70,12 +74,13 @@ def remove_redundant(features, positions, score, keep: int, *, kernel: str = "ex
     partners = _Partners(features, positions, KERNELS[kernel], scale)
     best, partner = partners.strongest(np.arange(len(score)), kept)
     for _ in range(len(score) - keep):
-        i = int(best.argmax())
-        j = int(partner[i])
+        place = int(best.argmax())  # of equals the smallest i, and of its partners the smallest j
+        i, j = place // _BEST, int(partner.flat[place])
         dropped = i if score[i] < score[j] else j
         kept[dropped] = False
-        best[dropped] = -1
-        orphans = np.flatnonzero(kept & (partner == dropped))
+        lost = partner == dropped
+        best[lost] = best[dropped] = -1
+        orphans = np.flatnonzero(kept & lost.any(1) & (best < 0).all(1))
         best[orphans], partner[orphans] = partners.strongest(orphans, kept)
     return kept
 
@@ -131,33 +136,36 @@ class _Partners:
         self.inverse_norms = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
 
     def strongest(self, rows, kept):
-        """For each row i: the largest redundancy with a kept j > i, and the smallest such j; (-1, 0) if there is none.
+        """For each row i: its largest redundancies with kept j > i, falling; of equal ones the smallest j comes first.
 
         Args:
           rows: int[r], ascending.
           kept: bool[n].
 
         Returns:
-          float64[r] and int64[r].
+          float64[r, _BEST], -1 where there is no other j, and these j, int64[r, _BEST].
         """
-        best, partner = np.full(len(rows), -1.0), np.zeros(len(rows), np.int64)
+        best, partner = np.full((len(rows), _BEST), -1.0), np.zeros((len(rows), _BEST), np.int64)
         for start in range(0, len(rows), _ROWS):
             part = rows[start : start + _ROWS]
             later = part[0] + 1 + np.flatnonzero(kept[part[0] + 1 :])
             if later.size:
-                redundancy = self._redundancy(part, later)
-                column = redundancy.argmax(axis=1)
-                best[start : start + _ROWS] = redundancy[np.arange(len(part)), column]
-                partner[start : start + _ROWS] = later[column]
+                redundancy, own = self._redundancy(part, later), np.arange(len(part))
+                for place in range(_BEST):
+                    column = redundancy.argmax(axis=1)
+                    best[start + own, place] = redundancy[own, column]
+                    partner[start + own, place] = later[column]
+                    redundancy[own, column] = -1
         return best, partner
 
     def _redundancy(self, rows, later):
-        """[r, c] redundancy of `rows` with `later`; -1 where not j > i, and 0 where it cannot be the row's largest."""
+        """[r, c] redundancy of `rows` with `later`; -1 where not j > i, 0 where it cannot be among the row's best."""
         difference = (self.positions[rows][:, None] - self.positions[later]).transpose(2, 0, 1)
         proximity = np.where(later > rows[:, None], self.kernel(*difference, self.scale), -1.0)
         tries = min(_NEAREST, later.size)
         nearest = np.unique(np.argpartition(-proximity, tries - 1, axis=1)[:, :tries])
-        at_least = (proximity[:, nearest] * self._cosine(rows, later[nearest])).max(axis=1, initial=0.0)
+        found = np.sort(proximity[:, nearest] * self._cosine(rows, later[nearest]), axis=1)
+        at_least = found[:, -_BEST].clip(0) if tries >= _BEST else np.zeros(len(rows))
         # A pair is at most as redundant as it is near; one that is as near as `at_least` may still tie with it.
         open_columns = np.flatnonzero(((proximity > 0) & (proximity >= at_least[:, None])).any(axis=0))
         redundancy = np.minimum(proximity, 0.0)

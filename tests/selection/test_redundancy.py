@@ -43,10 +43,11 @@ def test_fast_twin_equals_reference(first):
 def test_blocks_do_not_matter(seed, monkeypatch):
     args, kwargs = random_case(seed)
     expected = remove_redundant(*args, **kwargs)
-    for rows, columns, nearest in ((1, 1, 1), (3, 2, 2), (7, 5, 1)):
+    for rows, columns, nearest, best in ((1, 1, 1, 1), (3, 2, 2, 4), (7, 5, 1, 2)):
         monkeypatch.setattr(redundancy, "_ROWS", rows)
         monkeypatch.setattr(redundancy, "_COLUMNS", columns)
         monkeypatch.setattr(redundancy, "_NEAREST", nearest)
+        monkeypatch.setattr(redundancy, "_BEST", best)
         np.testing.assert_array_equal(remove_redundant(*args, **kwargs), expected)
 
 
