@@ -396,21 +396,21 @@ def measure(
             sides = [("ours", stage.ours, times[stage.name].ours), ("PyTorch", stage.theirs, times[stage.name].theirs)]
             for side, call, seconds in sides if repetition % 2 == 0 else sides[::-1]:
                 if call:
-                    count = calls[stage.name]
-                    _seconds(call, count // 3)
-                    seconds.append(_seconds(call, count) / stage.groups)
+                    for _ in range(calls[stage.name] // 3):
+                        call()
+                    seconds.append(_seconds(call, calls[stage.name]) / stage.groups)
                     tell(f"{stage.name}, {side}: {seconds[-1]:.3g} s")
     return times
 
 
 def _seconds(call: Callable[[], object], times: int = 1) -> float:
-    """Wall seconds of one call, the mean of several in a row; of none, about nothing."""
+    """Wall seconds of one call, the mean of several in a row."""
     begin = time.perf_counter()
     for _ in range(times):
         call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / max(1, times)
+    return (time.perf_counter() - begin) / times
 
 
 def summary(stage: Stage, times: Times, peak: float | None) -> dict:

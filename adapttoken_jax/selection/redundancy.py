@@ -24,10 +24,9 @@ _DECIMALS = 12
 # Rows whose partners are sought together, and columns whose features are in float64 at a time: these bound the memory.
 _ROWS, _COLUMNS = 128, 1024
 
-# Partners that are kept of each token.
-_BEST = 4
+_BEST = 4  # partners that are kept of each token
 
-# Nearest partners tried first; the redundancy of the best of them is what the remaining partners' proximity must reach.
+# Nearest partners tried first; what the last of the best among them has, the remaining partners' proximity must reach.
 _NEAREST = 16
 
 
