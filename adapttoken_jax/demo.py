@@ -91,7 +91,7 @@ def is_right(question: Asked, result: Result) -> bool:
 def _row(question: Asked, method: str, result: Result) -> dict:
     options = dict(zip("ABCDE", question.options or (), strict=False))
     return {
-        "question": question.text,
+        "question": question.text if question.options else f"{question.text} (open)",
         "method": method,
         "answer": options.get(result.option, result.answer),
         "right": is_right(question, result),
