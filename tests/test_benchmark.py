@@ -13,6 +13,7 @@ from adapttoken_jax.parity import pytorch_fast as fast
 from adapttoken_jax.parity import pytorch_method as plain
 from adapttoken_jax.parity import speed
 from adapttoken_jax.parity.shapes import SHAPES
+from tests import launcher
 
 # The command with modules blocked that a machine with jax, flax, torch and transformers alone would lack.
 _BARE = """
@@ -120,5 +121,5 @@ def test_mistakes_are_one_line():
         (["--threads=4096"], "--threads=4096"), (["--thread=1"], "--thread: unknown flag"),
         (["needle"], "'needle' belongs"),
     ):  # fmt: skip
-        done = run(*flags)
+        done = launcher.run("benchmark", *flags)
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1

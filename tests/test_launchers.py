@@ -23,7 +23,7 @@ def line(name, *argv):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_is_no_failure(name):
-    done = subprocess.run(line(name, "--help"), capture_output=True, text=True, check=False, cwd=ROOT)
+    done = launcher.run(name, "--help")
     assert (done.returncode, done.stderr) == (0, "") and "  --" in done.stdout
 
 

@@ -24,6 +24,9 @@ from tests.model.test_attention import random
 
 H = 128  # splash takes whole lanes only
 
+# The twins as whole programs: operation by operation, compiling them would be most of the time.
+CAUSAL, OVER_CONTEXT, CONTEXT_ATTENTION = map(jax.jit, (XLA.causal, XLA.over_context, attention.context_attention))
+
 
 def case(B=2, T=130, S=130, N=4, K=2, dtype=jnp.float32):
     """q, k, v and a mask with padding at the end of the second entry."""
@@ -40,8 +43,8 @@ def assert_valid_rows_agree(ours, theirs, valid):
 def test_splash_is_the_causal_reference():
     q, k, v, valid = case()
     ours = jax.jit(Kernel("splash").causal)(q, k, v, valid)
-    assert_valid_rows_agree(ours, XLA.causal(q, k, v, valid), valid)
-    assert not np.allclose(ours, Kernel("splash").causal(q, k, v, np.ones_like(valid)), atol=1e-3)
+    assert_valid_rows_agree(ours, CAUSAL(q, k, v, valid), valid)
+    assert not np.allclose(ours, jax.jit(Kernel("splash").causal)(q, k, v, np.ones_like(valid)), atol=1e-3)
 
 
 @pytest.mark.parametrize("T", [1, 8, 9, 20])  # up to eight rows are XLA's
@@ -49,7 +52,7 @@ def test_splash_over_a_context_gives_values_and_log_sum_exp(T):
     q, k, v, _ = case(T=T, S=130)
     valid = np.random.default_rng(0).random((2, 130)) < 0.7  # padding anywhere
     ours, lse = jax.jit(Kernel("splash").over_context)(q, k, v, valid)
-    values, expected = attention.context_attention(q, k, v, valid)
+    values, expected = CONTEXT_ATTENTION(q, k, v, valid)
     np.testing.assert_allclose(ours, values, atol=5e-6)
     np.testing.assert_allclose(lse, expected, atol=5e-6)
     exported = jax.export.export(jax.jit(Kernel("splash").over_context), platforms=["tpu"])(q, k, v, valid)
@@ -62,10 +65,10 @@ def test_splash_on_a_mesh_hands_each_device_its_heads(mesh):
     kernel = Kernel("splash", sharding.make_mesh(sharding.MeshShape.parse(mesh)))
     q, k, v, valid = case(T=20, S=20)
     ours = jax.jit(kernel.causal)(q, k, v, valid)
-    assert_valid_rows_agree(ours, XLA.causal(q, k, v, valid), valid)
+    assert_valid_rows_agree(ours, CAUSAL(q, k, v, valid), valid)
     for rows in (q, q[:, :1]):
         ours, lse = jax.jit(kernel.over_context)(rows, k, v, valid)
-        values, expected = XLA.over_context(rows, k, v, valid)
+        values, expected = OVER_CONTEXT(rows, k, v, valid)
         np.testing.assert_allclose(ours, values, atol=5e-6)
         np.testing.assert_allclose(lse, expected, atol=5e-6)
 
@@ -90,11 +93,11 @@ def test_pieces_of_a_context_are_the_context(name, mesh, contexts, monkeypatch):
         values, lse = kernel.over_context(own[:, :20], *past, pieces=pieces)
         return pieces.join(mixed[:, :-3], 1), mixed[:, -3:], pieces.join(values, 1), pieces.join(lse, 2)
 
-    causal, rest, values, lse = jax.jit(run)(q, k, v, valid)
-    assert_valid_rows_agree(causal, XLA.causal(q, k, v, valid), valid)
+    causal, rest, values, lse = jax.device_get(jax.jit(run)(q, k, v, valid))
+    assert_valid_rows_agree(causal, CAUSAL(q, k, v, valid), valid)
     np.testing.assert_array_equal(rest, 1)
     first = pieces.order(T).reshape(pieces.count, -1)[:, :20]  # of each piece
-    expected, expected_lse = XLA.over_context(q[:, np.sort(first.ravel())], k, v, valid)
+    expected, expected_lse = jax.device_get(OVER_CONTEXT(q[:, np.sort(first.ravel())], k, v, valid))
     in_order = np.argsort(np.argsort(first.ravel()))
     order = pieces.order(len(in_order))  # of `join`, which takes the pieces for whole runs
     np.testing.assert_allclose(values[:, order], expected[:, in_order], atol=5e-6)
@@ -137,7 +140,7 @@ def test_the_arguments_for_cudnn_mean_the_reference():
     """The same call through jax.nn's own XLA implementation: cuDNN itself needs a GPU."""
     q, k, v, valid = case()
     ours = kernels._cudnn_causal(q, k, v, valid, implementation="xla")
-    assert_valid_rows_agree(ours, XLA.causal(q, k, v, valid), valid)
+    assert_valid_rows_agree(ours, CAUSAL(q, k, v, valid), valid)
 
 
 def test_the_arguments_for_cudnn_mean_the_windows():

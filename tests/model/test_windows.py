@@ -1,6 +1,7 @@
 """The vision tower's kernel for TPUs, in Pallas' interpreter, against the path of XLA."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,12 @@ def case(T, W, U, N, H):
     return random(T, W * U, 3 * N * H), 3 * random(W * U, H // 2), (np.arange(U) < U - padding).reshape(-1)
 
 
+@functools.partial(jax.jit, static_argnames=("W", "N"))
 def kernel(qkv, angles, valid, W, N):
-    cos, sin = rotary.turns(angles)
-    return jax.jit(lambda *arrays: windows.attend(*arrays, valid, W=W, heads=N))(qkv, cos, sin)
+    return windows.attend(qkv, *rotary.turns(angles), valid, W=W, heads=N)
 
 
+@functools.partial(jax.jit, static_argnames=("W", "N"))
 def reference(qkv, angles, valid, W, N):
     T, P, D = qkv.shape
     q, k, v = jnp.transpose(qkv.reshape(T, P, 3, N, -1), (2, 0, 3, 1, 4))
