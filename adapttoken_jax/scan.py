@@ -24,8 +24,8 @@ from adapttoken_jax.prompt import Prompt, parse_option
 from adapttoken_jax.selection import StopRule, group_certainty, group_slots, least_certain_mean, visiting_order
 
 # Padded sizes are multiples of these, so that questions of similar length, and contexts, share a program.
-SUFFIX_STEP = 16
 OPTION_STEP = 8
+_SUFFIX_STEP = 16
 _CONTEXT_STEP = 64
 
 DEADLINE = "deadline reached"
@@ -288,7 +288,7 @@ def prompt_batch(
     prefix = np.asarray(prompts[0].prefix_ids, np.int32)
     lengths = [c.position_ids.shape[1] for c in contexts]
     size = size or context_size(max(lengths))
-    T = round_up(max(len(p.suffix_ids) for p in prompts), SUFFIX_STEP)
+    T = suffix_size(max(len(p.suffix_ids) for p in prompts))
     starts = [suffix_start(c.position_ids, prompts[0], config, video) for c in contexts]
     answers = [[start + len(p.suffix_ids) for p in prompts] for start in starts]
     split = {
@@ -325,6 +325,11 @@ def _placed(model, split: dict, shared: dict, axis: int) -> tuple[dict, dict]:
 def context_size(tokens: int) -> int:
     """The padded number of visual tokens of a context that holds `tokens`."""
     return bucket(tokens, _CONTEXT_STEP)
+
+
+def suffix_size(tokens: int) -> int:
+    """The padded length of questions of at most so many tokens after the video; subtitles among them make thousands."""
+    return bucket(tokens, _SUFFIX_STEP)
 
 
 def _visual(contexts: list[ContextTokens], size: int):

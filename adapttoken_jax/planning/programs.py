@@ -16,12 +16,11 @@ from adapttoken_jax import costs, parameters, sharding
 from adapttoken_jax.config import AdaptTokenConfig, ModelConfig
 from adapttoken_jax.device_scan import side_by_side
 from adapttoken_jax.encoding import chunk_slots
-from adapttoken_jax.geometry import round_up
 from adapttoken_jax.loading import Model
 from adapttoken_jax.model import Qwen25VL
 from adapttoken_jax.model.kernels import Kernel, resolve, resolve_vision
 from adapttoken_jax.passes import PassSpec, PromptBatch, encode_slots, run_prompts
-from adapttoken_jax.scan import OPTION_STEP, SUFFIX_STEP, context_size
+from adapttoken_jax.scan import OPTION_STEP, context_size, suffix_size
 
 _END_IDS = (151645, 151643)  # any two tokens will do
 
@@ -157,7 +156,7 @@ def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Prog
 
 def abstract_batch(model: Model, contexts: int, tokens: int, prefix: int, question: int, questions: int) -> PromptBatch:
     """The `PromptBatch` of so many contexts of `tokens` visual tokens, in shape and place as of `scan.prompt_batch`."""
-    B, Q, T = contexts, questions, round_up(question, SUFFIX_STEP)
+    B, Q, T = contexts, questions, suffix_size(question)
     everywhere = sharding.replicated(model.mesh)
     over_data = sharding.batch_sharding(model.mesh) if contexts % model.wave == 0 else everywhere
     key = jax.eval_shape(lambda: jax.random.key(0))

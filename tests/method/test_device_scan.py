@@ -212,21 +212,36 @@ def _shapes(jaxpr, primitive):
                 yield from _shapes(inner, primitive)
 
 
-@pytest.mark.parametrize("mesh", [None, "data=8,model=1"])
-def test_no_video_of_the_same_frame_size_compiles_again(tmp_path, mesh):
-    """Whether it is shorter than what one call of the vision tower takes, or longer, and however the devices share."""
-    lowered = []
-    listen = lambda event, _, **__: lowered.append(event) if "jaxpr_to_mlir" in event else None
+@pytest.fixture
+def lowered():
+    """A list that gets an entry for whatever is lowered from now on."""
+    found = []
+    listen = lambda event, _, **__: found.append(event) if "jaxpr_to_mlir" in event else None
     jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("mesh", [None, "data=8,model=1"])
+def test_no_video_of_the_same_frame_size_compiles_again(tmp_path, lowered, mesh):
+    """Whether it is shorter than what one call of the vision tower takes, or longer, and however the devices share."""
     model = at.load(tiny.write_checkpoint(tmp_path, tiny.SHAPES["tied"]), mesh=mesh)
-    try:
-        for frames, slots in ((140, 70), (42, 21), (332, 166), (60, 30)):
-            for method in ("adapttoken", "lite"):
-                config = settings(model, stop_groups=2, stop_entropy=9.0)
-                result = at.answer(model, random_video(frames), QUESTION, OPTIONS, config, method)
-                assert result.video.slots == slots and result.stop.early == (method == "lite")
-            if frames == 140:
-                first = len(lowered)
-        assert len(lowered) == first > 0
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    for frames, slots in ((140, 70), (42, 21), (332, 166), (60, 30)):
+        for method in ("adapttoken", "lite"):
+            config = settings(model, stop_groups=2, stop_entropy=9.0)
+            result = at.answer(model, random_video(frames), QUESTION, OPTIONS, config, method)
+            assert result.video.slots == slots and result.stop.early == (method == "lite")
+        if frames == 140:
+            first = len(lowered)
+    assert len(lowered) == first > 0
+
+
+def test_long_questions_share_programs(tmp_path, lowered):
+    """As subtitles make them: no two are equally long, and each length of its own would compile two programs."""
+    model = at.load(tiny.write_checkpoint(tmp_path, tiny.SHAPES["tied"]))
+    shorter, longer = QUESTION * 60, QUESTION * 62
+    assert [len(build_prompt(model.tokenizer, each, OPTIONS).suffix_ids) for each in (shorter, longer)] == [706, 726]
+    at.answer(model, random_video(42), shorter, OPTIONS, settings(model))
+    first = len(lowered)
+    at.answer(model, random_video(42), longer, OPTIONS, settings(model))
+    assert len(lowered) == first > 0
