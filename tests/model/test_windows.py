@@ -27,9 +27,9 @@ def case(T, W, U, N, H):
     return random(T, W * U, 3 * N * H), 3 * random(W * U, H // 2), (np.arange(U) < U - padding).reshape(-1)
 
 
-@functools.partial(jax.jit, static_argnames=("W", "N"))
 def kernel(qkv, angles, valid, W, N):
-    return windows.attend(qkv, *rotary.turns(angles), valid, W=W, heads=N)
+    run = jax.jit(lambda qkv, angles: windows.attend(qkv, *rotary.turns(angles), valid, W=W, heads=N))
+    return run(qkv, angles)
 
 
 @functools.partial(jax.jit, static_argnames=("W", "N"))
