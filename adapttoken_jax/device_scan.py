@@ -33,9 +33,11 @@ from adapttoken_jax.scan import (
     Scan,
     ScanLog,
     Stopping,
+    filled_up,
     group_position_ids,
     group_spec,
     prompt_batch,
+    question_rows,
     read_visits,
 )
 from adapttoken_jax.selection import group_certainty, visiting_order
@@ -103,14 +105,15 @@ def visit_groups(
     With `time_is_up` the loop returns after every wave, to ask.
     """
     log = ScanLog.start(video, prompts, config, stop)
-    rule = device_rule(stop.rule if stop else None, stop.blind if stop else [None] * len(prompts))
+    rows = filled_up(prompts)
+    rule = device_rule(stop.rule if stop else None, filled_up(stop.blind) if stop else [None] * len(rows))
     hurried = stop is not None or time_is_up is not None
     on_demand = hurried and video.source is not None
     width = model.wave if hurried else side_by_side(model, config.slots_per_group * video.per_slot)
-    state, chunks = None, _chunks(model, video, log.groups, prompts, config, width, 1 if on_demand else None)
+    state, chunks = None, _chunks(model, video, log.groups, rows, config, width, 1 if on_demand else None)
     chunk = next(chunks, None)
     while chunk is not None:
-        state = state or start_state(len(prompts), chunk.batch.option_ids.shape[1])
+        state = state or start_state(*chunk.batch.option_ids.shape)._replace(stop=_ended(log))
         first, following = 0, None
         while first < chunk.waves and not log.done:
             last = chunk.waves if time_is_up is None else first + 1
@@ -138,8 +141,14 @@ def _collect(running: LoopState, chunk: Chunk, first: int, log: ScanLog, config)
         index, b = chunk.groups[place], place % width
         log.add(read_visits(own, b, index, log.groups[index], chunk.lengths[place], config))
     # A question that the device ended goes on if the host, which sees texts, does not agree.
-    ended = np.asarray([Stop.ENDED if reason else Stop.GOING for reason in log.reasons], np.int32)
-    return int(wave), stopping._replace(stop=ended)
+    return int(wave), stopping._replace(stop=_ended(log))
+
+
+def _ended(log: ScanLog) -> np.ndarray:
+    """A `Stop` for every row, int32[Q]: of a question by its log; a row without one needs no group at all."""
+    ended = np.full(question_rows(len(log.reasons)), Stop.ENDED, np.int32)
+    ended[: len(log.reasons)] = [Stop.ENDED if reason else Stop.GOING for reason in log.reasons]
+    return ended
 
 
 @compiled(static=("spec", "bottom_fraction"), tpu_options=TPU_OPTIONS, gpu_options=GPU_OPTIONS)

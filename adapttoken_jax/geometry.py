@@ -95,9 +95,11 @@ def round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-def bucket(number: int, step: int) -> int:
-    """A padded size of which there are few: a multiple of `step` and of a sixteenth of the power of two below.
+def bucket(number: int, step: int, parts: int = 16) -> int:
+    """A padded size of which there are few: a multiple of `step` and of a `parts`-th of the power of two below.
 
-    The padding is below `step` or a sixteenth of `number`, and sizes up to n have about 16 log2(n / (16 step)) values.
+    The padding is below `step` or a `parts`-th of `number`, and beyond parts * step every doubling has `parts` sizes.
+    `parts` is a power of two.
     """
-    return round_up(number, max(step, 1 << max(0, (number - 1).bit_length() - 5)))
+    below = 1 << max(0, (number - 1).bit_length() - 1)
+    return round_up(number, max(step, below // parts))

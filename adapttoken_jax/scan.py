@@ -117,8 +117,8 @@ class ScanLog:
         return all(self.reasons)
 
     def add(self, asked: list[Visit]) -> None:
-        """Adds a group as each question saw it; the questions that have stopped do not count it."""
-        for q, visit in enumerate(asked):
+        """Adds a group as each row saw it; questions that have stopped do not count it, later rows have none."""
+        for q, visit in enumerate(asked[: len(self.visits)]):
             if not self.reasons[q]:
                 self.visits[q].append(visit)
                 self.reasons[q] = self.stop.reason(q, self.visits[q]) if self.stop else ""
@@ -329,7 +329,17 @@ def context_size(tokens: int) -> int:
 
 def suffix_size(tokens: int) -> int:
     """The padded length of questions of at most so many tokens after the video; subtitles among them make thousands."""
-    return bucket(tokens, _SUFFIX_STEP)
+    return bucket(tokens, _SUFFIX_STEP, 4)
+
+
+def question_rows(questions: int) -> int:
+    """Rows that a scan has for so many questions: one more costs it little, a program of its own takes minutes."""
+    return bucket(questions, 1, 2)
+
+
+def filled_up(per_question: list) -> list:
+    """What every question of a scan has, and again what the last one has for the rows that are left over."""
+    return per_question + per_question[-1:] * (question_rows(len(per_question)) - len(per_question))
 
 
 def _visual(contexts: list[ContextTokens], size: int):
@@ -367,7 +377,7 @@ def _option_ids(prompts: list[Prompt]) -> np.ndarray:
 def blind_replies(model, video, prompts, config) -> list[Reply]:
     """What the model answers to each question, as in a group pass, from a prompt without visual tokens."""
     nothing = ContextTokens(np.zeros((0, video.features.shape[-1]), video.features.dtype), np.zeros((3, 0), np.int32))
-    batch = prompt_batch(model, video, [nothing], prompts, config)
+    batch = prompt_batch(model, video, [nothing], filled_up(prompts), config)
     spec = answer_spec(model, max(group_limit(p, config) for p in prompts), config)
     out = run_and_read(model, batch, spec)
     return [reply(out, 0, q, config) for q in range(len(prompts))]

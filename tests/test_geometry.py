@@ -103,6 +103,10 @@ def test_buckets_pad_little_and_are_few():
     sizes = {n: geometry.bucket(n, 64) for n in range(1, 20_000)}
     assert all(0 <= size - n < max(64, n / 16) for n, size in sizes.items())
     assert len(set(sizes.values())) == 16 + 4 * 16 + 4  # up to 1024, four doublings of it, and up to 20 480
+    assert sorted({geometry.bucket(n, 1, 2) for n in range(1, 33)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    assert sorted({geometry.bucket(n, 16, 4) for n in range(1, 257)}) == [
+        16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256
+    ]  # fmt: skip
 
 
 def test_round_up():

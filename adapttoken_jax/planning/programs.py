@@ -20,7 +20,7 @@ from adapttoken_jax.loading import Model
 from adapttoken_jax.model import Qwen25VL
 from adapttoken_jax.model.kernels import Kernel, resolve, resolve_vision
 from adapttoken_jax.passes import PassSpec, PromptBatch, encode_slots, run_prompts
-from adapttoken_jax.scan import OPTION_STEP, context_size, suffix_size
+from adapttoken_jax.scan import OPTION_STEP, context_size, question_rows, suffix_size
 
 _END_IDS = (151645, 151643)  # any two tokens will do
 
@@ -135,7 +135,7 @@ def tpu_kernel(model: Model) -> Kernel:
 
 
 def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Program:
-    batch = abstract_batch(model, contexts, tokens, work.prefix, work.question, questions)
+    batch = abstract_batch(model, contexts, tokens, work.prefix, work.question, question_rows(questions))
     answered, context = spec.answer_tokens - 1, work.prefix + tokens  # the first token needs no further step
     pruned = costs.pruned(model.config, work.config, work.prefix, tokens) if spec.relevance else None
     in_loop = pruned.layer + 1 if pruned else model.config.text.layers - 1

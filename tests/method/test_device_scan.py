@@ -245,3 +245,23 @@ def test_long_questions_share_programs(tmp_path, lowered):
     first = len(lowered)
     at.answer(model, random_video(42), longer, OPTIONS, settings(model))
     assert len(lowered) == first > 0
+
+
+def test_numbers_of_questions_share_programs(tmp_path, lowered):
+    """Benchmarks ask some videos five questions and others thirty; each number of its own would compile a program."""
+    model = at.load(tiny.write_checkpoint(tmp_path, tiny.SHAPES["tied"]))
+    questions, choices = [*QUESTIONS, "Why?", "Who is it?", "Where?"], [*CHOICES, OPTIONS, None, OPTIONS]
+    six = at.answer(model, VIDEO, questions, choices, settings(model))
+    first = len(lowered)
+    five = at.answer(model, VIDEO, questions[:5], choices[:5], settings(model))
+    assert len(lowered) == first > 0
+    assert len(five) == 5
+    for ours, theirs in zip(five, six, strict=False):
+        assert (ours.answer, ours.selected) == (theirs.answer, theirs.selected)
+        entropies = [[group.entropy for group in result.groups] for result in (ours, theirs)]
+        np.testing.assert_allclose(*entropies, rtol=0, atol=1e-6)
+
+
+def test_rows_without_a_question_never_keep_the_loop_going():
+    log = scan.ScanLog([], None, [[]] * 5, ["", "deadline reached", "", "", ""])
+    assert device_scan._ended(log).tolist() == [Stop.GOING, Stop.ENDED, *[Stop.GOING] * 3, Stop.ENDED]
