@@ -11,9 +11,11 @@ further question about the same video costs. Needs jax, flax, numpy, absl-py, to
 Exit status 1 when the two sides do not agree.
 """
 
+import itertools
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 
 from absl import flags
@@ -111,6 +113,14 @@ def time_model(name: str, dtype: str) -> dict:
         found["further_question"] = speed.further_question(times, _QUESTIONS.value)
         found["further_question"] |= speed.questions_agree(pair, answers.run.video)
     return found
+
+
+def time_models(cases: Iterable[tuple[str, str]], content: dict, target: str | None) -> None:
+    """Adds every (shape, element type) to the content's models, and writes it after each: a run may be cut off."""
+    for name, dtype in cases:
+        content["models"].append(time_model(name, dtype))
+        if target != "-":
+            terminal.write_json(target, content)
 
 
 def _tell(text: str) -> None:
@@ -223,10 +233,10 @@ def run() -> int:
     threads = limit_threads(_THREADS.value)
     for name in _MODELS.value:
         chosen_shape(name)
-    found = [time_model(name, dtype) for name in _MODELS.value for dtype in _TYPES.value]
-    content = {"about": about(threads), "models": found}
+    content = {"about": about(threads), "models": []}
+    time_models(itertools.product(_MODELS.value, _TYPES.value), content, _JSON.value)
     command.show(content, _JSON.value, document(content))
-    return 0 if all(model["agreement"]["ok"] for model in found) else 1
+    return 0 if all(model["agreement"]["ok"] for model in content["models"]) else 1
 
 
 if __name__ == "__main__":

@@ -115,6 +115,18 @@ def test_a_whole_run_in_miniature_without_a_decoder():
     assert found["further_question"]["entropy"] < 1e-5  # the same sums in another order
 
 
+def test_what_was_measured_stays_when_the_rest_is_cut_off(tmp_path):
+    code = """
+import sys
+from experiments import benchmark
+benchmark.time_model = lambda name, dtype: {"model": name, "dtype": dtype} if dtype == "float32" else sys.exit(9)
+benchmark.time_models([("7b", "float32"), ("7b", "bfloat16")], {"models": []}, sys.argv[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "found.json"], timeout=600)
+    assert done.returncode == 9
+    assert json.loads((tmp_path / "found.json").read_text()) == {"models": [{"model": "7b", "dtype": "float32"}]}
+
+
 def test_mistakes_are_one_line():
     for flags, said in (
         (["--models=huge"], "--models=huge"), (["--dtypes=int8"], "--dtypes=int8"),
