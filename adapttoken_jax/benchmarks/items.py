@@ -184,7 +184,7 @@ def _wrong_with(item: Item) -> str:
     """Why a question cannot be asked; "" if it can."""
     if not item.question.strip():
         return "no text"
-    if len(item.options) == 1 or len(item.options) > len(string.ascii_uppercase):
+    if not 2 <= len(item.options) <= len(string.ascii_uppercase):
         return f"{len(item.options)} options"
     empty = [letter for letter, option in zip(item.letters, item.options, strict=True) if not option.strip()]
     return f"an option {empty[0]} without text" if empty else ""

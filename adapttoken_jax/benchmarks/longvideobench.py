@@ -29,8 +29,9 @@ def _read(directory: pathlib.Path) -> list[Item]:
 
 
 def _item(row: dict, directory: pathlib.Path, path: pathlib.Path) -> Item:
-    published, right = row.get("candidates") or [row.get(name) for name in _OPTIONS], row["correct_choice"]
-    absent = _ABSENT if "candidates" not in row else ("N/A",)
+    listed, right = "candidates" in row, row["correct_choice"]
+    published = row["candidates"] if listed else [row.get(name) for name in _OPTIONS]
+    absent = ("N/A",) if listed else _ABSENT
     if not 0 <= right < len(published) or published[right] in absent:
         raise UserError(f"{path}: question {row['id']} has no option {right}, its correct_choice")
     options = tuple(option for option in published if option not in absent)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from adapttoken_jax.benchmarks import Item
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import VisualTokens
 from adapttoken_jax.errors import UserError
@@ -43,27 +44,43 @@ class Replay:
     sha256: str
 
 
-def read_replay(directory, questions: Sequence[str]) -> Replay:
-    """The selections of a run for questions, by their ids.
+def read_replay(directory, items: Sequence[Item], benchmark: str, method: str) -> Replay:
+    """The selections that a run of this benchmark and method made for questions.
 
     Raises:
-      UserError: not the directory of a run, a damaged file, or a question that the run has not come to.
+      UserError: not the directory of such a run, a damaged file, a question that the run has not come to, or one that
+        was another there.
     """
     if not str(directory):  # which would be the current directory
         raise UserError("--replay: the name is empty; give the directory of an evaluation")
     try:
-        budget = workdir.read_run(directory)["config"]["budget"]
+        run = workdir.read_run(directory)
         found, samples = (workdir.read_all(directory, name) for name in ("selections", "samples"))
-        records = {name: found[name] for name in questions if name in found}
+        records = {item.id: found[item.id] for item in items if item.id in found}
         selections = {name: SavedSelection.from_record(record) for name, record in records.items()}
     except UserError as error:
         raise UserError(f"--replay: {error}") from None
-    if left := [name for name in questions if name not in records and "error" not in samples.get(name, ())]:
+    for flag, ours in (("benchmark", benchmark), ("method", method)):
+        if (theirs := run["flags"][flag]) != ours:
+            raise UserError(f"--{flag}={ours}: the run of --replay={directory} had {theirs}; give that, or another run")
+    if other := [item.id for item in items if _is_another(item, samples.get(item.id))]:
         raise UserError(
-            f"--replay={directory}: {len(left)} of {len(questions)} questions have no selection, the first is "
+            f"--replay={directory}: question {other[0]} is about another video there, or has another answer; give a "
+            "run of the same questions"
+        )
+    if left := [item.id for item in items if item.id not in records and "error" not in samples.get(item.id, ())]:
+        raise UserError(
+            f"--replay={directory}: {len(left)} of {len(items)} questions have no selection, the first is "
             f"{left[0]}; finish that run first"
         )
-    return Replay(selections, budget, hashlib.sha256(json.dumps(records, sort_keys=True).encode("utf-8")).hexdigest())
+    sha256 = hashlib.sha256(json.dumps(records, sort_keys=True).encode("utf-8")).hexdigest()
+    return Replay(selections, run["config"]["budget"], sha256)
+
+
+def _is_another(item: Item, sample: Mapping | None) -> bool:
+    """Whether the run answered another question by this name."""
+    answered = sample is not None and "error" not in sample
+    return answered and (sample["video_id"], sample["target"]) != (item.video_id, item.answer)
 
 
 def replayed(model: Model, config: AdaptTokenConfig, method: str, replay: Replay) -> Answerer:

@@ -1,11 +1,12 @@
 """One evaluation from flags to `results.json`: check the data, open the model, go on where the last process stopped."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,7 +110,9 @@ def evaluate(asked: Evaluation) -> dict[str, Any] | None:
     sizes = read_model_config(asked.model)
     config = AdaptTokenConfig.for_model(sizes, **asked.settings)
     hashes = {"questions": questions_hash(items)}
-    replay = None if asked.replay is None else read_replay(asked.replay, [item.id for item in items])
+    if asked.subtitles:
+        hashes["subtitles"] = subtitles_hash(items)
+    replay = None if asked.replay is None else read_replay(asked.replay, items, asked.benchmark, asked.method)
     if replay:
         hashes["selections"] = replay.sha256
         config = dataclasses.replace(config, budget=_replayed_budget(asked, replay.budget))
@@ -197,10 +200,30 @@ def size_name(sizes: ModelConfig) -> str | None:
 
 
 def questions_hash(items: Sequence[Item]) -> str:
-    """SHA-256 of what is asked: ids, videos' names, questions, options, answers."""
+    """SHA-256 of what is asked: ids, videos' names, questions, options, answers, and the published texts of these."""
+    published = lambda item: [item.extra.get(name) for name in ("question", "options")]  # which prompts show
+    return _hash_of(
+        [item.id, item.video_id, item.question, list(item.options), item.answer, *published(item)] for item in items
+    )
+
+
+def subtitles_hash(items: Sequence[Item]) -> str:
+    """SHA-256 of the videos' subtitles: the content of the files, and where the videos begin on their clock."""
+
+    @functools.cache
+    def content(path: pathlib.Path) -> str | None:
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError:  # a reason to pass over its video, which says so
+            return None
+
+    found = [item.subtitles for item in items]
+    return _hash_of([content(file.path), file.offset_s] if file else None for file in found)
+
+
+def _hash_of(contents: Iterable) -> str:
     digest = hashlib.sha256()
-    for item in items:
-        content = [item.id, item.video_id, item.question, list(item.options), item.answer]
+    for content in contents:
         digest.update(json.dumps(content, ensure_ascii=False).encode("utf-8"))
     return digest.hexdigest()
 

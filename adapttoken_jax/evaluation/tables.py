@@ -194,13 +194,14 @@ def paired_table(runs: Sequence[FinishedRun], baseline: FinishedRun, rule: str) 
     """A row per other run on the baseline's benchmark: the difference in accuracy, clustered by video.
 
     Raises:
-      UserError: no such run, an unknown rule, or samples without labels.
+      UserError: no such run, an unknown rule, samples without labels, or a question that is another one elsewhere.
     """
     others = [run for run in runs if run.benchmark == baseline.benchmark and run.path != baseline.path]
     if not others:
         raise UserError(f"--baseline={baseline.path}: no other run on {baseline.benchmark}; give one, or drop it")
     rows = []
     for run in others:
+        _check_same_questions(baseline, run)
         verdicts = [_verdicts(each, rule) for each in (baseline, run)]
         clusters = {name: sample["video_id"] for name, sample in run.samples.items()}
         found = paired_difference(*verdicts, clusters, _strata(run, rule))
@@ -217,6 +218,16 @@ def paired_table(runs: Sequence[FinishedRun], baseline: FinishedRun, rule: str) 
             "only baseline": found.only_first,
         })  # fmt: skip
     return rows
+
+
+def _check_same_questions(baseline: FinishedRun, run: FinishedRun) -> None:
+    of = lambda sample: (sample["video_id"], sample["target"])
+    both = baseline.samples.keys() & run.samples.keys()
+    if other := sorted(name for name in both if of(baseline.samples[name]) != of(run.samples[name])):
+        raise UserError(
+            f"--baseline={baseline.path}: question {other[0]} is about another video in {run.path}, or has another "
+            "answer; give runs of the same questions"
+        )
 
 
 def _verdicts(run: FinishedRun, rule: str) -> dict[str, bool]:
@@ -248,7 +259,9 @@ def markdown(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-_LATEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "–": "--", "−": "$-$"}
+_LATEX = {each: f"\\{each}" for each in "%_&#${}"} | {
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "–": "--", "−": "$-$"
+}  # fmt: skip
 
 
 def latex(rows: Sequence[Row]) -> str:

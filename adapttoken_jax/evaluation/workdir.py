@@ -5,6 +5,7 @@
     selections.jsonl   the visual tokens of every question's final prompt, for --replay
     costs.jsonl        wall seconds
     results.json       scores, once every question has its line
+    .lock              held by the processes that run here, so that none takes the run of another for one that ended
 
 A sample is what makes a question done. Its lines in the other files are written before it. One that says why its video
 could not be read stands until there is an answer: a run that goes on tries the video again. A run without a sample has
@@ -27,7 +28,7 @@ import jax
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation.runner import Records, Video
 from adapttoken_jax.journal import Journal, json_line, read_lines
-from adapttoken_jax.result import git_commit, library_versions, made_directory, partial_path, write_text
+from adapttoken_jax.result import git_commit, library_versions, made_directory, naming, partial_path, write_text
 
 # What of a journal's records is read again; a sample also says why there is no answer, or what the answer took.
 _JOURNALS = {
@@ -36,6 +37,7 @@ _JOURNALS = {
     "costs": ("id", "amortised"),
 }
 _ANSWERED = ("groups", "visual_tokens", "flops")
+_LOCK = ".lock"
 RUN_VERSION = 2  # 1: samples did not tell what the scan took
 # What of `run.json` is read again.
 _RUN = {
@@ -50,7 +52,7 @@ _RUN = {
 # Flags that name places and may differ between two parts of one run; hashes tell whether the content is the same.
 _FREE = ("data", "model", "replay")
 # What is hashed -> the flag that names it.
-_HASHED = {"questions": "data", "model": "model", "selections": "replay"}
+_HASHED = {"questions": "data", "subtitles": "data", "model": "model", "selections": "replay"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,9 @@ def joined(directory) -> Iterator[None]:
       UserError: the directory cannot be written, or holds files that are no run's.
     """
     directory = made_directory("workdir", directory)
-    handle = os.open(directory, os.O_RDONLY)
+    # A file and not the directory, whose locks NFS does not tell other hosts; open for writing, as it demands there.
+    with naming(directory / _LOCK):
+        handle = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _forget_empty_run(directory, handle)
         _locked(handle, fcntl.LOCK_SH)
@@ -129,7 +133,7 @@ def _forget_empty_run(directory: pathlib.Path, handle: int) -> None:
 
 
 def _locked(handle: int, kind: int) -> bool:
-    """Whether the lock is held: not if others hold it, nor where the file system locks no directories."""
+    """Whether the lock is held: not if others hold it, nor where the file system has no locks."""
     try:
         fcntl.flock(handle, kind)
     except OSError:

@@ -91,6 +91,12 @@ def test_an_absent_option_before_the_right_one_moves_its_letter(tmp_path):
     assert item.options == ("red", "green", "white") and item.answer == "B"
 
 
+def test_no_candidates_at_all_are_refused(tmp_path):
+    layouts.write_json(tmp_path / "lvb_val.json", [layouts.longvideobench_rows()[0] | {"candidates": []}])
+    with pytest.raises(UserError, match=r"question a_0 has no option \d, its correct_choice"):
+        BENCHMARKS["longvideobench"].load(tmp_path)
+
+
 def test_a_candidate_without_text_is_refused(tmp_path):
     row = layouts.longvideobench_rows()[0] | {"candidates": ["", "red", "blue", "green"]}
     layouts.write_json(tmp_path / "lvb_val.json", [row])
@@ -387,6 +393,7 @@ def test_a_question_without_text_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "wrong"),
     [
+        ([], "0 options"),
         (["A. red"], "1 options"),
         (["A. red", " "], "an option B without text"),
         ([f"{letter}. red" for letter in (*string.ascii_uppercase, "AA")], "27 options"),

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import resource
 import shutil
@@ -303,7 +304,7 @@ def test_a_mistaken_flag_ties_the_directory_to_nothing(places, tmp_path, capsys,
     data, model, _ = places
     words = lambda *more: bench.evaluate_flags(data, model, tmp_path / "run", "--limit=2", *more)
     assert wrong[-1].partition("=")[0] in run(capsys, words(*wrong), status=2)[1].splitlines()[-1]
-    assert list((tmp_path / "run").iterdir()) == []
+    assert os.listdir(tmp_path / "run") == [".lock"]
     run(capsys, words(*right))
 
 
@@ -323,6 +324,14 @@ def test_a_replay_that_cannot_be_is_refused_before_anything_is_written(places, t
         assert re.search(reason, err.removeprefix("adapttoken evaluate: ").strip()) and err.count("\n") == 1
         assert not (tmp_path / "run").exists()
     (part / "selections.jsonl").write_text("".join(selections))
+    refused = lambda *more: run(capsys, [*words(part), *more], status=2)[1]
+    assert "--method=lite: the run of --replay=" in refused("--method=lite")
+    asked, of_another = data / "video_info.meta.jsonl", tmp_path / "data"
+    shutil.copytree(data, of_another)
+    (of_another / asked.name).write_text(asked.read_text().replace('"clip1"', '"clip0"'))
+    other = refused(f"--data={of_another}")
+    assert "question 1-0 is about another video there, or has another answer" in other and other.count("\n") == 1
+    assert not (tmp_path / "run").exists()
     run(capsys, words(part))
 
 
@@ -331,7 +340,7 @@ def test_an_empty_value_is_not_no_value(places, tmp_path, capsys, flag):
     data, model, _ = places
     err = run(capsys, bench.evaluate_flags(data, model, tmp_path / "run", f"--{flag}="), status=2)[1]
     assert f"--{flag}" in err and err.count("\n") == 1
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists() or os.listdir(tmp_path / "run") == [".lock"]
 
 
 def test_subtitles_of_a_benchmark_without_any_are_refused(places, tmp_path, capsys):

@@ -69,6 +69,23 @@ def test_videomme_with_subtitles_and_a_video_that_is_missing(tmp_path, clip):
     assert [a == b for a, b in zip(entropies(subtitled), entropies(samples), strict=True)] == [False] * 2 + [True] * 3
 
 
+def test_a_run_goes_on_with_its_own_subtitles_alone(tmp_path, clip, capsys):
+    """Else half of a result would be with the subtitles that were there at its beginning."""
+    data = shown(layouts.videomme(tmp_path / "data"), clip)
+    evaluated("videomme", data, tmp_path / "run", "--subtitles")
+    again = ["evaluate", "--benchmark=videomme", f"--data={data}", f"--workdir={tmp_path / 'run'}", *SMALL]
+    again += ["--method=uniform", "--subtitles"]
+    file = data / "subtitle" / "video-1.srt"
+    before = file.read_bytes()
+    for change in (lambda: file.write_bytes(before + b"\n"), file.unlink):
+        change()
+        capsys.readouterr()
+        assert cli.main(again) == 2
+        assert f"--data={data}: not the same subtitles as when the run in" in capsys.readouterr().err
+    file.write_bytes(before)
+    assert cli.main(again) == 0
+
+
 def test_subtitles_that_cannot_be_read_are_named_without_their_place(tmp_path, clip):
     """The same data elsewhere give the same bytes."""
     data = shown(layouts.videomme(tmp_path / "data"), clip)

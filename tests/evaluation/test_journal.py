@@ -1,8 +1,11 @@
 """Journals and run directories, without a model: every way in which a file can be cut short."""
 
+import errno
+import fcntl
 import json
 import os
 import resource
+import stat
 
 import pytest
 
@@ -133,17 +136,28 @@ def test_another_configuration_is_refused_by_name(tmp_path, change, words):
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == begun
 
 
-def test_a_run_without_samples_is_forgotten_unless_somebody_runs_it(tmp_path):
+@pytest.mark.parametrize("nfs", [False, True], ids=["local", "nfs"])
+def test_a_run_without_samples_is_forgotten_unless_somebody_runs_it(tmp_path, monkeypatch, nfs):
+    if nfs:  # directories' locks are not told to other hosts, and only what is open for writing is locked alone
+        lock = fcntl.flock
+
+        def flock(file, kind):
+            handle = file if isinstance(file, int) else file.fileno()
+            if kind & fcntl.LOCK_EX and not fcntl.fcntl(handle, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR):
+                raise OSError(errno.EBADF, "not open for writing")
+            return None if stat.S_ISDIR(os.fstat(handle).st_mode) else lock(handle, kind)
+
+        monkeypatch.setattr(fcntl, "flock", flock)
     begin = lambda **changed: workdir.begin_run(tmp_path, description(**changed))["flags"]["prompt"]
     begin()
     with workdir.joined(tmp_path):  # one that was killed
-        assert os.listdir(tmp_path) == []
+        assert os.listdir(tmp_path) == [".lock"]
         begin()
         (tmp_path / "selections-0-of-2.jsonl").touch()
         with workdir.joined(tmp_path), pytest.raises(UserError, match="began with official"):  # another shard
             begin(prompt="qwen")
         assert (tmp_path / "run.json").exists()
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [".lock"]
     with workdir.joined(tmp_path):
         assert begin(prompt="qwen") == "qwen"
         with open_files(tmp_path, group_by_video(items())) as files:

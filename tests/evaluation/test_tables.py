@@ -145,7 +145,8 @@ def mlvu_run(path, right):
     ]  # fmt: skip
     said = ["A" if item.labels["task"][0] in right else "B" for item in asked]
     samples = [
-        {"id": item.id, "video_id": item.video_id, "prediction": text} for item, text in zip(asked, said, strict=True)
+        {"id": item.id, "video_id": item.video_id, "target": item.answer, "prediction": text}
+        for item, text in zip(asked, said, strict=True)
     ]
     samples = {sample["id"]: sample for sample in session.with_verdicts("mlvu", asked, samples)}
     scores = {rule: scores.to_json() for rule, scores in score_all("mlvu", zip(asked, said, strict=True)).items()}
@@ -190,6 +191,24 @@ def test_the_baseline_is_a_directory_not_a_name(tmp_path):
     assert len(tables.paired_table([small, large, again], small, "official")) == 1
     with pytest.raises(UserError, match=f"^--baseline={small.path}: no other run on videomme"):
         tables.paired_table([small, again], small, "official")
+
+
+def test_questions_of_other_videos_make_no_pair(tmp_path):
+    for name in ("ours", "base"):
+        finished(tmp_path / name, [RIGHT] * 8)
+    ours, base = (tables.read_finished(tmp_path / name) for name in ("ours", "base"))
+    ours.samples["2-1"]["video_id"] = "another"
+    with pytest.raises(UserError, match=f"^--baseline={base.path}: question 2-1 is about another video in {ours.path}"):
+        tables.paired_table([ours], base, "official")
+
+
+def test_latex_prints_what_would_be_its_own_signs():
+    rows = [{"m_o": "a~b^c{d}$e\\f & 5 % #", "n": 1.5}]
+    assert tables.latex(rows).splitlines()[2::2] == [
+        r"m\_o & n \\",
+        r"a\textasciitilde{}b\textasciicircum{}c\{d\}\$e\textbackslash{}f \& 5 \% \# & 1.5 \\",
+        r"\end{tabular}",
+    ]
 
 
 def test_a_run_with_subtitles_is_a_row_of_its_own_beside_no_published_number(tmp_path):
