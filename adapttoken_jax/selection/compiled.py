@@ -199,7 +199,8 @@ def _redundancy(features, positions, free, scale, kernel):
     index = jnp.arange(len(free))
 
     def row_of(i):
-        cosine = jnp.round(jnp.maximum(unit @ unit[i], 0), 12 if wide == jnp.float64 else 6)
+        cosine = jnp.matmul(unit, unit[i], precision="highest")  # a TPU would round float32 factors to bfloat16
+        cosine = jnp.round(jnp.maximum(cosine, 0), 12 if wide == jnp.float64 else 6)
         proximity = kernel(*(positions[i] - positions).T, scale)
         return jnp.where((index > i) & free & free[i], cosine * proximity, -1)
 

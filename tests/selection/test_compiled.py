@@ -1,6 +1,9 @@
 """The compiled steps 8 to 10 against their NumPy twins: the same integers and the same tokens, ties included."""
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -132,6 +135,17 @@ def test_candidates_are_the_twins(stretches, seed):
     np.testing.assert_allclose(found.score[:n], score[chosen][order], rtol=1e-12)
     np.testing.assert_array_equal(np.asarray(found.budgets)[seen], budgets + [part.sum() for part in parts])
     assert int(found.keep) == budget - covering.sum()
+
+
+def test_a_tpu_compares_features_as_they_are():
+    """Left to itself it would round the factors of a float32 product to eight bits, and drop other tokens."""
+    flags, scores, count = jnp.ones(6, bool), jnp.ones(6, jnp.float32), jnp.int32(3)
+    found = compiled.Candidates(None, None, jnp.arange(6, dtype=jnp.int32), scores, flags, flags, count)
+    traced = compiled.remove_redundant.trace(
+        jnp.ones((6, 8), jnp.bfloat16), jnp.ones((6, 3), jnp.float32), found, jnp.float32(1), kernel="exponential"
+    )
+    products = re.findall(r"stablehlo\.dot_general.*", traced.lower(lowering_platforms=("tpu",)).as_text())
+    assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products), products
 
 
 def test_survivors_keep_their_order_and_padding_is_zero():
