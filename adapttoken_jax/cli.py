@@ -509,31 +509,32 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
             sys.stdout.write(help_text(command))
             return OK
         check_required(command, values)
-        _keep_compilations()
-        _join(name, values)
+        _join(name, values, shared_cache=_keep_compilations())
         return command.run(values)
     except Exception as error:
         return failed(name, error, debug)
 
 
-def _join(name: str, values: flags.FlagValues) -> None:
+def _join(name: str, values: flags.FlagValues, shared_cache: bool) -> None:
     """Joins the other processes of the run, if the flags say that there are any."""
     if "distributed" in values and (values.distributed or values.process is not None):
-        hosts.start(name, values.process, values.lost_after, values.join_within, values.debug)
+        hosts.start(name, values.process, values.lost_after, values.join_within, values.debug, shared_cache)
 
 
-def _keep_compilations() -> None:
-    """Lets JAX find on disk what an earlier run compiled; the user's own JAX_ variables win."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+def _keep_compilations() -> bool:
+    """Lets JAX find on disk what an earlier run compiled. The user's own JAX_ variables win: whether they say where."""
+    named = "JAX_COMPILATION_CACHE_DIR" in os.environ
+    if not named:
         try:
             cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "adapttoken-jax"
             cache.mkdir(parents=True, exist_ok=True)
         except (OSError, RuntimeError):  # a user without a home, or one who may not write there, as in containers
-            return
+            return False
         if not os.access(cache, os.W_OK):
-            return
+            return False
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    return named
 
 
 def _version() -> str:

@@ -44,6 +44,7 @@ def start(
     lost_after: int = LOST_AFTER,
     join_within: int = JOIN_WITHIN,
     debug: bool = False,
+    shared_cache: bool = False,
 ) -> None:
     """Joins the other processes of the run; call it before anything else of JAX.
 
@@ -53,6 +54,7 @@ def start(
       lost_after: seconds without a sign of life after which a process counts as lost.
       join_within: seconds to wait for the others.
       debug: let the runtime print what it has to say.
+      shared_cache: whether all processes look for compiled programs in one directory, which the user has named.
 
     Raises:
       UserError: nothing says which process this is, or the others have not come.
@@ -83,9 +85,17 @@ def start(
         raise UserError(f"--distributed: {reason} Say where it is: --process=INDEX/COUNT@HOST:PORT") from None
     _joining = False
     _index, _together = jax.process_index(), True
-    if jax.default_backend() == "cpu":
-        # Only process 0 could use it, and gloo gives up on processes that compile half a minute longer than others.
+    if not _may_skip_compiling(jax.default_backend(), jax.process_count(), shared_cache):
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _may_skip_compiling(backend: str, processes: int, shared_cache: bool) -> bool:
+    """Whether processes may take programs from JAX's compilation cache, which process 0 alone writes.
+
+    Others then miss what it finds in a directory of its own. On GPUs they wait for it to share the tuning of each
+    program, which it skips with the rest. Gloo, on CPUs, gives up on processes that compile half a minute longer.
+    """
+    return processes == 1 or (shared_cache and backend != "cpu")
 
 
 def _parse(process: str) -> dict:

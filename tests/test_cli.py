@@ -483,9 +483,11 @@ def test_a_cache_is_named_where_it_can_be_written_and_else_left_off(tmp_path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if refusal:  # root may write anywhere
         monkeypatch.setattr(pathlib.Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(refusal))
-    cli._keep_compilations()
+    assert not cli._keep_compilations()
     found = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     assert found == (None if refusal else str(tmp_path / "cache" / "adapttoken-jax"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
+    assert cli._keep_compilations() and os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "own")
 
 
 # What is printed

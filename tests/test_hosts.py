@@ -251,3 +251,14 @@ def test_without_a_cluster_the_message_says_how_to_go_on(files):
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "--distributed: " in done.stderr and "--process=INDEX/COUNT@HOST:PORT" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("backend", "processes", "shared_cache", "may"),
+    [
+        ("cpu", 1, False, True), ("cpu", 2, False, False), ("cpu", 2, True, False),
+        ("gpu", 1, False, True), ("gpu", 2, False, False), ("gpu", 2, True, True), ("tpu", 8, False, False),
+    ],
+)  # fmt: skip
+def test_no_process_finds_programs_that_others_must_compile(backend, processes, shared_cache, may):
+    assert hosts._may_skip_compiling(backend, processes, shared_cache) == may
