@@ -411,7 +411,8 @@ def _demo(values: flags.FlagValues) -> int:
     with Progress() as progress:
         rows = demo.run(values.output, values.frames, values.seed, progress)
     sys.stdout.write(table(rows))
-    print("seconds hold what had to be compiled, which a second run need not do again", file=sys.stderr)
+    print("seconds are up to this answer of all that a method gives, from one scan; they hold what had to be compiled, "
+          "which a second run need not do again", file=sys.stderr)  # fmt: skip
     print(f"wrote {pathlib.Path(values.output) / 'report.html'}", file=sys.stderr)
     return OK
 

@@ -3,7 +3,6 @@
 The video is one that the bundled model has never seen: it comes from the test split.
 """
 
-import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -34,7 +33,7 @@ class Asked(NamedTuple):
 
 
 def run(directory, frames: int, seed: int, on_progress: OnProgress | None = None) -> list[dict]:
-    """Makes the video, answers every question by every method and writes what came of it.
+    """Makes the video, answers all questions at once by every method and writes what came of it.
 
     Args:
       directory: made if missing; gets `video.mp4`, `report.html`, `result.json` (AdaptToken on the first question) and
@@ -57,16 +56,16 @@ def run(directory, frames: int, seed: int, on_progress: OnProgress | None = None
     video = needle.write_mp4(scene, directory / "video.mp4", FPS)
     model = load("needle")
     config = AdaptTokenConfig.for_model(model.config, fps=FPS, max_frames=frames)
-    pairs = list(itertools.product(questions(scene, seed), METHODS))
-    answers = []
-    for asked, method in pairs:
-        answers.append((asked, method, answer(model, video, asked.text, asked.options, config, method)))
+    asked, found = list(questions(scene, seed)), {}
+    for method in METHODS:  # every scan answers all questions
+        found[method] = answer(model, video, [q.text for q in asked], [q.options for q in asked], config, method)
         if on_progress:
-            on_progress("answer", len(answers), len(pairs))
+            on_progress("answer", len(found), len(METHODS))
+    answers = [(question, method, found[method][q]) for q, question in enumerate(asked) for method in METHODS]
     rows = [_row(*each) for each in answers]
-    entries = [_entry(model, video, asked, result) for asked, _, result in answers]
+    entries = [_entry(model, video, question, result) for question, _, result in answers]
     report.write(directory / "report.html", entries, title="AdaptToken on a needle video")
-    write_result(directory / "result.json", next(result for _, method, result in answers if method == "adapttoken"))
+    write_result(directory / "result.json", found["adapttoken"][0])
     _write_all(directory / "results.json", rows, [result for *_, result in answers])
     return rows
 
