@@ -114,8 +114,8 @@ def model_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
     if raw.get("model_type") != "qwen2_5_vl":
         raise UserError(f"{source}: model_type is {raw.get('model_type')!r}; only 'qwen2_5_vl' is supported")
     try:
-        text = {**raw, **raw["text_config"]} if "text_config" in raw else raw
-        return _model_config(raw, text, raw["vision_config"], source)
+        text = {**_TEXT_DEFAULTS, **raw, **raw["text_config"]} if "text_config" in raw else raw
+        return _model_config(raw, text, {**_VISION_DEFAULTS, **raw["vision_config"]}, source)
     except KeyError as error:
         raise UserError(f"{source}: the field {error} is missing") from None
     except UserError:
@@ -123,6 +123,18 @@ def model_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelCo
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{source}: a field has a value of the wrong kind ({error})") from None
 
+
+# What a nested part means that lacks a field: the default of transformers' class, which several of its versions leave
+# out. It need not be what a released model has: their tokens_per_second is 2.
+_VISION_DEFAULTS = {
+    "depth": 32, "hidden_size": 3584, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31], "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2,
+    "window_size": 112, "tokens_per_second": 4,
+}  # fmt: skip
+_TEXT_DEFAULTS = {
+    "num_hidden_layers": 80, "hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "intermediate_size": 29568, "vocab_size": 152064, "rms_norm_eps": 1e-5,
+}  # fmt: skip
 
 # Fields of `ModelConfig` and the keys of config.json that replace their defaults.
 _TOKEN_IDS = {
@@ -188,19 +200,32 @@ def _check_values(raw, text, vision, source) -> None:
         for value in (raw.get(key), text.get(key)):
             if not isinstance(value, bool | None):
                 raise UserError(f"{source}: {key} is {value!r}; it must be true or false")
-    key, depth = "fullatt_block_indexes", range(vision["depth"])
-    if not (isinstance(vision[key], list) and all(type(layer) is int and layer in depth for layer in vision[key])):
-        raise UserError(f"{source}: vision_config.{key} is {vision[key]!r}; it must list layers below {len(depth)}")
+    if not _whole_numbers(layers := vision["fullatt_block_indexes"]):
+        raise UserError(f"{source}: vision_config.fullatt_block_indexes is {layers!r}; it must list layers, from 0 on")
+    sections = _mrope_sections(text)
+    if not (_whole_numbers(sections) and len(sections) == 3):
+        raise UserError(f"{source}: mrope_section is {sections!r}; it must be three whole numbers")
+
+
+def _whole_numbers(value) -> bool:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
 def _rope(text) -> dict:
     return text.get("rope_parameters") or text.get("rope_scaling") or {}
 
 
+def _mrope_sections(text) -> list[int]:
+    return _rope(text).get("mrope_section", [16, 24, 24])
+
+
 def _check_supported(text, vision, source) -> None:
     kind = _rope(text).get("rope_type", _rope(text).get("type", "default"))
     if kind not in ("default", "mrope"):
         raise UserError(f"{source}: rope type {kind!r} is not supported; only 'mrope' (plain M-RoPE) is")
+    if quantised := text.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, Mapping) else quantised
+        raise UserError(f"{source}: a quantised checkpoint ({method}); give the one that it was made from")
     if text.get("use_sliding_window"):
         raise UserError(f"{source}: use_sliding_window is not supported; set it to false")
     for part, activation in (("text", text.get("hidden_act")), ("vision", vision.get("hidden_act"))):
@@ -215,14 +240,14 @@ def _vision_config(vision) -> VisionConfig:
         heads=vision["num_heads"],
         ff=vision["intermediate_size"],
         out_width=vision["out_hidden_size"],
-        full_attention_layers=tuple(vision["fullatt_block_indexes"]),
-        patch=vision.get("patch_size", 14),
-        temporal_patch=vision.get("temporal_patch_size", 2),
-        merge=vision.get("spatial_merge_size", 2),
-        window=vision.get("window_size", 112),
+        # A tower that was cut may still name layers that it had.
+        full_attention_layers=tuple(i for i in vision["fullatt_block_indexes"] if i < vision["depth"]),
+        patch=vision["patch_size"],
+        temporal_patch=vision["temporal_patch_size"],
+        merge=vision["spatial_merge_size"],
+        window=vision["window_size"],
         channels=vision.get("in_channels", vision.get("in_chans", 3)),
-        # Missing from a file means the class default of transformers, which is not the released models' 2.
-        tokens_per_second=vision.get("tokens_per_second", 4),
+        tokens_per_second=vision["tokens_per_second"],
         rope_theta=float(_rope(vision).get("rope_theta") or 1e4),
     )
 
@@ -238,7 +263,7 @@ def _text_config(text, tied: bool) -> TextConfig:
         head_dim=head_dim,
         ff=text["intermediate_size"],
         vocab=text["vocab_size"],
-        mrope_sections=tuple(rope.get("mrope_section", (16, 24, 24))),
+        mrope_sections=tuple(_mrope_sections(text)),
         rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
         eps=text["rms_norm_eps"],
         tied=tied,
@@ -252,13 +277,15 @@ BUNDLED = {"needle": pathlib.Path(__file__).parent / "needle" / "checkpoint"}
 def checkpoint_directory(name) -> pathlib.Path:
     """The directory of a checkpoint: `name` itself, unless it is a bundled model's and no checkpoint lies there.
 
+    A `Path` is a directory and no name.
+
     Raises:
       UserError: an empty name, which would be the current directory.
     """
     if not str(name):
         raise UserError("model: the name is empty; give a checkpoint's directory")
     path = pathlib.Path(name)
-    return path if (path / "config.json").is_file() else BUNDLED.get(str(name), path)
+    return path if (path / "config.json").is_file() or not isinstance(name, str) else BUNDLED.get(name, path)
 
 
 def read_model_config(directory) -> ModelConfig:
@@ -269,14 +296,24 @@ def read_model_config(directory) -> ModelConfig:
     """
     path = checkpoint_directory(directory) / "config.json"
     if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such model directory; bundled models: {', '.join(BUNDLED)}")
+        raise UserError(f"{path.parent}: no such model directory (download a model of the hub first); bundled models: "
+                        f"{', '.join(BUNDLED)}")  # fmt: skip
     if not path.is_file():
-        raise UserError(f"{path.parent}: no config.json; give the directory of a Hugging Face or converted checkpoint")
+        raise UserError(f"{path.parent}: no config.json; {_where_it_may_be(path.parent)}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     return model_config(raw, str(path))
+
+
+def _where_it_may_be(directory: pathlib.Path) -> str:
+    """What to give in place of a directory that is no checkpoint."""
+    if snapshots := sorted(directory.glob("snapshots/*/config.json")):
+        return f"give a directory below it, {snapshots[-1].parent}"
+    if (directory / "adapter_config.json").is_file():
+        return "it holds an adapter (LoRA); merge that into its base model, and give the result"
+    return "give the directory of a Hugging Face or converted checkpoint"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from adapttoken_jax.errors import UserError
+from adapttoken_jax.errors import UserError, check_no_pointer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 OPTIONS_INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -63,8 +63,8 @@ class ChatTokenizer:
     def from_directory(cls, directory) -> "ChatTokenizer":
         """Reads `tokenizer.json`, or `vocab.json` and `merges.txt`, and the ids in `config.json` where it gives them.
 
-        Answers end at `eos_token_id` of `generation_config.json`, else at `eos_token` of `tokenizer_config.json`, else
-        at `<|im_end|>`.
+        Answers end at `eos_token_id` of `generation_config.json`, else of `config.json`, else at `eos_token` of
+        `tokenizer_config.json`, else at `<|im_end|>`.
 
         Raises:
           UserError: missing or unreadable files, a control token that the tokenizer lacks, an id on which
@@ -77,7 +77,7 @@ class ChatTokenizer:
         tokenizer.encode_special_tokens = True  # control tokens inside a text are plain characters
         config = _read_json(directory / "config.json")
         ids = {name: _control_id(tokenizer, config, name, directory) for name in _CONTROL_TOKENS}
-        eos = _eos_ids(tokenizer, directory, ids["im_end"], _declared(config, "vocab_size"))
+        eos = _eos_ids(tokenizer, directory, ids["im_end"], config)
         return cls(tokenizer, **ids, eos=eos)
 
     def encode(self, text: str) -> list[int]:
@@ -116,6 +116,7 @@ def _parsed(path: pathlib.Path, read: Callable[[], Tokenizer]) -> Tokenizer:
     except UserError:
         raise
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
+        check_no_pointer(path)
         raise UserError(f"{path}: not a readable tokenizer ({error})") from None
 
 
@@ -163,20 +164,24 @@ def _declared(config: dict[str, Any], key: str | None) -> int | None:
     return config[key] if config.get(key) is not None else inner.get(key)
 
 
-def _eos_ids(tokenizer: Tokenizer, directory: pathlib.Path, fallback: int, size: int | None) -> tuple[int, ...]:
-    settings = directory / "generation_config.json"
-    declared = _read_json(settings).get("eos_token_id")
-    if declared is not None:
-        ids = declared if isinstance(declared, list) else [declared]
-        if not all(type(index) is int for index in ids):
-            raise UserError(f"{settings}: eos_token_id is {declared!r}; give token ids")
-        if not any(0 <= index < (size or math.inf) for index in ids):  # a spare one beside may be beyond
-            raise UserError(f"{settings}: eos_token_id is {declared!r}, none within config.json's vocab_size {size}")
-        return tuple(ids)
+def _eos_ids(tokenizer: Tokenizer, directory: pathlib.Path, fallback: int, config: dict) -> tuple[int, ...]:
+    size = _declared(config, "vocab_size")
+    for settings in (directory / "generation_config.json", directory / "config.json"):
+        if (declared := _declared(_read_json(settings), "eos_token_id")) is not None:
+            return _checked_eos(settings, declared, size)
     token = _read_json(directory / "tokenizer_config.json").get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
     index = tokenizer.token_to_id(text) if text else None
     return (fallback if index is None else index,)
+
+
+def _checked_eos(settings: pathlib.Path, declared, size: int | None) -> tuple[int, ...]:
+    ids = declared if isinstance(declared, list) else [declared]
+    if not all(type(index) is int for index in ids):
+        raise UserError(f"{settings}: eos_token_id is {declared!r}; give token ids")
+    if not any(0 <= index < (size or math.inf) for index in ids):  # a spare one beside may be beyond
+        raise UserError(f"{settings}: eos_token_id is {declared!r}, none within config.json's vocab_size {size}")
+    return tuple(ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,9 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def weight_files(directory) -> list[pathlib.Path]:
-    """The safetensors files of a directory: those its index names, or all of them where there is no index.
+    """The safetensors files of a directory: those its index names, else the one file of a whole model, else all.
+
+    Without an index other files may lie beside these: an adapter that was merged, the optimizer, another precision.
 
     Raises:
       UserError: no weights, only pickle files, a broken index, a missing shard, or an index beside weights that it
@@ -52,6 +54,8 @@ def weight_files(directory) -> list[pathlib.Path]:
         if directory / _SINGLE in found and directory / _SINGLE not in named:
             raise UserError(f"{directory}: holds both {_SINGLE} and the shards of {_INDEX}; remove one of the two")
         return named
+    if directory / _SINGLE in found:
+        return [directory / _SINGLE]
     if not found:
         raise UserError(f"{directory}: {_no_weights(directory)}")
     return found
@@ -87,7 +91,7 @@ def stored_tensors(directory, config: ModelConfig) -> dict[str, StoredTensor]:
     """
     directory = pathlib.Path(directory)
     tensors = [tensor for path in weight_files(directory) for tensor in read_header(path)]
-    _check_index(directory, tensors)
+    _check_index(directory, config, tensors)
     times = Counter(parameters.canonical_key(tensor.key) for tensor in tensors)
     twice = next((key for key, count in times.items() if count > 1), None)
     if twice:
@@ -99,11 +103,13 @@ def stored_tensors(directory, config: ModelConfig) -> dict[str, StoredTensor]:
     return stored
 
 
-def _check_index(directory: pathlib.Path, tensors: list[StoredTensor]) -> None:
+def _check_index(directory: pathlib.Path, config: ModelConfig, tensors: list[StoredTensor]) -> None:
     if not (directory / _INDEX).is_file():
         return
     indexed, present = set(_weight_map(directory).items()), {(tensor.key, tensor.file.name) for tensor in tensors}
     for key, name in sorted(indexed - present):
+        if config.text.tied and parameters.canonical_key(key) == _HEAD:
+            continue  # named, and left out as the embedding's
         raise UserError(f"{directory / name}: has no tensor '{key}', which {_INDEX} expects there; fetch both again")
     for key, name in sorted(present - indexed):
         raise UserError(f"{directory / name}: holds '{key}', which {_INDEX} does not list there; fetch both again")

@@ -14,13 +14,10 @@ from collections.abc import Iterable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from adapttoken_jax.errors import UserError
+from adapttoken_jax.errors import UserError, check_no_pointer
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-# The first bytes of the text file that stands in for weights where a repository was cloned without Git LFS.
-_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +64,8 @@ def read_header(path: pathlib.Path) -> list[StoredTensor]:
 def _header_bytes(path: pathlib.Path) -> tuple[bytes, int]:
     """The JSON header of a file and the size of the whole file."""
     size = path.stat().st_size
+    check_no_pointer(path)
     with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(f"{path}: a Git LFS pointer, not the weights themselves; run 'git lfs pull' there")
-        file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 + length:
             raise UserError(f"{path}: truncated, or not a safetensors file; fetch it again")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import jax
@@ -10,10 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.torch import load_file, save_file
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLVisionConfig,
+)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 import adapttoken_jax as at
+from adapttoken_jax import config as configs
 from adapttoken_jax import costs, parameters
 from adapttoken_jax.config import SIZES, AdaptTokenConfig, model_config, read_model_config
 from adapttoken_jax.errors import UserError
@@ -94,7 +99,7 @@ def test_a_field_of_the_wrong_kind_is_one_line(changes):
     [
         {"num_heads": 0}, {"patch_size": 0}, {"spatial_merge_size": 0}, {"temporal_patch_size": 0}, {"window_size": 0},
         {"tokens_per_second": "x"}, {"tokens_per_second": -1}, {"fullatt_block_indexes": "x"},
-        {"fullatt_block_indexes": [99]},
+        {"fullatt_block_indexes": [-1]},
     ],
     ids=str,
 )  # fmt: skip
@@ -127,21 +132,80 @@ def test_a_config_is_an_object(raw):
 
 
 def test_key_heads_default_to_all_and_the_vision_tower_has_a_theta_of_its_own():
-    config = model_config(flat(num_key_value_heads=None))
-    assert (config.text.kv_heads, config.vision.rope_theta) == (config.text.heads, 1e4)
+    sizes = model_config(flat(num_key_value_heads=None))
+    assert (sizes.text.kv_heads, sizes.vision.rope_theta) == (sizes.text.heads, 1e4)
     vision = flat()["vision_config"] | {"rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}}
     assert model_config(flat(vision_config=vision)).vision.rope_theta == 100
 
 
 def test_what_the_vision_tower_reads_from_no_file_is_transformers_own():
-    """Its norms' epsilon is fixed there, and `tokens_per_second` has a default."""
-    theirs, raw = Qwen2_5_VLVisionConfig(), flat()
-    del raw["vision_config"]["tokens_per_second"]
-    vision = model_config(raw).vision
-    assert vision.tokens_per_second == theirs.tokens_per_second
+    """Its norms' epsilon is fixed there, and sizes have defaults."""
+    theirs, text = Qwen2_5_VLVisionConfig(), Qwen2_5_VLTextConfig()
+    assert {name: list(value) if isinstance(value := getattr(theirs, name), tuple) else value
+            for name in configs._VISION_DEFAULTS} == configs._VISION_DEFAULTS  # fmt: skip
+    assert {name: getattr(text, name) for name in configs._TEXT_DEFAULTS} == configs._TEXT_DEFAULTS
+    vision = model_config(flat()).vision
     norms = [m for m in Qwen2_5_VisionTransformerPretrainedModel(Qwen2_5_VLVisionConfig(depth=1)).modules()
              if hasattr(m, "variance_epsilon")]  # fmt: skip
     assert len(norms) == 3 and {norm.variance_epsilon for norm in norms} == {vision.eps}
+
+
+def test_a_nested_part_may_leave_out_what_is_the_default():
+    """As some versions of transformers write it: of the vision tower of 32B and the text of 72B what differs."""
+    top = {
+        "model_type": "qwen2_5_vl", "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40,
+        "num_hidden_layers": 64, "num_key_value_heads": 8, "vocab_size": 152064, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {"hidden_size": 1280, "in_chans": 3, "intermediate_size": 3456, "out_hidden_size": 5120,
+                          "spatial_patch_size": 14, "tokens_per_second": 2, "model_type": "qwen2_5_vl"},
+    }  # fmt: skip
+    assert model_config(top) == SIZES["qwen2.5-vl-32b"]
+    vision = {"hidden_size": 1280, "intermediate_size": 3456, "out_hidden_size": 8192, "tokens_per_second": 2}
+    nested = {"model_type": "qwen2_5_vl", "vision_config": vision, "text_config": {"rms_norm_eps": 1e-6}}
+    assert model_config(nested) == SIZES["qwen2.5-vl-72b"]
+
+
+def test_a_tower_that_was_cut_may_name_layers_that_it_had():
+    tower = flat()["vision_config"] | {"depth": 2, "fullatt_block_indexes": [1, 7, 15]}
+    assert model_config(flat(vision_config=tower)).vision.full_attention_layers == (1,)
+
+
+@pytest.mark.parametrize("sections", [[4, 4], [8], [2, 2, 2, 2], ["2", 3, 3], [-1, 4, 5], None])
+def test_there_are_three_sections_of_mrope(sections):
+    scaling = {"type": "mrope", "mrope_section": sections}
+    with pytest.raises(UserError, match=r"^config\.json: mrope_section is .*; it must be three whole numbers$"):
+        model_config(flat(rope_scaling=scaling))
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ("models--Qwen/snapshots/0f/config.json", r": no config\.json; give a directory below it, \S+/snapshots/0f$"),
+        ("models--Qwen/adapter_config.json", r": no config\.json; it holds an adapter \(LoRA\); merge that"),
+        ("other/config.json", r": no such model directory \(download a model of the hub first\)"),
+    ],
+)
+def test_a_directory_that_is_no_checkpoint_says_what_it_is(tmp_path, made, words):
+    (tmp_path / made).parent.mkdir(parents=True)
+    (tmp_path / made).write_text("{}")
+    with pytest.raises(UserError, match=f"^{tmp_path}/models--Qwen{words}"):
+        read_model_config(tmp_path / "models--Qwen")
+
+
+def test_a_quantised_checkpoint_is_refused_by_its_config():
+    assert model_config(flat(quantization_config=None))
+    with pytest.raises(UserError, match=r"^config\.json: a quantised checkpoint \(awq\); give the one that it"):
+        model_config(flat(quantization_config={"quant_method": "awq", "bits": 4}))
+
+
+def test_a_directory_is_not_the_bundled_model_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configs.checkpoint_directory("needle") == configs.BUNDLED["needle"]
+    for name in ("./needle", pathlib.Path("needle")):
+        with pytest.raises(UserError, match=r"^needle: no such model directory"):
+            read_model_config(name)
+        with pytest.raises(UserError, match=r"^needle: no such model directory"):
+            at.load(name)
 
 
 def test_a_checkpoint_of_two_types_computes_in_that_of_its_embedding(tmp_path, monkeypatch):

@@ -292,7 +292,7 @@ def test_added_tokens_with_a_gap_are_refused(tmp_path):
     [
         ({"eos_token_id": [7, 8]}, {"eos_token": "<|endoftext|>"}, (7, 8)),
         ({"eos_token_id": 7}, {}, (7,)),
-        ({}, {"eos_token": "<|endoftext|>"}, "<|endoftext|>"),
+        ({"eos_token_id": None}, {"eos_token": "<|endoftext|>"}, "<|endoftext|>"),
         ({}, {"eos_token": {"content": "<|endoftext|>"}}, "<|endoftext|>"),
         ({}, {}, "<|im_end|>"),
     ],
@@ -303,6 +303,22 @@ def test_what_ends_an_answer(tmp_path, generation, tokenizer_config, expected):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     wanted = (tokenizer.token_to_id(expected),) if isinstance(expected, str) else expected
     assert ChatTokenizer.from_directory(tmp_path).eos == wanted
+
+
+@pytest.mark.parametrize("fields", [{"eos_token_id": [7, 8]}, {"text_config": {"eos_token_id": [7, 8]}}], ids=str)
+def test_the_config_says_what_ends_an_answer_where_no_other_file_does(tmp_path, fields):
+    write_checkpoint(tmp_path, **fields)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    assert ChatTokenizer.from_directory(tmp_path).eos == (7, 8)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert ChatTokenizer.from_directory(tmp_path).eos == (9,)
+
+
+def test_a_pointer_in_place_of_a_tokenizer_is_named(tmp_path):
+    write_checkpoint(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(UserError, match=r"tokenizer\.json: a Git LFS pointer, not the file itself; run 'git lfs pull'"):
+        ChatTokenizer.from_directory(tmp_path)
 
 
 def test_ids_in_the_nested_config_are_checked_too(tmp_path):

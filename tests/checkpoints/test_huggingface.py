@@ -344,6 +344,26 @@ def test_tied_checkpoint_may_repeat_the_embedding_but_not_contradict_it(tmp_path
             _read(directory)
 
 
+def test_an_index_may_name_the_head_that_a_tied_checkpoint_has_not(tmp_path, values):
+    tied = random_bits.write(tmp_path / "tied", SMALL_TIED, random_bits.tensors(SMALL_TIED), shards=2)
+    before = _read(tied)
+    named = lambda i: i["weight_map"].update({"lm_head.weight": "model-00002-of-00002.safetensors"})
+    _edit_index(tied, named)
+    assert _same_tree(_read(tied), before)
+    headless = {key: array for key, array in values.items() if key != "lm_head.weight"}
+    untied = random_bits.write(tmp_path / "untied", SMALL, headless, shards=2)
+    _edit_index(untied, named)
+    with pytest.raises(UserError, match=r"has no tensor 'lm_head\.weight', which"):
+        _read(untied)
+
+
+def test_what_lies_beside_the_file_of_a_whole_model_is_none_of_it(tmp_path, values, loaded):
+    directory = random_bits.write(tmp_path / "model", SMALL, values)
+    shutil.copyfile(directory / "model.safetensors", directory / "model.fp16.safetensors")
+    save_file({"base_model.lora_A.weight": np.zeros(2, np.float32)}, directory / "adapter_model.safetensors")
+    assert _same_tree(_read(directory), loaded)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
