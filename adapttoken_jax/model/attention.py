@@ -1,7 +1,8 @@
 """Attention in XLA: one clear reference and a memory-bounded version of it; the twins of every kernel in `kernels.py`.
 
-All functions compute softmax in float32 and treat grouped queries without repeating keys. Masks are boolean, True where
-a query may look. Letters: B batch, T query, S key, N heads, K kv-heads, G query heads per kv-head, H head dim.
+All functions compute softmax in float32 and treat grouped queries without repeating keys. Queries of the decoder come
+scaled by H**-0.5 (`TextLayer.rotated`), those of windows do not. Masks are boolean, True where a query may look.
+Letters: B batch, T query, S key, N heads, K kv-heads, G query heads per kv-head, H head dim.
 """
 
 import functools
@@ -21,12 +22,12 @@ _ROW_STEP = 16  # of what a question then has at once, so that kernels have whol
 
 
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scaled dot products in float32: q[B, T, N, H], k[B, S, K, H] -> [B, N, T, S]."""
+    """Dot products in float32: q[B, T, N, H], k[B, S, K, H] -> [B, N, T, S]."""
     B, T, N, H = q.shape
     K = k.shape[2]
     grouped = q.reshape(B, T, K, N // K, H)
     products = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
-    return products.reshape(B, N, T, k.shape[1]) * H**-0.5
+    return products.reshape(B, N, T, k.shape[1])
 
 
 def weighted_values(probabilities: jax.Array, v: jax.Array) -> jax.Array:
@@ -74,11 +75,12 @@ def _segment(places, blocks, k, v, valid, key_places):
     def block(places_and_rows):
         places, q = places_and_rows
         mask = (places[..., None] >= key_places) & valid[:, None]
-        products = jnp.einsum("BKGTH,BKHS->BKGTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        products = jnp.einsum("BKGTH,BKHS->BKGTS", q, k, preferred_element_type=jnp.float32)
         products = jnp.where(mask[:, None, None], products, MASKED)
         weights = jnp.exp(products - products.max(-1, keepdims=True))
-        mixed = product("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v)
-        return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)  # fewer numbers to divide than the weights
+        # Fewer numbers to divide than the weights; until then they are sums that float16 might not hold.
+        mixed = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
     return jax.lax.map(block, (places, blocks))
 

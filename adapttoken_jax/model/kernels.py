@@ -96,7 +96,7 @@ class Kernel:
         return Spread.of(self.mesh, axes, rows.shape[1], config.heads, config.ff)
 
     def causal(self, q, k, v, valid, rest=None, pieces: Pieces = WHOLE) -> jax.Array:
-        """Causal attention of a sequence over itself: q[B, T, N, H], k and v[B, T, K, H] -> [B, T, N, H].
+        """Causal attention of a sequence over itself: scaled q[B, T, N, H], k and v[B, T, K, H] -> [B, T, N, H].
 
         `valid[B, T]` is False at padding, which stands at the end and which nothing looks at. Rows of padding come out
         as any finite numbers; the last of them as `rest`[B, R, N, H], where that is given.
@@ -132,7 +132,9 @@ class Kernel:
         return self._per_device(_splash, 1, pieces, (kernels, specs))(q, k, v, valid)
 
     def over_context(self, q, k, v, valid, unused: int = 0, pieces: Pieces = WHOLE) -> tuple[jax.Array, jax.Array]:
-        """Attention of later rows over a context: q[B, T, N, H], k and v[B, S, K, H], valid[B, S], padding anywhere.
+        """Attention of later rows over a context: scaled q[B, T, N, H], k and v[B, S, K, H], valid[B, S].
+
+        Padding may stand anywhere.
 
         The last `unused` keys are nothing but padding. B may be `pieces` of contexts.
 
@@ -230,7 +232,7 @@ def resolve_vision(dtype, head_dim: int, mesh: Mesh | None = None, platform: str
 
 def _cudnn_causal(q, k, v, valid, implementation="cudnn"):
     del valid  # padding stands at the end, where no row before it looks; told of it, cuDNN is slower
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=1.0, implementation=implementation)
 
 
 def _cudnn_within(q, k, v, implementation="cudnn"):
@@ -297,14 +299,14 @@ def _splash(q, k, v, valid, kernels: dict):
     """Pads rows and keys to whole blocks; a row looks at the keys of its segment, and padding is another one."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    (T, _, H), S = q.shape[1:], k.shape[1]
+    T, S = q.shape[1], k.shape[1]
     blocks = kernels["tpu"].kwargs["block_sizes"]
     rows, keys = round_up(T, blocks.block_q), round_up(S, blocks.block_kv)
     heads_first = lambda x, size: jnp.moveaxis(jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))), 2, 1)
     hidden = jnp.pad(~valid, ((0, 0), (0, keys - S)), constant_values=True).astype(jnp.int32)
     segments = splash.SegmentIds(q=jnp.zeros((q.shape[0], rows), jnp.int32), kv=hidden)
     out = jax.lax.platform_dependent(
-        heads_first(q * H**-0.5, rows), heads_first(k, keys), heads_first(v, keys), segments,
+        heads_first(q, rows), heads_first(k, keys), heads_first(v, keys), segments,
         **{platform: jax.vmap(kernel) for platform, kernel in kernels.items()},
     )  # fmt: skip
     if not kernels["tpu"].kwargs["save_residuals"]:

@@ -31,8 +31,8 @@ def turns(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates x[..., H] in float32 by the angles that have these `turns`; pairs element i with i + H / 2.
+def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array], scale: float = 1.0) -> jax.Array:
+    """Rotates x[..., H] in float32 by the angles that have these `turns`, and scales; pairs element i with i + H / 2.
 
     `turn` broadcasts to x, whose heads may stand before its rows or after them.
 
@@ -41,7 +41,7 @@ def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
     """
     cos, sin = (jnp.concatenate([each, each], -1) for each in turn)
     swapped = jax.lax.platform_dependent(x, tpu=_swap_by_product, default=_swap)
-    return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
+    return ((x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin) * scale).astype(x.dtype)
 
 
 def _swap(x):

@@ -117,8 +117,15 @@ class TextLayer(Block):
         return axes[::-1] if self.turned and name in _TURNED else axes
 
     def queries(self, x):
-        """Queries [..., T, N, H] of the normalised x[..., T, D], still to be rotated."""
+        """Queries [..., T, N, H] of the normalised x[..., T, D], still to be `rotated`."""
         return product("...TD,DNH->...TNH", x, self.q_kernel[...]) + self.q_bias[...]
+
+    def rotated(self, queries, turn):
+        """Queries as attention takes them: rotated, and scaled before they are rounded to their type.
+
+        Whatever forms scores of them, for values or for relevance, then forms the same ones.
+        """
+        return rotate(queries, turn, self.config.head_dim**-0.5)
 
     def keys_and_values(self, x, turn, at_once=False):
         """Rotated keys and values, [..., T, K, H] each, of the normalised x[..., T, D].
@@ -145,13 +152,13 @@ class TextLayer(Block):
         """One layer of `TextDecoder.prefill`: its output where it is `needed`, else x; and its keys and values."""
         h = rms_norm(x, self.norm1, self.config.eps)
         k, v = self.keys_and_values(h, turn)
-        output = lambda: self.finish(x, kernel.causal(rotate(self.queries(h), turn), k, v, valid))
+        output = lambda: self.finish(x, kernel.causal(self.rotated(self.queries(h), turn), k, v, valid))
         return jax.lax.cond(needed, output, lambda: x), k, v
 
     def extend(self, x, turn, context, tail, mask, start, kernel):
         """One layer of `TextDecoder.extend`; also returns its queries and their log-sum-exp."""
         h = rms_norm(x, self.norm1, self.config.eps)
-        q, new = split_rows((rotate(self.queries(h), turn), self.keys_and_values(h, turn)), kernel.mesh)
+        q, new = split_rows((self.rotated(self.queries(h), turn), self.keys_and_values(h, turn)), kernel.mesh)
         k, v = (jax.lax.dynamic_update_slice_in_dim(old, own, start, 2) for old, own in zip(tail, new, strict=True))
         mixed, lse = two_part_attention(q, context, (k, v, mask), kernel.over_context)
         return self.finish(x, shared_rows(mixed, kernel.mesh)), (k, v), q, lse
@@ -189,14 +196,14 @@ class TextLayer(Block):
             Q, t, T = tail[2].shape[1:]
             # The few suffixes' are rotated by themselves: of all rows nothing then needs the queries but `causal`, and
             # a TPU's compiler scales them for it as it rotates them.
-            asked = _by_suffix(rotate(*jax.tree.map(lambda x: x[:, -Q * t :], (q, turn))), Q, t)
+            asked = _by_suffix(self.rotated(*jax.tree.map(lambda x: x[:, -Q * t :], (q, turn))), Q, t)
             unused = 0 if pieces.count > 1 else Q * T
             over_context = functools.partial(kernel.over_context, unused=unused, pieces=pieces)
             mixed, lse = two_part_attention(asked, past, tail, over_context)
             mixed = mixed.reshape(len(q), Q * t, *q.shape[2:])
         if first == 0:
             with jax.named_scope("context"):
-                mixed = kernel.causal(rotate(q, turn), *past, rest=mixed, pieces=pieces)
+                mixed = kernel.causal(self.rotated(q, turn), *past, rest=mixed, pieces=pieces)
         finish = functools.partial(self.finish, spread=spread)
         return list(map(finish, rows, spread.split(mixed))), asked, lse
 

@@ -4,6 +4,7 @@ Axis letters: T generated tokens, V vocabulary. Entropies are in nats. Everythin
 inside `jax.jit` (with `form` and `bottom_fraction` static), in float32 or the input's wider type.
 """
 
+import jax
 import numpy as np
 
 from adapttoken_jax.errors import UserError
@@ -67,7 +68,11 @@ def _deepconf(log_p, xp):
     tokens = min(_DEEPCONF_TOKENS, log_p.shape[-1])
     # A token without mass counts as the least float32 probability: an infinite certainty could not be averaged.
     log_p = xp.maximum(log_p, np.log(np.finfo(np.float32).tiny))
-    return -xp.partition(log_p, log_p.shape[-1] - tokens, axis=-1)[..., -tokens:].mean(axis=-1)
+    if xp is np:
+        likeliest = np.partition(log_p, log_p.shape[-1] - tokens, axis=-1)[..., -tokens:]
+    else:
+        likeliest = jax.lax.top_k(log_p, tokens)[0]
+    return -likeliest.mean(axis=-1)
 
 
 def least_certain_mean(certainties, mask, bottom_fraction: float):

@@ -29,8 +29,8 @@ CAUSAL, OVER_CONTEXT, CONTEXT_ATTENTION = map(jax.jit, (XLA.causal, XLA.over_con
 
 
 def case(B=2, T=130, S=130, N=4, K=2, dtype=jnp.float32):
-    """q, k, v and a mask with padding at the end of the second entry."""
-    q, k, v = random(B, T, N, H), random(B, S, K, H, seed=1), random(B, S, K, H, seed=2)
+    """q, scaled, k, v and a mask with padding at the end of the second entry."""
+    q, k, v = random(B, T, N, H) / H**0.5, random(B, S, K, H, seed=1), random(B, S, K, H, seed=2)
     valid = np.arange(S) < np.asarray([[S], [S - 9]])
     return *(x.astype(dtype) for x in (q, k, v)), valid
 
@@ -57,6 +57,18 @@ def test_splash_over_a_context_gives_values_and_log_sum_exp(T):
     np.testing.assert_allclose(lse, expected, atol=5e-6)
     exported = jax.export.export(jax.jit(Kernel("splash").over_context), platforms=["tpu"])(q, k, v, valid)
     assert ("tpu_custom_call" in exported.mlir_module()) == (T > 8)
+
+
+def test_splash_and_relevance_see_the_same_queries():
+    """In bfloat16, with keys as large as Qwen2.5's biases make them: rounded once more, queries would be others."""
+    q, k, v, valid = case(T=20, S=300)
+    q, k, v = ((scale * x).astype(jnp.bfloat16) for scale, x in ((3.5, q), (27, k), (1, v)))
+    _, lse = jax.jit(Kernel("splash").over_context)(q, k, v, valid)
+    _, expected = CONTEXT_ATTENTION(q, k, v, valid)
+    assert np.abs(expected).max() > 100
+    np.testing.assert_allclose(lse, expected, rtol=1e-5)  # of sums in float32
+    shares = attention.probabilities_from_lse(q[:, None], k, valid, lse[:, None]).sum(-1)
+    np.testing.assert_allclose(shares, 1, atol=2e-3)
 
 
 @pytest.mark.parametrize("mesh", ["data=2,model=4", "data=4,model=2", "fsdp=2,model=4", "fsdp=4,model=1"])
