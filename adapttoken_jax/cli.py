@@ -411,8 +411,8 @@ def _demo(values: flags.FlagValues) -> int:
     with Progress() as progress:
         rows = demo.run(values.output, values.frames, values.seed, progress)
     sys.stdout.write(table(rows))
-    print("seconds are up to this answer of all that a method gives, from one scan; they hold what had to be compiled, "
-          "which a second run need not do again", file=sys.stderr)  # fmt: skip
+    print("seconds begin with the scan that a method's questions share; they hold what had to be compiled, which a "
+          "second run need not do again", file=sys.stderr)  # fmt: skip
     print(f"wrote {pathlib.Path(values.output) / 'report.html'}", file=sys.stderr)
     return OK
 
@@ -510,7 +510,8 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
             sys.stdout.write(help_text(command))
             return OK
         check_required(command, values)
-        _join(name, values, shared_cache=_keep_compilations())
+        shared_cache = _keep_compilations()
+        _join(name, values, shared_cache)
         return command.run(values)
     except Exception as error:
         return failed(name, error, debug)
@@ -523,7 +524,11 @@ def _join(name: str, values: flags.FlagValues, shared_cache: bool) -> None:
 
 
 def _keep_compilations() -> bool:
-    """Lets JAX find on disk what an earlier run compiled. The user's own JAX_ variables win: whether they say where."""
+    """Lets JAX find on disk what an earlier run compiled; the user's own JAX_ variables win.
+
+    Returns:
+      Whether these name the place.
+    """
     named = "JAX_COMPILATION_CACHE_DIR" in os.environ
     if not named:
         try:
