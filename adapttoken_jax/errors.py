@@ -1,4 +1,4 @@
-"""The one exception that a user's own mistake raises."""
+"""The one exception that a user's own mistake raises, and the mistake that every kind of a checkpoint's file can be."""
 
 import pathlib
 

@@ -19,6 +19,7 @@ from adapttoken_jax.encoding import VisualTokens
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import workdir
 from adapttoken_jax.evaluation.runner import Answerer
+from adapttoken_jax.evaluation.samples import another_question, head
 from adapttoken_jax.evaluation.saved_selection import SavedSelection
 from adapttoken_jax.loading import Model
 from adapttoken_jax.pipeline import answer_from
@@ -63,9 +64,10 @@ def read_replay(directory, items: Sequence[Item], benchmark: str, method: str) -
     for flag, ours in (("benchmark", benchmark), ("method", method)):
         if (theirs := run["flags"][flag]) != ours:
             raise UserError(f"--{flag}={ours}: the run of --replay={directory} had {theirs}; give that, or another run")
-    if other := [item.id for item in items if _is_another(item, samples.get(item.id))]:
+    answered = {name: sample for name, sample in samples.items() if "error" not in sample}
+    if other := another_question({item.id: head(number, item) for number, item in enumerate(items)}, answered):
         raise UserError(
-            f"--replay={directory}: question {other[0]} is about another video there, or has another answer; give a "
+            f"--replay={directory}: question {other} is about another video there, or has another answer; give a "
             "run of the same questions"
         )
     if left := [item.id for item in items if item.id not in records and "error" not in samples.get(item.id, ())]:
@@ -75,12 +77,6 @@ def read_replay(directory, items: Sequence[Item], benchmark: str, method: str) -
         )
     sha256 = hashlib.sha256(json.dumps(records, sort_keys=True).encode("utf-8")).hexdigest()
     return Replay(selections, run["config"]["budget"], sha256)
-
-
-def _is_another(item: Item, sample: Mapping | None) -> bool:
-    """Whether the run answered another question by this name."""
-    answered = sample is not None and "error" not in sample
-    return answered and (sample["video_id"], sample["target"]) != (item.video_id, item.answer)
 
 
 def replayed(model: Model, config: AdaptTokenConfig, method: str, replay: Replay) -> Answerer:

@@ -4,7 +4,7 @@ A sample holds nothing that differs between two runs of the same thing: no times
 with a clock stands in the costs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapttoken_jax.evaluation.localisation import localise
@@ -27,7 +27,7 @@ def answered_sample(number: int, item, result: Result, clip: Clip) -> dict[str, 
       "flops"; and with a time reference "localisation".
     """
     per_slot = result.video.tokens // result.video.slots
-    sample = _head(number, item) | {
+    sample = head(number, item) | {
         "prediction": result.answer,
         "option": result.option,
         "option_probabilities": result.option_probabilities,
@@ -50,11 +50,19 @@ def answered_sample(number: int, item, result: Result, clip: Clip) -> dict[str, 
 
 def broken_sample(number: int, item, reason: str) -> dict[str, Any]:
     """The sample of a question whose video cannot be read: no prediction, and why in "error"."""
-    return _head(number, item) | {"prediction": None, "option": None, "error": reason}
+    return head(number, item) | {"prediction": None, "option": None, "error": reason}
 
 
-def _head(number: int, item) -> dict[str, Any]:
+def head(number: int, item) -> dict[str, Any]:
+    """What every sample of a question begins with, whatever came of it."""
     return {"doc_id": number, "id": item.id, "video_id": item.video_id, "target": item.answer}
+
+
+def another_question(ours: Mapping[str, Mapping], theirs: Mapping[str, Mapping]) -> str | None:
+    """The first id by which two runs' samples have another video or another right answer; None if there is none."""
+    asked = lambda sample: (sample["video_id"], sample["target"])
+    both = ours.keys() & theirs.keys()
+    return min((name for name in both if asked(ours[name]) != asked(theirs[name])), default=None)
 
 
 def costs(items: Sequence, results: Sequence[Result], wall: float) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from adapttoken_jax.benchmarks.statistics import paired_difference
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import workdir
 from adapttoken_jax.evaluation.published import COLUMNS, published
+from adapttoken_jax.evaluation.samples import another_question
 from adapttoken_jax.result import atomic_file
 
 Row = dict[str, Any]
@@ -221,11 +222,9 @@ def paired_table(runs: Sequence[FinishedRun], baseline: FinishedRun, rule: str) 
 
 
 def _check_same_questions(baseline: FinishedRun, run: FinishedRun) -> None:
-    of = lambda sample: (sample["video_id"], sample["target"])
-    both = baseline.samples.keys() & run.samples.keys()
-    if other := sorted(name for name in both if of(baseline.samples[name]) != of(run.samples[name])):
+    if other := another_question(baseline.samples, run.samples):
         raise UserError(
-            f"--baseline={baseline.path}: question {other[0]} is about another video in {run.path}, or has another "
+            f"--baseline={baseline.path}: question {other} is about another video in {run.path}, or has another "
             "answer; give runs of the same questions"
         )
 
