@@ -39,6 +39,7 @@ from adapttoken_jax.scan import (
     prompt_batch,
     question_rows,
     read_visits,
+    to_read,
 )
 from adapttoken_jax.selection import group_certainty, visiting_order
 from adapttoken_jax.selection.compiled_stopping import (
@@ -99,6 +100,7 @@ def visit_groups(
     stop: Stopping | None = None,
     time_is_up: Callable[[], bool] | None = None,
     on_progress: OnProgress | None = None,
+    keep_logits: bool = False,
 ) -> list[Scan]:
     """Steps 3 to 7 as `scan.visit_groups`, same arguments and results; progress is reported per chunk.
 
@@ -117,7 +119,7 @@ def visit_groups(
         first, following = 0, None
         while first < chunk.waves and not log.done:
             last = chunk.waves if time_is_up is None else first + 1
-            running = _run(model, chunk, rule, state, first, last, prompts, config)
+            running = _run(model, chunk, rule, state, first, last, prompts, config, keep_logits)
             following = following or (None if on_demand else next(chunks, None))
             first, state = _collect(running, chunk, first, log, config)
             log.after_wave(time_is_up, on_progress)
@@ -125,11 +127,11 @@ def visit_groups(
     return log.scans()
 
 
-def _run(model, chunk, rule, state, first, last, prompts, config) -> LoopState:
+def _run(model, chunk, rule, state, first, last, prompts, config, keep_logits) -> LoopState:
     """Starts the loop on the waves `first` <= wave < `last` of a chunk; returns before it has ended."""
     spec, span = group_spec(model, prompts, config), np.asarray([first, last], np.int32)
     loop = run_waves(model.module, chunk.batch, chunk.real, span, rule, state, spec, config.bottom_fraction)
-    return sharding.everywhere(loop, model.mesh)
+    return sharding.everywhere(loop._replace(said=to_read(loop.said, keep_logits)), model.mesh)
 
 
 def _collect(running: LoopState, chunk: Chunk, first: int, log: ScanLog, config) -> tuple[int, StopState]:
@@ -199,8 +201,7 @@ def _count_wave(rule, state, out, option_ids, real, bottom_fraction) -> StopStat
 def _chosen_option(out, option_ids) -> jax.Array:
     """The option that each answer names, int32[w, Q]: the letter it begins with, else the likeliest; -1 if open."""
     is_letter = (out["tokens"][..., :1] == option_ids) & (option_ids >= 0)
-    letters = jnp.take_along_axis(out["first_logits"], jnp.maximum(option_ids, 0)[None], -1)
-    likeliest = jnp.where(option_ids >= 0, letters, -jnp.inf).argmax(-1)
+    likeliest = jnp.where(option_ids >= 0, out["option_logits"], -jnp.inf).argmax(-1)
     option = jnp.where(is_letter.any(-1), is_letter.argmax(-1), likeliest)
     return jnp.where((option_ids >= 0).any(-1), option, -1)
 

@@ -163,9 +163,9 @@ def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[st
     Questions share a context: a token then counts as relevant as it is to the question that it is most relevant to.
 
     Returns:
-      "first_logits" float32[B, Q, V], "tokens" int32[B, Q, A], "counted" bool[B, Q, A] (the answer's own tokens),
-      "entropy" and "certainty" float32[B, Q, A] per token; with `spec.relevance` "relevance" float32[B, Q, M]; with
-      `spec.keep_layer` "kept"[B, M, D].
+      "first_logits" float32[B, Q, V] and of them "option_logits" float32[B, Q, O]; "tokens" int32[B, Q, A], "counted"
+      bool[B, Q, A] (the answer's own tokens), "entropy" and "certainty" float32[B, Q, A] per token; with
+      `spec.relevance` "relevance" float32[B, Q, M]; with `spec.keep_layer` "kept"[B, M, D].
     """
     text, visual = model.text, _visual_rows(batch)
     hidden, pasts, found = _run_layers(text, batch, spec)
@@ -178,7 +178,9 @@ def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[st
             limit=batch.limit, end_ids=spec.end_ids, measure=functools.partial(_measure, batch=batch, spec=spec),
             sampling=spec.sampling, key=batch.key, kernel=spec.kernel,
         )  # fmt: skip
-    out = {"first_logits": logits, "tokens": generation.tokens, "counted": generation.counted}
+    of_options = jnp.take_along_axis(logits, jnp.maximum(batch.option_ids, 0)[None], -1)
+    out = {"first_logits": logits, "option_logits": of_options}
+    out |= {"tokens": generation.tokens, "counted": generation.counted}
     out |= {"entropy": generation.measured[..., 0], "certainty": generation.measured[..., 1]}
     if spec.relevance is not None:
         out["relevance"] = found["observed"][..., visual]

@@ -135,7 +135,7 @@ def answer(
     time_is_up = None if deadline is None else (lambda: agreed(late(), model.mesh))
     order = slot_order(model, plan, config, method, deadline)
     with _open_tokens(model, plan, order, trace, feature_cache, on_progress) as tokens:
-        runs = scan_video(model, plan, tokens, prompts, config, method, time_is_up, on_progress, loop)
+        runs = scan_video(model, plan, tokens, prompts, config, method, time_is_up, on_progress, loop, trace)
         results = [answered(run, begin, trace) for run in runs]
     if abstain_above is not None:
         results = [result.abstain(each, abstain_above) for each in results]
@@ -215,20 +215,23 @@ def scan_video(
     time_is_up: Callable[[], bool] | None = None,
     on_progress: OnProgress | None = None,
     loop: str = "device",
+    keep_logits: bool = False,
 ) -> list[Run]:
-    """Steps 3 to 7 for all questions of a video: one `Run` each, ready for `conclude`. `loop` is one of `LOOPS`.
+    """Steps 3 to 7 for all questions of a video: one `Run` each, ready for `conclude`.
 
+    `loop` is one of `LOOPS`; `keep_logits`, which a trace needs, is as in `scan.visit_groups`.
     Questions share a scan where the same words stand before the video; an `Ask` with a `system` of its own has others.
     """
     runs: dict[int, Run] = {}
     for prefix in dict.fromkeys(prompt.prefix_ids for prompt in prompts):
         own = {q: prompt for q, prompt in enumerate(prompts) if prompt.prefix_ids == prefix}
-        found = _one_scan(model, plan, tokens, [*own.values()], config, method, time_is_up, on_progress, loop)
+        given = (config, method, time_is_up, on_progress, loop, keep_logits)
+        found = _one_scan(model, plan, tokens, [*own.values()], *given)
         runs |= zip(own, found, strict=True)
     return [runs[q] for q in range(len(prompts))]
 
 
-def _one_scan(model, plan, tokens, prompts, config, method, time_is_up, on_progress, loop) -> list[Run]:
+def _one_scan(model, plan, tokens, prompts, config, method, time_is_up, on_progress, loop, keep_logits) -> list[Run]:
     if not plan.scanned:
         tokens.ensure(np.arange(plan.clip.grid[0]))
     begin, waited = time.perf_counter(), tokens.seconds["waiting"]
@@ -239,7 +242,7 @@ def _one_scan(model, plan, tokens, prompts, config, method, time_is_up, on_progr
             blind = blind_replies(model, tokens, prompts, config)
             runs = [dataclasses.replace(run, blind=each) for run, each in zip(runs, blind, strict=True)]
         stop = _stopping(runs) if method == "lite" else None
-        scans = LOOPS[loop](model, tokens, prompts, config, stop, time_is_up, on_progress)
+        scans = LOOPS[loop](model, tokens, prompts, config, stop, time_is_up, on_progress, keep_logits)
     groups = time.perf_counter() - begin - (tokens.seconds["waiting"] - waited)
     seconds = {"decode": tokens.seconds["decode"], "vision": tokens.seconds["vision"], "groups": groups}
     return [dataclasses.replace(run, scan=scan, seconds=dict(seconds)) for run, scan in zip(runs, scans, strict=True)]

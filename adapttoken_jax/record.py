@@ -19,7 +19,7 @@ def make_result(run: Run, outcome: Outcome, trace) -> result.Result:
     return result.Result(
         answer=text,
         option=option,
-        option_probabilities=option_probabilities(run.prompt, final.first_logits),
+        option_probabilities=option_probabilities(run.prompt, final.option_logits),
         entropy=final.entropy,
         method=run.method,
         video=_video_summary(run.plan),
@@ -40,7 +40,7 @@ def _consensus(run: Run, weights: np.ndarray) -> dict[str, float] | None:
     """The second answer: the visited groups' option probabilities, mixed by the weights of the budget."""
     if not run.scan or not run.prompt.letters:
         return None
-    said = [list(option_probabilities(run.prompt, v.reply.first_logits).values()) for v in run.scan.visits]
+    said = [list(option_probabilities(run.prompt, v.reply.option_logits).values()) for v in run.scan.visits]
     return dict(zip(run.prompt.letters, option_consensus(said, weights).tolist(), strict=True))
 
 

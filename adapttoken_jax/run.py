@@ -80,10 +80,10 @@ class Run:
         return dataclasses.replace(self, scan=Scan(visits, ""))
 
 
-def option_probabilities(prompt: Prompt, first_logits: np.ndarray) -> dict[str, float] | None:
-    """Probability of each letter as the first token, among the letters."""
+def option_probabilities(prompt: Prompt, option_logits: np.ndarray) -> dict[str, float] | None:
+    """Probability of each letter as the first token, among the letters; of a reply's `option_logits`."""
     if not prompt.letters:
         return None
-    logits = first_logits[list(prompt.letter_ids)].astype(np.float64)
+    logits = option_logits[: len(prompt.letters)].astype(np.float64)
     weights = np.exp(logits - logits.max())
     return dict(zip(prompt.letters, (weights / weights.sum()).tolist(), strict=True))

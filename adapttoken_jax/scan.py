@@ -36,13 +36,15 @@ class Reply:
     """What the model said to one question in one pass.
 
     Attributes:
-      first_logits: float32[V], before the first answer token.
+      first_logits: float32[V], before the first answer token; None of a group whose logits were not to be kept.
+      option_logits: float32[O], those of the options' letters, then padding.
       answer_ids: int32[A'], the answer's own tokens.
       entropy: response entropy, nats: mean over the least certain tokens.
       certainty: the same summary of the chosen form of certainty.
     """
 
-    first_logits: np.ndarray
+    first_logits: np.ndarray | None
+    option_logits: np.ndarray
     answer_ids: np.ndarray
     entropy: float
     certainty: float
@@ -155,6 +157,7 @@ def visit_groups(
     stop: Stopping | None = None,
     time_is_up: Callable[[], bool] | None = None,
     on_progress: OnProgress | None = None,
+    keep_logits: bool = False,
 ) -> list[Scan]:
     """Steps 3 to 7: every question on every group, until all have stopped or the time is up.
 
@@ -163,6 +166,7 @@ def visit_groups(
     Args:
       stop: None visits all groups.
       time_is_up: asked after each wave, so that at least one is run.
+      keep_logits: keep every visit's `first_logits`: 0.6 MB for the vocabulary of Qwen2.5-VL.
 
     Returns:
       One `Scan` per question.
@@ -174,7 +178,7 @@ def visit_groups(
         # A short wave repeats its last group, so that every wave has the same shape.
         contexts += [contexts[-1]] * (model.wave - len(contexts))
         batch = prompt_batch(model, video, contexts, prompts, config, config.slots_per_group * video.per_slot)
-        out = run_and_read(model, batch, group_spec(model, prompts, config))
+        out = run_and_read(model, batch, group_spec(model, prompts, config), keep_logits)
         for b, g in enumerate(wave):
             log.add(read_visits(out, b, int(g), log.groups[g], len(contexts[b].features), config))
         log.after_wave(time_is_up, on_progress)
@@ -187,7 +191,7 @@ def read_answer(model: Model, prompt: Prompt, reply: Reply) -> tuple[str, str | 
     if not prompt.letters:
         return text, None
     option = parse_option(text, prompt.letters, prompt.options)
-    return text, option or prompt.letters[int(np.argmax(reply.first_logits[list(prompt.letter_ids)]))]
+    return text, option or prompt.letters[int(np.argmax(reply.option_logits[: len(prompt.letters)]))]
 
 
 def agreed_answer(model: Model, prompt: Prompt, reply: Reply) -> str | None:
@@ -237,7 +241,8 @@ def reply(out: dict[str, np.ndarray], b: int, q: int, config: AdaptTokenConfig) 
     """
     counted = out["counted"][b, q]
     said = Reply(
-        first_logits=out["first_logits"][b, q].copy(),
+        first_logits=out["first_logits"][b, q].copy() if "first_logits" in out else None,
+        option_logits=out["option_logits"][b, q].copy(),
         answer_ids=out["tokens"][b, q][counted],
         entropy=float(-group_certainty(out["entropy"][b, q], counted, config.bottom_fraction)),
         certainty=float(least_certain_mean(out["certainty"][b, q], counted, config.bottom_fraction)),
@@ -391,6 +396,12 @@ def final_reply(model, video, context, prompt, config, room: int = 0) -> Reply:
     return reply(run_and_read(model, batch, spec), 0, 0, config)
 
 
-def run_and_read(model: Model, batch: PromptBatch, spec: PassSpec) -> dict[str, np.ndarray]:
+def run_and_read(model: Model, batch: PromptBatch, spec: PassSpec, keep_logits=True) -> dict[str, np.ndarray]:
     """What `run_prompts` returns, on the host."""
-    return jax.device_get(sharding.everywhere(run_prompts(model.module, batch, spec), model.mesh))
+    out = to_read(run_prompts(model.module, batch, spec), keep_logits)
+    return jax.device_get(sharding.everywhere(out, model.mesh))
+
+
+def to_read(out: dict[str, jax.Array], keep_logits: bool) -> dict[str, jax.Array]:
+    """What the host reads of the outputs of passes."""
+    return {name: value for name, value in out.items() if keep_logits or name != "first_logits"}

@@ -48,7 +48,8 @@ def record_video(
         return None
     tokens = encode_video(model, plan.clip, scanned=True)
     blind = blind_replies(model, tokens, prompts, config)
-    runs = scan_video(model, plan, tokens, prompts, config, "adapttoken")
+    is_open = not all(prompt.letters for prompt in prompts)  # then the margin is among all tokens
+    runs = scan_video(model, plan, tokens, prompts, config, "adapttoken", keep_logits=is_open)
     logs = [_question_log(*each, points) for each in zip(questions, options, runs, blind, strict=True)]
     return VideoLog(name, tuple(logs))
 
@@ -68,7 +69,7 @@ def _question_log(question: str, options, run: Run, blind: Reply, points) -> Que
 
 
 def _said(model: Model, prompt: Prompt, reply: Reply) -> Said:
-    among = option_probabilities(prompt, reply.first_logits)
+    among = option_probabilities(prompt, reply.option_logits)
     shares = np.asarray(list(among.values()) if among else _softmax(reply.first_logits))
     second, first = np.sort(shares)[-2:]
     options = tuple(among.values()) if among else None

@@ -87,9 +87,24 @@ def build_model(config: ModelConfig, weights: Mapping[str, torch.Tensor], dtype:
     if config.text.tied:
         named["lm_head.weight"] = named["model.language_model.embed_tokens.weight"]
     model.load_state_dict(named)
+    _batch_windows(model)
+    return model.eval()
+
+
+def _batch_windows(model: Model) -> None:
     for block in model.model.visual.blocks:
         block.attn.forward = types.MethodType(_attend_in_batches, block.attn)
-    return model.eval()
+
+
+@contextlib.contextmanager
+def unchanged_tower(model: Model) -> Iterator[None]:
+    """The model with transformers' own vision attention, one call per window."""
+    for block in model.model.visual.blocks:
+        del block.attn.forward  # what hides the class's
+    try:
+        yield
+    finally:
+        _batch_windows(model)
 
 
 def _name(key: str) -> str:

@@ -268,6 +268,7 @@ VISION, GROUP, PREFILL, SELECT, FINAL, WHOLE = (
     "vision encode of a group", "group pass", "plain prefill of the same tokens", "budget and redundancy",
     "final pass", "whole question",
 )  # fmt: skip
+UNCHANGED = "the same, PyTorch with transformers' tower as it is"
 RESIDENT = "group pass, inputs on the device"
 BARE = "the same without relevance and entropy"
 MORE = "group pass, further questions"
@@ -311,6 +312,7 @@ def stages(pair: Pair, answers: Answers) -> list[Stage]:
     batch, spec = jax.device_put(wave_batch(pair, video)), group_spec(pair)
     found = [
         Stage(VISION, lambda: encode(pair, slots, patches), lambda: fast.encode(model, rows, grid, pair.chunk), 0),
+        Stage(UNCHANGED, lambda: encode(pair, slots, patches), lambda: encode_as_transformers(pair, rows, grid), 0),
         Stage(GROUP, lambda: pass_groups(pair, video),
               lambda: [fast.pass_group(model, inputs, features, slots, config) for slots in wave(pair)], 0),
         Stage(RESIDENT, lambda: jax.block_until_ready(passes.run_prompts(pair.model.module, batch, spec)), None, 0),
@@ -328,8 +330,14 @@ def stages(pair: Pair, answers: Answers) -> list[Stage]:
     if len(pair.prompts) > 1:
         found.append(Stage(MORE, lambda: pass_groups(pair, video, len(pair.prompts)), None, 0))
     counted = flops(pair)
-    of_groups = {name: len(prompts) for name in (VISION, GROUP, RESIDENT, BARE, PREFILL, PRUNED, MORE)}
+    of_groups = dict.fromkeys((VISION, UNCHANGED, GROUP, RESIDENT, BARE, PREFILL, PRUNED, MORE), len(prompts))
     return [dataclasses.replace(s, flops=counted[s.name], groups=of_groups.get(s.name, 1)) for s in found]
+
+
+def encode_as_transformers(pair: Pair, rows: np.ndarray, grid: tuple[int, int, int]) -> torch.Tensor:
+    """What the PyTorch side's `encode` gives, by transformers' tower as it is."""
+    with fast.unchanged_tower(pair.torch_model):
+        return fast.encode(pair.torch_model, rows, grid, pair.chunk)
 
 
 def group_prompt(pair: Pair, features: torch.Tensor, slots: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
@@ -353,8 +361,9 @@ def flops(pair: Pair) -> dict[str, float]:
         count(prefix + shape.budget, suffix, pair.config.max_answer_tokens - 1),
     )
     whole = costs.text_flops(shape.model, prefix + group + suffix) + costs.head_flops(shape.model, 1)
-    return {VISION: vision, GROUP: one, RESIDENT: one, BARE: one, PREFILL: whole, SELECT: 0.0, FINAL: final,
-            MORE: one + further, PRUNED: pruned, WHOLE: shape.groups * (vision + one) + final}  # fmt: skip
+    return {VISION: vision, UNCHANGED: vision, GROUP: one, RESIDENT: one, BARE: one, PREFILL: whole, SELECT: 0.0,
+            FINAL: final, MORE: one + further, PRUNED: pruned,
+            WHOLE: shape.groups * (vision + one) + final}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -198,24 +198,25 @@ def test_giving_up_ends_the_scan(model, plain):
 
 def test_a_reply_is_read_from_the_answers_own_tokens():
     out = {
-        "first_logits": np.ones((1, 1, 4)),
+        "option_logits": np.array([[[0.1, 0.4, 0.4]]]),
         "tokens": np.array([[[7, 8, 9]]]),
         "counted": np.array([[[True, True, False]]]),
         "entropy": np.array([[[0.2, 0.4, 9.0]]]),
         "certainty": np.array([[[0.9, 0.5, 0.0]]]),
     }
     reply = scan.reply(out, 0, 0, at.AdaptTokenConfig(bottom_fraction=1.0))
-    assert reply.answer_ids.tolist() == [7, 8]
+    assert reply.answer_ids.tolist() == [7, 8] and reply.option_logits.tolist() == [0.1, 0.4, 0.4]
+    assert reply.first_logits is None  # not among what was read
     assert (reply.entropy, reply.certainty) == pytest.approx((0.3, 0.7))
 
 
 def test_replies_agree_by_their_option_or_by_their_text_without_capitals(model):
     opened, closed = build_prompt(model.tokenizer, QUESTION), build_prompt(model.tokenizer, QUESTION, OPTIONS)
-    logits = np.zeros(model.config.text.vocab, np.float32)
-    logits[closed.letter_ids[1]] = 1
+    logits = np.array([0, 1, 0.5, 0, 9, 9, 9, 9], np.float32)  # four options, and padding
 
     def agreed(prompt, text):
-        return scan.agreed_answer(model, prompt, scan.Reply(logits, np.array(model.tokenizer.encode(text)), 0.0, 0.0))
+        said = scan.Reply(None, logits, np.array(model.tokenizer.encode(text)), 0.0, 0.0)
+        return scan.agreed_answer(model, prompt, said)
 
     assert agreed(opened, "The Video ") == agreed(opened, "the video") == "the video" and agreed(opened, " ") is None
     assert [agreed(closed, text) for text in ("C", "the old dog", "hm")] == ["C", "B", "B"]

@@ -77,7 +77,8 @@ class Log:
 
     def option_probabilities(self, prompt: Prompt) -> np.ndarray:
         """float64[G, options]."""
-        return np.asarray([list(option_probabilities(prompt, row).values()) for row in self.logits])
+        of_options = self.logits[:, list(prompt.letter_ids)]
+        return np.asarray([list(option_probabilities(prompt, row).values()) for row in of_options])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,20 +196,18 @@ def _log(model, footage, groups, out, config) -> Log:
         relevance=np.where(tokens, out["relevance"][:, 0], np.float32(np.nan)),
         logits=out["first_logits"][:, 0],
         entropy=out["entropy"][:, 0, 0].astype(np.float64),
-        options=chosen_options(model, footage.prompt, out["first_logits"][:, 0], out["tokens"][:, 0, :1]),
+        options=chosen_options(model, footage.prompt, out["option_logits"][:, 0], out["tokens"][:, 0, :1]),
         hidden=out.get("kept"),
     )
 
 
-def chosen_options(model: Model, prompt: Prompt, first_logits: np.ndarray, answers: np.ndarray) -> np.ndarray:
+def chosen_options(model: Model, prompt: Prompt, option_logits: np.ndarray, answers: np.ndarray) -> np.ndarray:
     """Index of the option that each reply chose, int64[replies]; answers: int32[replies, A] token ids."""
     letters, known = {letter: i for i, letter in enumerate(prompt.letters)}, {}
-    among = first_logits[:, list(prompt.letter_ids)].argmax(1)
+    among = option_logits[:, : len(letters)].argmax(1)
     for ids, best in zip(map(tuple, answers.tolist()), among, strict=True):
         if (ids, best) not in known:
-            logits = np.full(first_logits.shape[1], -1.0)
-            logits[prompt.letter_ids[best]] = 1.0
-            said = scan.Reply(logits, np.asarray(ids, np.int64), 0.0, 0.0)
+            said = scan.Reply(None, np.arange(len(letters)) == best, np.asarray(ids, np.int64), 0.0, 0.0)
             known[ids, best] = letters[scan.read_answer(model, prompt, said)[1]]
     return np.asarray([known[ids, best] for ids, best in zip(map(tuple, answers.tolist()), among, strict=True)])
 
