@@ -7,12 +7,14 @@ another number.
 
 import fractions
 import functools
+import io
 import pathlib
 import struct
 import types
 
 import av
 import numpy as np
+from PIL import ExifTags, Image
 
 _CELLS = 4
 
@@ -73,15 +75,50 @@ def write(
     return pathlib.Path(path)
 
 
+def intra_refresh(path, count: int = 60) -> pathlib.Path:
+    """A picture is renewed column by column over 24 frames; containers mark where that begins as key frames."""
+    return write(path, count, **{"x264-params": "intra-refresh=1:keyint=24:scenecut=0"})
+
+
 def open_gop(path, count: int = 60) -> pathlib.Path:
     """B-frames before a key frame in display order refer across it."""
     settings = "open-gop=1:keyint=12:min-keyint=12:bframes=3:b-adapt=0:scenecut=0"
     return write(path, count, **{"x264-params": settings})
 
 
+def never_reordered(path, count: int = 60) -> pathlib.Path:
+    """An encoder that could reorder pictures, and is told to make none that need it."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "12", "bf": "2"})
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for index in range(count):
+            frame = av.VideoFrame.from_ndarray(stamped(index), format="rgb24")
+            frame.pts, frame.pict_type = index, av.video.frame.PictureType.P if index else av.video.frame.PictureType.I
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return pathlib.Path(path)
+
+
 def long_clip(path, minutes: int = 20, fps: int = 5) -> pathlib.Path:
     """Many minutes in a second or two of encoding: few, small frames and a key frame every ten seconds."""
     return write(path, minutes * 60 * fps, (32, 32), fps, gop=10 * fps, preset="ultrafast", tune="zerolatency")
+
+
+def photographs(path, count: int = 5, orientation: int = 1) -> pathlib.Path:
+    """Stamped JPEG pictures that carry EXIF data, as cameras write them; `orientation` is EXIF's."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuvj420p"
+        for index in range(count):
+            picture = io.BytesIO()
+            Image.fromarray(stamped(index)).save(picture, "JPEG", exif=exif)
+            packet = av.Packet(picture.getvalue())
+            packet.stream, packet.time_base, packet.is_keyframe = stream, fractions.Fraction(1, 25), True
+            packet.pts = packet.dts = index
+            container.mux(packet)
+    return pathlib.Path(path)
 
 
 def audio_only(path, seconds: float = 0.5) -> pathlib.Path:
@@ -199,6 +236,31 @@ def without_packets(source, path, dropped: range) -> pathlib.Path:
             if packet.dts is not None and number not in dropped:
                 packet.stream = stream
                 writer.mux(packet)
+    return pathlib.Path(path)
+
+
+def stamped_as_decoded(source, path) -> pathlib.Path:
+    """Copies a video whose packets lose their display times for those of decoding, as on the way through an AVI."""
+    with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        packets = [packet for packet in reader.demux(video=0) if packet.dts is not None]
+        begin = packets[0].dts
+        for packet in packets:
+            packet.pts = packet.dts = packet.dts - begin
+            packet.stream = stream
+            writer.mux(packet)
+    return pathlib.Path(path)
+
+
+def emptied(source, path, *numbers: int) -> pathlib.Path:
+    """A QuickTime file of JPEG pictures some of which are left out: samples without a byte."""
+    content = bytearray(pathlib.Path(source).read_bytes())
+    sizes = content.index(b"stsz") + 16
+    size = lambda number: slice(sizes + 4 * number, sizes + 4 * number + 4)
+    for number in numbers:  # what follows the picture before is not looked at
+        together = sum(int.from_bytes(content[size(each)]) for each in (number - 1, number))
+        content[size(number - 1)], content[size(number)] = together.to_bytes(4), bytes(4)
+    pathlib.Path(path).write_bytes(content)
     return pathlib.Path(path)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.video.probe import Orientation, VideoInfo, open_video, to_the_end
+from adapttoken_jax.video.probe import Orientation, VideoInfo, is_empty, open_video, to_the_end
 
 if TYPE_CHECKING:
     import av
@@ -66,7 +66,7 @@ class FrameReader:
         """Yields (index, uint8 [H, W, 3]) for `indices`, all of them `wanted`, in any order; going back is a jump.
 
         Raises:
-          UserError: the file ends early or is damaged at a wanted frame.
+          UserError: the file ends early or is damaged, at a wanted frame or on the way to it.
         """
         for index in map(int, indices):
             if self._info.frames is not None:
@@ -83,12 +83,24 @@ class FrameReader:
             if self._cancelled():
                 raise Cancelled
             self._current = next(self._frames, None)
+            if self._jumped_in_vain():
+                self._seekable = False
+                self._open()
+                continue
             if self._current is None:
                 raise UserError(f"{self._info.name}: {self._lost(index)}; copy or download the file again")
             self._position = int(self._keys.searchsorted(self._current[0]))
         if self._time(self._position) - self._info.times[index] > _LARGEST_GAP_S:
             raise UserError(f"{self._info.name}: {self._lost(index)}; copy or download the file again")
         return self._current[1]
+
+    def _jumped_in_vain(self) -> bool:
+        """Whether the decoder gave no picture at the key frame jumped to, as at H.264's points of recovery."""
+        if self._sought is None or (self._current and self._current[0] < self._sought):
+            return False
+        missed = self._current is None or self._current[0] > self._sought
+        self._sought = None
+        return missed
 
     def _time(self, index: int) -> float:
         return self._info.times[min(index, self._info.total - 1)]
@@ -124,14 +136,14 @@ class FrameReader:
         if first is None or not first.is_keyframe or first.pts is None or first.pts > target:
             self._seekable = False  # the index of this file misleads: read on without it
             return self._open()
-        self._frames, self._position = self._decode(itertools.chain([first], packets)), -1
+        self._frames, self._position, self._sought = self._decode(itertools.chain([first], packets)), -1, target
 
     def _open(self) -> None:
         self._file.close()
         self._container, self._stream = self._file.enter_context(open_video(self._info.path))
         self._stream.thread_type = "AUTO"
         self._stream.codec_context.thread_count = self._threads
-        self._frames, self._position = self._decode(self._container.demux(self._stream)), -1
+        self._frames, self._position, self._sought = self._decode(self._container.demux(self._stream)), -1, None
 
     def _decode(self, packets) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yields (key, frame) in display order, where the key is the pts or, without usable pts, a running count."""
@@ -145,6 +157,8 @@ class FrameReader:
         started = not len(self._info.keyframes)
         try:
             for packet in to_the_end(packets):
+                if is_empty(packet):  # a decoder would take it for the end
+                    continue
                 started = started or packet.is_keyframe
                 if not started:
                     continue

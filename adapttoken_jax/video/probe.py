@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import numbers
 import os
@@ -30,12 +31,15 @@ _FORMATS_WITHOUT_PTS = {"avi"}
 _FORMATS_WITH_DURATION = {"matroska", "flv", "mxf"}
 # Containers whose index leads to a real key frame; anything else is decoded straight through.
 _SEEKABLE_FORMATS = {"mov", "matroska"}
-# FFmpeg plays text files as a terminal recording.
-_NOT_VIDEO_FORMATS = {"tty"}
+# FFmpeg plays text files as a terminal recording. The files that a playlist names may change without it, or not end.
+_NOT_VIDEO_FORMATS = {"tty", "hls", "dash", "concat"}
+
+_FIRST_FRAMES = 250  # enough to see whether a decoder reorders frames
 
 _SLOWEST = 1e-6  # frames per second, as of `AdaptTokenConfig.fps`
 
 Orientation = tuple[bool, bool, bool]
+_TURNED: dict[int, Orientation] = {90: (True, True, False), 180: (False, True, True), 270: (True, False, True)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,6 +132,8 @@ def probe(source: str | os.PathLike | Frames | VideoInfo) -> VideoInfo:
     with open_video(path) as (container, stream):
         packets = _scan(container, stream)
         _check(path, container, stream, packets)
+        if packets.timed and _out_of_order(path, stream, packets):
+            packets.timed, packets.dts = False, packets.pts
         pts, keyframes = _displayed(packets)
         orientation = _orientation(packets.first_frame)
         timing = _timing(path, stream, pts, packets)
@@ -170,7 +176,8 @@ def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.Vide
     # Tags in another encoding than UTF-8 are none of our business; from version 19 on PyAV never fails on them.
     options = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
-        with av.open(path, **options) as container:
+        # A name with a colon would be an address without a directory before it.
+        with av.open(os.path.join(os.curdir, path), **options) as container:
             yield container, _video_stream(path, container)
     except av.FFmpegError as error:
         reason = (error.strerror or type(error).__name__).lower()
@@ -235,8 +242,15 @@ def to_the_end(demuxed: Iterator) -> Iterator:
         yield from demuxed
 
 
+def is_empty(packet) -> bool:
+    """Whether a packet only says that the frame before stays; one without a time is the end."""
+    return packet.size == 0 and packet.pts is not None
+
+
 def _collect(packet, found: _Packets) -> None:
-    end_mark = packet.size == 0 and packet.pts is None
+    if is_empty(packet):
+        return
+    end_mark = packet.size == 0
     if not end_mark:
         found.pts.append(packet.pts)
         if not found.timed:
@@ -247,6 +261,18 @@ def _collect(packet, found: _Packets) -> None:
         found.started |= packet.is_keyframe
     if found.started and found.first_frame is None:
         found.first_frame = next(iter(packet.decode()), None)
+
+
+def _out_of_order(path: str, stream, packets: _Packets) -> bool:
+    """Whether the packets of reordered frames bear the times of the order in which they are decoded.
+
+    So they do in copies from a format without display times. Packets in order alone do not say it: streams may declare
+    that frames are reordered and hold none that are.
+    """
+    if not stream.codec_context.has_b_frames or None in packets.pts or packets.pts != sorted(packets.pts):
+        return False
+    stamps = _decoded_pts(path, _FIRST_FRAMES)
+    return None not in stamps and stamps != sorted(stamps)
 
 
 def _displayed(packets: _Packets) -> tuple[np.ndarray | None, np.ndarray]:
@@ -269,7 +295,7 @@ def _check(path: str, container, stream, packets: _Packets) -> None:
 
     got, expected, slack, unit = len(packets.pts), 0, 0, "frames"
     if "mov" in _formats(container):
-        expected = len(stream.index_entries)
+        expected = sum(entry.size > 0 for entry in stream.index_entries)
     elif _formats(container) & _FORMATS_WITH_DURATION and container.duration and packets.end_s:
         got, expected, unit = packets.end_s, container.duration / time_base, "seconds"
         slack = max(1, 0.01 * expected)  # such headers are not exact
@@ -315,11 +341,11 @@ def _timing(path: str, stream, pts: np.ndarray | None, packets: _Packets) -> tup
     return duration, nominal if abs(nominal / rate - 1) < 0.01 else rate, times
 
 
-def _decoded_pts(path: str) -> list[int | None]:
-    """The timestamp of every frame that can be decoded, in display order."""
+def _decoded_pts(path: str, most: int | None = None) -> list[int | None]:
+    """The timestamp of every frame that can be decoded, or of the first ones, in display order."""
     with open_video(path) as (container, stream):
         stream.thread_type = "AUTO"
-        return [frame.pts for frame in to_the_end(container.decode(stream))]
+        return [frame.pts for frame in itertools.islice(to_the_end(container.decode(stream)), most)]
 
 
 def _continued(stamps: list[int | None], total: int) -> np.ndarray | None:
@@ -339,7 +365,10 @@ def _orientation(frame: av.VideoFrame) -> Orientation:
     """Reads the display matrix, which maps a pixel (x, y) to (a x + c y, b x + d y)."""
     from av.sidedata.sidedata import Type
 
-    side_data = frame.side_data.get(Type.DISPLAYMATRIX)
+    try:
+        side_data = frame.side_data.get(Type.DISPLAYMATRIX)
+    except ValueError:  # beside data of a kind that PyAV does not know, as EXIF's, it tells the angle alone
+        return _TURNED.get(frame.rotation % 360, (False, False, False))
     if side_data is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(side_data, np.int32)[:5].tolist()

@@ -20,6 +20,7 @@ FILES = {
     "open_gop.mp4": lambda path: media.open_gop(path, FRAMES),
     "open_gop.mkv": lambda path: media.open_gop(path, FRAMES),
     "variable.mkv": lambda path: media.write(path, FRAMES, milliseconds=UNEVEN, bf="2"),
+    "refresh.mp4": lambda path: media.intra_refresh(path, FRAMES),
     "one_group.mp4": lambda path: media.write(path, FRAMES, gop=1000, sc_threshold="0"),
     "stream.ts": lambda path: media.write(path, FRAMES),
     "counted.avi": lambda path: media.write(path, FRAMES, codec="mpeg4", bf="2"),

@@ -71,6 +71,32 @@ def test_open_gop_each_frame_alone(tmp_path, name):
             np.testing.assert_array_equal(image, expected[index])
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_key_frames_at_which_no_picture_can_be_decoded(tmp_path, name):
+    path = media.intra_refresh(tmp_path / name, 240)
+    assert len(probe(path).keyframes) > 5
+    for indices in (range(5, 240, 60), [239]):
+        assert [media.read_stamp(image) for _, image in read(path, indices)] == list(indices)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_packets_with_the_times_of_decoding(tmp_path, name):
+    path = media.write(tmp_path / "source.mp4", 60, bf="2", **{"x264-params": "b-adapt=0"})
+    path = media.stamped_as_decoded(path, tmp_path / name)
+    info = probe(path)
+    assert info.total == 60 and np.diff(info.times) == pytest.approx(0.04, abs=1e-3)
+    assert [media.read_stamp(image) for _, image in read(path, range(60))] == [*range(60)]
+    assert [media.read_stamp(image) for _, image in read(path, [41, 7])] == [41, 7]
+
+
+def test_frames_left_out_of_a_quicktime_file(tmp_path):
+    path = media.write(tmp_path / "a.mov", 30, codec="mjpeg", pix_fmt="yuvj420p")
+    path = media.emptied(path, tmp_path / "b.mov", 7, 20)
+    shown = [index for index in range(30) if index not in (7, 20)]
+    assert probe(path).times == pytest.approx(np.asarray(shown) / 25)
+    assert [media.read_stamp(image) for _, image in read(path, range(28))] == shown
+
+
 def test_unneeded_pictures_are_not_decoded_and_nothing_else_changes(tmp_path):
     path = media.write(tmp_path / "a.mp4", 60, gop=60, bf="3", **{"b-pyramid": "normal", "sc_threshold": "0"})
     expected, wanted = decode_everything(path), [0, 3, 11, 22, 23, 40, 59]
@@ -191,6 +217,15 @@ def test_a_phone_held_upright(tmp_path):
     [(_, image)] = read(path, [1])
     assert image.shape == (96, 64, 3)
     np.testing.assert_array_equal(image[0], decode_everything(path)[1][::-1, 0])
+
+
+@pytest.mark.parametrize(("orientation", "quarters"), [(1, 0), (6, 3), (3, 2), (8, 1)])
+def test_pictures_of_a_camera_are_turned_by_exif(tmp_path, orientation, quarters):
+    """EXIF: 6 is shown a quarter clockwise, 8 counter-clockwise."""
+    path = media.photographs(tmp_path / "a.avi", orientation=orientation)
+    for index, image in read(path, range(5)):
+        upright = np.rot90(media.stamped(index), quarters)
+        assert image.shape == upright.shape and media.read_stamp(image) == media.read_stamp(upright)
 
 
 def test_a_mirrored_picture(tmp_path):

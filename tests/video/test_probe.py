@@ -209,6 +209,10 @@ def _not_videos(tmp_path):
     long_mkv = media.write(tmp_path / "long.mkv", 200)
     text, empty, binary = tmp_path / "notes.txt", tmp_path / "empty.mp4", tmp_path / "noise.mp4"
     text.write_text("some words that make no picture\n" * 4000)
+    hls, concat = tmp_path / "list.m3u8", tmp_path / "list.ffconcat"
+    media.write(tmp_path / "part.ts", 20)
+    hls.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.8,\npart.ts\n#EXT-X-ENDLIST\n")
+    concat.write_text("ffconcat version 1.0\nfile part.ts\n")
     empty.write_bytes(b"")
     binary.write_bytes(np.random.default_rng(0).bytes(5000))
     return [
@@ -217,6 +221,8 @@ def _not_videos(tmp_path):
         (text, "not a video"),
         (empty, "cannot be read as a video"),
         (binary, "cannot be read as a video"),
+        (hls, "not a video"),
+        (concat, "not a video"),
         (media.audio_only(tmp_path / "sound.wav"), "audio only"),
         (media.audio_only(tmp_path / "sound.mp4"), "audio only"),
         (media.without_frames(tmp_path / "hollow.mp4"), "without frames"),
@@ -232,6 +238,25 @@ def test_mistakes_are_one_line_that_names_the_file(tmp_path):
             probe(path)
         message = str(caught.value)
         assert message.startswith(str(path)) and "\n" not in message, message
+
+
+@pytest.mark.parametrize(
+    "name", ["12:30.mp4", "2024-01-01T12:30:00.mp4", "file:a.mp4", "http:a.mp4", "-a.mp4", "%03d.mp4"]
+)
+def test_a_name_is_no_address(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    media.write(tmp_path / name, 5)
+    info = probe(name)
+    with FrameReader(info, [4]) as reader:
+        assert [media.read_stamp(image) for _, image in reader.read([4])] == [4]
+
+
+def test_streams_that_could_reorder_frames_and_do_not(tmp_path):
+    path = media.never_reordered(tmp_path / "a.mp4")
+    with av.open(str(path)) as container:
+        stamps = [packet.pts for packet in container.demux(video=0) if packet.size]
+        assert container.streams.video[0].codec_context.has_b_frames and stamps == sorted(stamps)
+    assert probe(path).seekable
 
 
 def test_a_file_that_the_system_refuses_is_named_once(tmp_path):
