@@ -430,7 +430,7 @@ _EVALUATE_FLAGS = (
     Flag("benchmark", str, "which questions", "Input", "NAME", required=True, choices=_BENCHMARKS),
     Flag("data", str, "directory with the benchmark's files as published", "Input", "DIR", required=True),
     dataclasses.replace(_MODEL, required=False, help=f"{_MODEL.help} (required without --check)"),
-    Flag("prompt", str, "wording of the questions (default: the benchmark's)", "Questions", "NAME"),
+    Flag("prompt", str, "official, lmms-eval (default), flexselect, qwen or plain wording", "Questions", "NAME"),
     Flag("subtitles", bool, "put the subtitles of the sampled frames into the prompt", "Questions"),
     Flag("limit", int, "ask the first so many questions only", "Questions", "N", low=1),
     _METHOD,

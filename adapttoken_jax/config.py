@@ -395,7 +395,9 @@ class AdaptTokenConfig:
         0, low=0, high=_EXACT, help="fewest tokens that a visited group gets, before redundant ones go"
     )
     budget: int = _number(7040, low=1, high=_EXACT, help="visual tokens in the final prompt")
-    over_selection: float = _number(1.1, low=1.0, help="candidates before redundancy removal, as a multiple of budget")
+    over_selection: float = _number(
+        1.1, low=1.0, high=1e6, help="candidates before redundancy removal, as a multiple of budget"
+    )
     coverage: float = _number(
         0.0, low=0.0, high=0.5, help="share of the budget that goes to one token per stretch of time; 0: off"
     )

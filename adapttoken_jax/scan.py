@@ -244,7 +244,7 @@ def reply(out: dict[str, np.ndarray], b: int, q: int, config: AdaptTokenConfig) 
         first_logits=out["first_logits"][b, q].copy() if "first_logits" in out else None,
         option_logits=out["option_logits"][b, q].copy(),
         answer_ids=out["tokens"][b, q][counted],
-        entropy=float(-group_certainty(out["entropy"][b, q], counted, config.bottom_fraction)),
+        entropy=0.0 - float(group_certainty(out["entropy"][b, q], counted, config.bottom_fraction)),  # 0, not -0
         certainty=float(least_certain_mean(out["certainty"][b, q], counted, config.bottom_fraction)),
     )
     if not math.isfinite(said.entropy + said.certainty):

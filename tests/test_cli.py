@@ -78,6 +78,8 @@ def test_help_shows_choices_and_defaults(capsys):
     assert "--[no]stop_agreement lite: the certain groups must agree on the answer (default true)" in out
     assert "visual tokens in the final prompt (default the model's preset, else 7040)" in out
     assert "adapttoken, lite, flexselect, uniform, full (default adapttoken)" in out
+    cli.main(["demo", "--help"])
+    assert "--seed N which video (default 0)" in " ".join(capsys.readouterr().out.split())
     assert "Other settings" not in out  # every setting has a section of its own
 
 

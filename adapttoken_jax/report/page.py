@@ -202,10 +202,10 @@ def _answered(id: str, entry: ReportEntry, most: int, image_bytes: int, unfolded
 
 
 def _table_groups(groups: Sequence[GroupResult]) -> Sequence[GroupResult]:
-    """All of them, or those with the largest budgets."""
+    """All of them, or those with the largest budgets; of equal ones those with the largest weights."""
     if len(groups) <= _MOST_TABLE_ROWS:
         return groups
-    return sorted(groups, key=lambda group: (-group.budget, group.index))[:_MOST_TABLE_ROWS]
+    return sorted(groups, key=lambda g: (not g.visited, -g.budget, -(g.weight or 0), g.index))[:_MOST_TABLE_ROWS]
 
 
 def _options(entry: ReportEntry) -> tuple[Option, ...]:

@@ -3,6 +3,7 @@
 import math
 
 from adapttoken_jax.report.entries import ReportEntry
+from adapttoken_jax.result import NOT_FOUND
 
 METHOD_NAMES = {
     "adapttoken": "AdaptToken",
@@ -14,7 +15,7 @@ METHOD_NAMES = {
 METHOD_NOTES = {
     "adapttoken": "certain groups of frames get a larger share of the tokens",
     "lite": "as AdaptToken, but the scan stops once enough groups are certain",
-    "flexselect": "every group of frames gets the same share of the tokens",
+    "flexselect": "every group of frames gets the same budget of tokens, to within one",
     "uniform": "evenly spaced frames, as many as the budget holds",
     "full": "all sampled frames, nothing left out",
 }
@@ -43,6 +44,8 @@ def rate(number: float) -> str:
 def percent(share: float) -> str:
     """A share in percent, with a decimal below ten."""
     value = 100 * share
+    if 0 < value < 0.05:
+        return f"<{_THIN}0.1{_THIN}%"
     digits = 0 if value >= 9.95 or value == 0 else 1
     return f"{value:.{digits}f}{_THIN}%"
 
@@ -78,6 +81,11 @@ def certainty(entropy: float | None) -> str:
     if entropy is None:
         return "certainty unknown"
     return "certain" if entropy <= _CERTAIN else "unsure" if entropy < _UNCERTAIN else "close to guessing"
+
+
+def withheld(entry: ReportEntry) -> bool:
+    """Whether the answer was too uncertain for `--abstain_above`."""
+    return entry.result.answer == NOT_FOUND and entry.result.option is None
 
 
 def choices(entropy: float) -> str:
@@ -127,5 +135,5 @@ def ordinal(number: int) -> str:
 
 FILTERS = (
     certainty, choices, clock, consensus, count, decimals, groups, operations, ordinal, percent, rate, slots, span,
-    summary,
+    summary, withheld,
 )  # fmt: skip

@@ -77,7 +77,7 @@ def allocate_budget(certainty, capacity, budget: int, temperature: float, minimu
             f"raise --budget or lower --min_tokens_per_group"
         )
     if total == high.sum():
-        return high
+        return high.copy()
     return _largest_remainder(_clipped_shares(log_weights, low, high, total), total)
 
 

@@ -18,7 +18,8 @@ _DEEPCONF_TOKENS = 20
 
 def _log_softmax(logits, xp):
     logits = widened(logits, xp)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # a row without a finite logit is NaN
+        shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - xp.log(xp.exp(shifted).sum(axis=-1, keepdims=True))
 
 
@@ -30,8 +31,8 @@ def token_entropy(logits):
     logits, xp = array_and_namespace(logits)
     log_p = _log_softmax(logits, xp)
     p = xp.exp(log_p)
-    # The inner `where` keeps 0 * -inf out of the sum.
-    return -(p * xp.where(p == 0, 0, log_p)).sum(axis=-1)
+    # The inner `where` keeps 0 * -inf out of the sum, and no entropy is -0.
+    return (p * xp.where((p == 0) | (log_p == 0), 0, -log_p)).sum(axis=-1)
 
 
 def token_certainty(logits, form: str, option_ids=None):
@@ -88,7 +89,7 @@ def least_certain_mean(certainties, mask, bottom_fraction: float):
     """
     certainties, xp = array_and_namespace(certainties)
     certainties = widened(certainties, xp)
-    mask = xp.ones(certainties.shape, bool) if mask is None else xp.asarray(mask)
+    mask = xp.ones(certainties.shape, bool) if mask is None else xp.asarray(mask, bool)
     length = certainties.shape[-1]
     # Looked up, not computed from the traced count: float32 would floor products such as 0.29 * 100 wrongly.
     taken = np.asarray([max(1, int(bottom_fraction * count + 1e-9)) for count in range(length + 1)], np.int32)

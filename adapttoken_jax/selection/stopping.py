@@ -36,6 +36,7 @@ def should_stop(
     Raises:
       ValueError: numbers of entropies and answers differ.
     """
+    answers = answers.tolist() if hasattr(answers, "tolist") else answers  # of a JAX array's elements none has a hash
     certain = [answer for h, answer in zip(entropies, answers, strict=True) if h <= entropy]
     if not agreement:
         return ENOUGH_CERTAIN_GROUPS if len(certain) >= groups else GO_ON

@@ -90,7 +90,7 @@ class Flag:
         if self.required:
             return f"{self.help} (required)"
         choices = f": {', '.join(self.choices)}" if self.choices else ""
-        default = self.shown_default or (_shown(self.default) if self.default not in (None, False) else "")
+        default = self.shown_default or ("" if self.default is None or self.default is False else _shown(self.default))
         return f"{self.help}{choices}{f' (default {default})' if default else ''}"
 
 

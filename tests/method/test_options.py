@@ -207,6 +207,8 @@ def test_a_reply_is_read_from_the_answers_own_tokens():
     reply = scan.reply(out, 0, 0, at.AdaptTokenConfig(bottom_fraction=1.0))
     assert reply.answer_ids.tolist() == [7, 8] and reply.option_logits.tolist() == [0.1, 0.4, 0.4]
     assert reply.first_logits is None  # not among what was read
+    certain = scan.reply(out | {"entropy": np.zeros((1, 1, 3))}, 0, 0, at.AdaptTokenConfig())
+    assert str(certain.entropy) == "0.0"  # and not -0.0
     assert (reply.entropy, reply.certainty) == pytest.approx((0.3, 0.7))
 
 

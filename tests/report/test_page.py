@@ -189,7 +189,11 @@ def test_an_open_question_has_text_and_no_options(clip, settings):
 
 def test_an_answer_withheld_has_no_option_chosen(clip, settings):
     text = " ".join(Page(report.render(entries_of("abstained", clip, settings))).texts("body"))
-    assert "not found in the video" in text and "Close to guessing." in text and "(the model’s answer)" not in text
+    assert (
+        "not found in the video" in text
+        and "The answer was withheld. Entropy" in text
+        and "(the model’s answer)" not in text
+    )
 
 
 def test_a_direct_answer_shows_frames_and_no_groups(clip, settings):
@@ -264,7 +268,15 @@ def test_ten_thousand_frames_stay_small(slots_per_group):
     rows, largest = group_rows(text), sorted(group.budget for group in result.groups)[-100:]
     assert [int(row[4]) for row in rows] == ([group.budget for group in result.groups] if len(rows) < 100 else
                                              largest[::-1])  # fmt: skip
-    assert ("the other 525 are in result.json" in text) == (slots_per_group == 8)
+    assert ("525 more are not shown" in text) == (slots_per_group == 8)
+
+
+def test_groups_that_were_not_visited_are_shown_last():
+    clip = samples.clip_of(samples.film(10000, 56, 56))
+    settings = samples.config(slots_per_group=8, budget=30)
+    result = samples.grouped(clip, settings, options=OPTIONS, needle_s=(620,), visited=90, method="lite")
+    rows = group_rows(report.render([samples.entry(result, clip, options=OPTIONS)]))
+    assert [len(row) == 7 for row in rows] == [True] * 90 + [False] * 10
 
 
 def test_a_file_is_written_whole_or_not_at_all(clip, settings, tmp_path):
@@ -349,7 +361,7 @@ def test_colours_can_be_told_apart(scheme):
     for text in ("ink", "quiet", "tokens", "right", "wrong"):
         for ground in ("paper", "card"):
             assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
-    for mark in ("tokens", "entropy", "evidence", "focus"):
+    for mark in ("tokens", "tokens-soft", "entropy", "evidence", "focus"):
         assert contrast(colours[mark], colours["paper"]) >= 3, mark
     assert contrast(colours["paper"], colours["tokens"]) >= 4.5  # the letter on its badge
 

@@ -33,7 +33,14 @@ def test_span(seconds, text):
 
 @pytest.mark.parametrize(
     ("share", "text"),
-    [(0, f"0{THIN}%"), (0.0004, f"0.0{THIN}%"), (0.016, f"1.6{THIN}%"), (0.0999, f"10{THIN}%"), (1, f"100{THIN}%")],
+    [
+        (0, f"0{THIN}%"),
+        (0.0004, f"<{THIN}0.1{THIN}%"),
+        (0.0006, f"0.1{THIN}%"),
+        (0.016, f"1.6{THIN}%"),
+        (0.0999, f"10{THIN}%"),
+        (1, f"100{THIN}%"),
+    ],
 )
 def test_percent(share, text):
     assert words.percent(share) == text

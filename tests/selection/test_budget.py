@@ -122,6 +122,12 @@ def test_jax_arrays_are_accepted():
     assert got.tolist() == [632, 368]
 
 
+def test_budgets_are_no_part_of_what_was_given():
+    capacity = np.array([3, 3])
+    allocate_budget([0, 0], capacity, 99, 2.0)[0] = 0
+    assert capacity.tolist() == [3, 3]
+
+
 def test_equal_budgets_differ_by_one_where_not_full():
     for seed in range(50):
         random = np.random.default_rng(seed)

@@ -34,7 +34,7 @@ def test_only_going_on_is_falsy():
 
 @pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
 def test_arrays_are_accepted(asarray):
-    reason = should_stop(asarray([0.1, 0.2]), asarray([3, 3]).tolist(), groups=2, entropy=0.25, agreement=True)
+    reason = should_stop(asarray([0.1, 0.2]), asarray([3, 3]), groups=2, entropy=0.25, agreement=True)
     assert reason == CERTAIN_GROUPS_AGREE
 
 

@@ -148,8 +148,10 @@ def _accuracy_part(study) -> str:
 
 AdaptToken and Lite here have the recommended settings, chosen on validation videos: {_settings_text(study)}; all \
 else as published.
-"AdaptToken, published values" keeps every published or implied value (temperature 2 above all). Uniform sampling and \
-the whole video are answered directly, with every slot at its true time.
+"AdaptToken, published values" keeps every published or implied value (temperature 2 above all). "Attention alone" \
+takes the most relevant tokens of all groups, whatever the groups' certainty. "Lite, certain groups" stops after 3 \
+groups of at most 0.25 nats that agree; "Lite, asking again" answers over the tokens selected so far every 4 groups, \
+and stops at 0.25 nats. Uniform sampling is answered directly, with every slot at its true time.
 
 ![Accuracy over the length of the video](evidence/accuracy.png)
 """
@@ -291,7 +293,8 @@ def _gain(row) -> str:
 def _ablation_part(main) -> str:
     return f"""## One setting at a time: replayed
 
-Accuracy in %, in brackets the difference to the recommended settings. An asterisk marks the published or implied value.
+Accuracy in %, in brackets the difference to the recommended settings. An asterisk marks the published or implied \
+value. "Two groups aimed at" is `temperature_target=2`.
 
 {_variations(main["replayed"])}"""
 
@@ -361,7 +364,9 @@ def _options_part(main) -> str:
     ]
     return f"""## Options beyond the paper
 
-Coverage floor and debias are in the table above, adaptive temperature in the one before.
+Coverage floor and debias are in the table above, adaptive temperature in the one before. "Consensus" is the mean of \
+what the groups say, weighted as the budget is; "pooled evidence" multiplies what they say, as if each had evidence of \
+its own (`selection.pooled_evidence`).
 
 {table(("option", "value", "task", "frames", "accuracy, %", "visited, %"), lines)}
 
