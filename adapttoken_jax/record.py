@@ -56,7 +56,7 @@ def _video_summary(plan: Plan) -> result.VideoSummary:
     clip = plan.clip
     return result.VideoSummary(
         path=clip.info.path, duration_s=clip.info.duration_s, source_fps=clip.info.source_fps,
-        sampled_frames=len(clip.frame_indices), slots=clip.grid[0], grid=clip.grid, tokens=plan.clip.tokens,
+        sampled_frames=len(clip.frame_indices), slots=clip.grid[0], grid=clip.grid, tokens=clip.tokens,
     )  # fmt: skip
 
 

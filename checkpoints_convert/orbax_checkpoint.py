@@ -33,17 +33,16 @@ _CHUNK_BYTES = 1 << 26
 
 
 def write_weights(directory: pathlib.Path, config: ModelConfig, params: dict) -> None:
-    """Writes the `orbax` subdirectory of `write` into an existing directory; an interruption waits for its end.
+    """Writes the parameters under `orbax/` of an existing directory; an interruption waits for its end.
 
     Raises:
       OSError: too little space on the disk.
     """
-    tree = parameters.tree(config, dict(parameters.leaves(config, params)).__getitem__)
     chunks = parameters.tree(config, lambda p: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
-    sizes = [array.nbytes for array in jax.tree.leaves(tree)]
+    sizes = [array.nbytes for array in jax.tree.leaves(params)]
     if sum(sizes) > shutil.disk_usage(directory).free:  # Orbax fails late, in many threads with a message each
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    place, content = directory.absolute() / ORBAX_DIRECTORY, ocp.args.PyTreeSave(tree, chunks)
+    place, content = directory.absolute() / ORBAX_DIRECTORY, ocp.args.PyTreeSave(params, chunks)
     # In a thread, so that a signal is heard only when Orbax has ended: its own threads would write on.
     with _checkpointer(max(sizes)) as checkpointer, concurrent.futures.ThreadPoolExecutor(1) as thread:
         thread.submit(checkpointer.save, place, args=content).result()

@@ -1,6 +1,10 @@
 """How an experiment starts and ends: with the statuses and the one line on stderr of the `adapttoken` commands."""
 
+import json
 import math
+import pathlib
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
@@ -39,6 +43,23 @@ def _run(name: str, argv: Sequence[str], run: Callable[..., int | None], words: 
         return (run(given) if words else run()) or terminal.OK
     except Exception as error:
         return terminal.failed(name, error, debug)
+
+
+def resident(field: str) -> int:
+    """A size of this process in bytes, as Linux counts it: VmRSS now, VmHWM at its peak.
+
+    `ru_maxrss` would include the parent's peak.
+    """
+    text = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024
+
+
+def in_fresh_process(name: str, *words: str) -> dict:
+    """The JSON that an experiment prints; where it fails, it has said why, and its status ends this process too."""
+    done = subprocess.run([sys.executable, "-m", f"experiments.{name}", *words], stdout=subprocess.PIPE)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
 
 
 def numbers(flag: flags.FlagHolder, kind: type = int, low: float = 0, high: float = math.inf) -> list:

@@ -12,9 +12,6 @@ less than twice the largest parameter plus 1 GiB. Exit status 1 when a peak is o
 import dataclasses
 import json
 import pathlib
-import re
-import subprocess
-import sys
 import tempfile
 
 import jax
@@ -60,30 +57,20 @@ def generate(workdir: pathlib.Path, text_layers: int, shard_bytes: int) -> pathl
     return directory
 
 
-def _status(field: str) -> int:
-    """A size in bytes from the kernel's record of this process. `ru_maxrss` would include the parent's peak."""
-    text = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024
-
-
 def load_and_measure(directory: str, dtype: str | None) -> dict:
     """Loads a checkpoint in this process. Bytes before, at the peak, at the end; of all arrays, the largest; dtype."""
     load = at.load  # its modules are imported here
     jnp.zeros(()).block_until_ready()  # the backend's own memory is not the loader's
-    before = _status("VmRSS")
+    before = command.resident("VmRSS")
     model = load(directory, dtype=dtype)
     sizes = [array.nbytes for array in jax.block_until_ready(jax.tree.leaves(model.module))]
-    end = {"before": before, "peak": _status("VmHWM"), "final": _status("VmRSS")}
+    end = {"before": before, "peak": command.resident("VmHWM"), "final": command.resident("VmRSS")}
     return end | {"arrays": sum(sizes), "largest": max(sizes), "dtype": model.dtype.name}
 
 
 def measure(directory: pathlib.Path, dtype: str | None) -> dict:
     """`load_and_measure` in a fresh process."""
-    line = [sys.executable, "-m", "experiments.load_memory", f"--load={directory}"]
-    done = subprocess.run(line + ([f"--dtype={dtype}"] if dtype else []), stdout=subprocess.PIPE)
-    if done.returncode:
-        sys.exit(done.returncode)  # it has said why
-    return json.loads(done.stdout)
+    return command.in_fresh_process("load_memory", f"--load={directory}", *([f"--dtype={dtype}"] if dtype else []))
 
 
 def report(name: str, figures: dict) -> bool:

@@ -153,7 +153,7 @@ def checked(model, size: sections.Size, config) -> cells.Check:
       RuntimeError: they differ.
     """
     arms = sections.main_arms(config, [name for name in sections.ARMS if name not in ("attention", "certain")])
-    parts = [cells.check_replay(model, size.cell(task, min(size.frames)), arms, videos=1) for task in size.tasks]
+    parts = [cells.check_replay(model, size.cell(task, min(size.frames)), arms) for task in size.tasks]
     counts = (sum(getattr(part, name) for part in parts) for name in ("answers", "options", "tokens"))
     check = cells.Check(*counts, max(part.entropy for part in parts))
     if not check.holds:

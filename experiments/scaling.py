@@ -11,9 +11,6 @@ that also converts the sampled frames to RGB. Linux only (`/proc/self`).
 
 import json
 import pathlib
-import re
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -43,12 +40,6 @@ _SIDE = flags.DEFINE_integer("side", 56, "Side of a frame in pixels, a multiple 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Keeps the videos here; default: a temporary directory.")
 _JSON = flags.DEFINE_string("json", None, "Write the rows here; - for stdout, in place of the table.")
 _ONE = flags.DEFINE_string("one", None, "Measure only this file and print the row as JSON (the child process).")
-
-
-def resident(field: str) -> int:
-    """A size of this process in bytes: VmRSS now, VmHWM at its peak."""
-    text = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) * 1024
 
 
 class Compilations:
@@ -121,11 +112,11 @@ def measure(path: str) -> dict:
     plan = plan_run(model.config, path, config, _METHOD.value)
     side = plan.clip.height, plan.clip.width
     ask(at.Frames(np.zeros((256, *side, 3), np.uint8), _FPS))
-    before, warm, groups = resident("VmRSS"), compilations.count, Groups(compilations)
+    before, warm, groups = command.resident("VmRSS"), compilations.count, Groups(compilations)
     result = ask(path, groups)
     seconds = result.cost.seconds
     row = {"frames": len(plan.clip.frame_indices), **groups.summary(), "compiled": compilations.count - warm}
-    row |= {"grown_mib": (resident("VmHWM") - before) / 2**20}
+    row |= {"grown_mib": (command.resident("VmHWM") - before) / 2**20}
     row |= {f"{name}_s": getattr(seconds, name) for name in ("decode", "vision", "groups", "final", "total")}
     row |= decoding(model, plan.clip)
     longest = max(row["patches_s"], row["vision_s"] + row["groups_s"])
@@ -146,11 +137,7 @@ def write_videos(directory: pathlib.Path, lengths: list[int]) -> list[pathlib.Pa
 def child(path: pathlib.Path) -> dict:
     """`measure` in a fresh process, so that peaks of memory and compilations are this file's own."""
     own = [f"--{name}={flags.FLAGS[name].value}" for name in ("model", "method", "side")]
-    line = [sys.executable, "-m", "experiments.scaling", f"--one={path}", *own]
-    done = subprocess.run(line, stdout=subprocess.PIPE)
-    if done.returncode:
-        sys.exit(done.returncode)  # it has said why
-    return json.loads(done.stdout)
+    return command.in_fresh_process("scaling", f"--one={path}", *own)
 
 
 def run() -> None:

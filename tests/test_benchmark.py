@@ -14,7 +14,6 @@ from adapttoken_jax.parity import pytorch_fast as fast
 from adapttoken_jax.parity import pytorch_method as plain
 from adapttoken_jax.parity import speed
 from adapttoken_jax.parity.shapes import SHAPES
-from tests import launcher
 
 # The command with modules blocked that a machine with jax, flax, torch and transformers alone would lack.
 _BARE = """
@@ -145,13 +144,3 @@ benchmark.time_models([("7b", "float32"), ("7b", "bfloat16")], {"models": []}, s
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "found.json"], timeout=600)
     assert done.returncode == 9
     assert json.loads((tmp_path / "found.json").read_text()) == {"models": [{"model": "7b", "dtype": "float32"}]}
-
-
-def test_mistakes_are_one_line():
-    for flags, said in (
-        (["--models=huge"], "--models=huge"), (["--dtypes=int8"], "--dtypes=int8"),
-        (["--threads=4096"], "--threads=4096"), (["--thread=1"], "--thread: unknown flag"),
-        (["needle"], "'needle' belongs"),
-    ):  # fmt: skip
-        done = launcher.run("benchmark", *flags)
-        assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1

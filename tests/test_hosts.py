@@ -89,7 +89,7 @@ def alone(files):
     [
         (2, 2, "data=2,model=2", ["full", "lite", "no time"]),
         (4, 1, "fsdp=2,model=2", ["full"]),
-        (4, 1, "data=2,context=2", ["full", "lite"]),
+        (4, 1, "data=2,context=2", ["full"]),
     ],
 )
 def test_processes_on_one_mesh_equal_one_process(files, alone, count, devices, mesh, cases):
@@ -216,15 +216,9 @@ def test_a_process_that_waits_for_others_hears_signals(files, tmp_path, number, 
     assert time.monotonic() - sent < 30
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--mesh=data=3", "--mesh=data=3,model=1: needs 3 devices, 2 available"),
-        ("--mesh=data=1", "--mesh=data=1,model=1: takes 1 of the 2 devices of 2 processes; their product must be all"),
-    ],
-)
-def test_a_mesh_that_does_not_fit_is_one_line_in_every_process(files, tmp_path, flags, message):
-    ended = finish(start(2, lambda process: answer_words(files, process, flags), tmp_path), tmp_path)
+def test_a_mesh_that_does_not_fit_is_one_line_in_every_process(files, tmp_path):
+    message = "--mesh=data=1,model=1: takes 1 of the 2 devices of 2 processes; their product must be all"
+    ended = finish(start(2, lambda process: answer_words(files, process, "--mesh=data=1"), tmp_path), tmp_path)
     assert ended == [Ended(2, "", f"adapttoken answer: {message}\n")] * 2
 
 

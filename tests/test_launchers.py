@@ -23,7 +23,7 @@ def line(name, *argv):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_is_no_failure(name):
-    done = subprocess.run(line(name, "--help"), capture_output=True, text=True, check=False, cwd=ROOT)
+    done = launcher.run(name, "--help")
     assert (done.returncode, done.stderr) == (0, "") and "  --" in done.stdout
 
 
@@ -56,6 +56,10 @@ FILES = {
         ("plan_table", ["--cases="], "--cases=: give MODEL@SLICE or MODEL@SLICE@MESH"),
         ("pruning", ["--keep=0.5,2"], "--keep=0.5,2: give numbers from 0 to 1"),
         ("visiting", ["--give_up=0"], "--give_up=0: give numbers of at least 1, separated by commas"),
+        ("benchmark", ["--models=huge"], "--models=huge: choose from needle, 118m, 3b, 7b"),
+        ("benchmark", ["--dtypes=int8"], "--dtypes=int8: choose from float32, bfloat16"),
+        ("benchmark", ["--threads=4096"], "--threads=4096: this process may use"),
+        ("benchmark", ["needle"], "'needle' belongs to no flag"),
         ("table", ["--formt=latex"], "--formt: unknown flag; did you mean --format?"),
         ("table", ["/proc/x"], "/proc/x: no run.json"),
         ("table", ["{at}", "--plot={at}/results.json"], "--plot={at}/results.json: the same file as {at}/results.json"),

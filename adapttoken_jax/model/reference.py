@@ -23,7 +23,7 @@ def decode_sequence(text: TextDecoder, embeddings: jax.Array, position_ids: jax.
     turn = turns(text_angles(position_ids, c.head_dim, c.rope_theta, c.mrope_sections)[:, None])
     x, layers, attentions = embeddings, [], []
     for index in range(c.layers):
-        layer = jax.tree.map(lambda stacked, i=index: stacked[i], text.layers)
+        layer = text.layer(index)
         h = rms_norm(x, layer.norm1, c.eps)
         q = rotate(jnp.einsum("SD,DNH->SNH", h, layer.q_kernel[...]) + layer.q_bias[...], turn)
         k = rotate(jnp.einsum("SD,DKH->SKH", h, layer.k_kernel[...]) + layer.k_bias[...], turn)

@@ -50,9 +50,8 @@ def write_companions(directory: pathlib.Path, config: ModelConfig) -> None:
             "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
             "pad_token_id": ids["<|endoftext|>"],
         },
-        "preprocessor_config.json": _preprocessor("Qwen2VLImageProcessor", config),
-        "video_preprocessor_config.json": _preprocessor("Qwen2VLImageProcessor", config)
-        | {"video_processor_type": "Qwen2VLVideoProcessor"},
+        "preprocessor_config.json": _preprocessor(config),
+        "video_preprocessor_config.json": _preprocessor(config) | {"video_processor_type": "Qwen2VLVideoProcessor"},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": "<|im_end|>",
@@ -114,9 +113,9 @@ def model_json(config: ModelConfig, ids: dict[str, int]) -> dict:
     }
 
 
-def _preprocessor(kind: str, config: ModelConfig) -> dict:
+def _preprocessor(config: ModelConfig) -> dict:
     return {
-        "image_processor_type": kind,
+        "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
         "min_pixels": _MIN_PIXELS,
         "max_pixels": _MAX_PIXELS,

@@ -3,12 +3,12 @@
 grouping (step 3), relevance (5, 9), certainty (6), stopping (7), budget (8), redundancy (10). Relevance and certainty
 work on NumPy and JAX arrays, also inside `jax.jit`; the other steps decide shapes or control flow and run on the host,
 in NumPy, accepting JAX arrays. Beyond the paper and off by default: stop_rule (7), temperature (8), debias and
-coverage (9); consensus is a second answer.
+coverage (9); consensus is a second answer. compiled_stopping (7) and compiled (8 to 10) are twins that run on the
+device.
 """
 
 from adapttoken_jax.selection.budget import allocate_budget, candidate_count, equal_budget, group_weights
 from adapttoken_jax.selection.certainty import (
-    CERTAINTIES,
     group_certainty,
     least_certain_mean,
     token_certainty,
@@ -20,7 +20,7 @@ from adapttoken_jax.selection.debias import debias_relevance, position_trend
 from adapttoken_jax.selection.grouping import group_slots, visiting_order
 from adapttoken_jax.selection.redundancy import KERNELS, remove_redundant, remove_redundant_reference
 from adapttoken_jax.selection.relevance import reduce_relevance, top_tokens
-from adapttoken_jax.selection.stop_rule import CERTAIN_OVER_ALL, GAVE_UP, RULES, StopRule, blind_gain, gave_up
+from adapttoken_jax.selection.stop_rule import CERTAIN_OVER_ALL, GAVE_UP, StopRule, blind_gain, gave_up
 from adapttoken_jax.selection.stopping import CERTAIN_GROUPS_AGREE, ENOUGH_CERTAIN_GROUPS, GO_ON, should_stop
 from adapttoken_jax.selection.temperature import (
     budget_temperature,
@@ -30,14 +30,12 @@ from adapttoken_jax.selection.temperature import (
 )
 
 __all__ = [
-    "CERTAINTIES",
     "CERTAIN_GROUPS_AGREE",
     "CERTAIN_OVER_ALL",
     "ENOUGH_CERTAIN_GROUPS",
     "GAVE_UP",
     "GO_ON",
     "KERNELS",
-    "RULES",
     "StopRule",
     "allocate_budget",
     "blind_gain",

@@ -14,8 +14,6 @@ import numpy as np
 
 from adapttoken_jax.selection.stopping import GO_ON, should_stop
 
-RULES = ("groups", "rerun")
-
 # Reasons beside those of `should_stop`; texts, because they are written to `result.json`.
 CERTAIN_OVER_ALL = "certain over the groups so far"
 GAVE_UP = "no group more certain for long"
@@ -37,10 +35,10 @@ def gave_up(entropies: Sequence[float], groups: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class StopRule:
-    """When Lite stops. Every field but `rule` is `AdaptTokenConfig`'s of the same name with `stop_` in front.
+    """When Lite stops. Every field but `give_up` is `AdaptTokenConfig`'s with `stop_` in front.
 
     Attributes:
-      rule: one of `RULES`.
+      rule: `groups` or `rerun`.
       groups: `groups`: certain groups that suffice; `rerun`: groups between two checks.
       entropy: highest entropy that counts as certain, nats.
       agreement: `groups`: whether the certain groups must give the same answer.

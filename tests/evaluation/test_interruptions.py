@@ -13,7 +13,7 @@ from tests import tiny
 from tests.evaluation import bench
 
 # More of them take minutes: ADAPTTOKEN_KILLS=30 ADAPTTOKEN_PREEMPTIONS=10 pytest tests/evaluation/test_interruptions.py
-KILLS, PREEMPTIONS = (os.environ.get(f"ADAPTTOKEN_{name}", few) for name, few in (("KILLS", "2"), ("PREEMPTIONS", "1")))
+KILLS, PREEMPTIONS = (os.environ.get(f"ADAPTTOKEN_{name}", few) for name, few in (("KILLS", "1"), ("PREEMPTIONS", "1")))
 
 
 @pytest.fixture(scope="module")

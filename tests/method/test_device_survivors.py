@@ -21,7 +21,7 @@ SETTINGS = {
     "hidden": {"similarity": "reference_layer", "proximity": "window", "proximity_scale": 0.7, "over_selection": 1.5},
     "lite": {"stop_groups": 2, "stop_agreement": False, "stop_entropy": 9.0, "budget": 60},
     "flexselect": {},
-    "everything": {"over_selection": 100.0, "max_frames": 1024},  # more candidates than the longest video has tokens
+    "everything": {"over_selection": 100.0, "max_frames": 64},  # more candidates than the longest video has tokens
 }
 
 

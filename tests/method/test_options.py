@@ -61,11 +61,6 @@ def test_the_consensus_is_the_mean_of_what_the_groups_say(model, plain):
     assert plain.consensus == traced.consensus and "consensus" not in plain.to_dict()
 
 
-def test_no_consensus_without_options_or_groups(model):
-    assert ask(model, options=None).consensus is None
-    assert ask(model, method="full").consensus is None
-
-
 # Budget and selection
 
 
@@ -266,12 +261,6 @@ def test_all_questions_share_the_deadline(model, monkeypatch):
         model, question=[QUESTION, "Why?"], options=[OPTIONS, None], limits={"deadline": 2, "on_progress": clock}
     )
     assert [r.stop.groups_visited for r in both] == [2, 2]
-
-
-def test_a_mesh_visits_at_least_one_wave(directory):
-    wide = at.load(directory, mesh="data=2,model=1")
-    result = ask(wide, limits={"deadline": 0})
-    assert result.stop.groups_visited == 2
 
 
 def test_an_uncertain_answer_is_withheld(model, plain):

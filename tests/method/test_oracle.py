@@ -124,13 +124,13 @@ def test_every_method_matches(load, method, options):
     assert_agree(result, theirs)
     assert result.stop.groups_visited == (len(theirs["visited"]) if result.groups else 0)
     assert result.stop.early == (method == "lite")
+    assert (result.consensus is None) == (options is None or not result.groups)
 
 
 @pytest.mark.parametrize(
     ("shape", "size"),
-    [("multi_head", (84, 56)), ("multi_query", (140, 56)), ("seven_per_kv", (56, 56)), ("odd_sizes", (112, 140)),
-     ("only_windows", (84, 84))],
-)  # fmt: skip
+    [("multi_query", (140, 56)), ("seven_per_kv", (56, 56)), ("odd_sizes", (112, 140))],
+)
 def test_every_shape_matches(load, shape, size):
     pair = load(shape)
     config = settings(pair[0], budget=2 * size[0] * size[1] // 784 + 3, max_pixels=size[0] * size[1])
@@ -190,7 +190,7 @@ def test_several_questions_in_one_scan_are_each_answered_as_if_alone(load):
         )  # the same sums in another order
 
 
-def test_lite_stops_each_question_on_its_own(load):
+def test_lite_stops_where_enough_groups_are_certain(load):
     model, _ = load("base")
     entropies = [g.entropy for g in at.answer(model, random_video(), "What?", OPTIONS, settings(model)).groups]
     config = settings(model, stop_groups=1, stop_agreement=False, stop_entropy=sorted(entropies)[2] + 1e-4)

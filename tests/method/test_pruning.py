@@ -75,10 +75,9 @@ def answer_of_group(torch_model, trace, group, dropped, tokens, end_ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", ["base", "multi_query", "seven_per_kv"])
-def test_pruned_groups_match_transformers_layers(load, shape):
+def test_pruned_groups_match_transformers_layers(load):
     """Two questions share what is kept: the tokens most relevant to either. One answers a letter, one five tokens."""
-    model, torch_model, _ = load(shape)
+    model, torch_model, _ = load("base")
     whole, pruned = ask(model, 1.0), ask(model, SHARE)
     for full, ours in zip(whole, pruned, strict=True):
         # The reference layer is below what is pruned.
@@ -121,9 +120,8 @@ def test_after_the_last_layer_there_is_nothing_to_prune(load):
     assert pruned.cost.flops == whole.cost.flops
 
 
-@pytest.mark.parametrize("given", [{}, {"similarity": "reference_layer", "group_order": "bit_reversed"}])
-def test_both_loops_agree(load, given):
-    model = load("base")[0]
+def test_both_loops_agree(load):
+    model, given = load("base")[0], {"similarity": "reference_layer", "group_order": "bit_reversed"}
     for device, host in zip(ask(model, SHARE, **given), ask(model, SHARE, loop="host", **given), strict=True):
         assert_same(device, host)
 
@@ -141,11 +139,10 @@ def test_meshes_agree(load, of_one_device, mesh):
             np.testing.assert_allclose(ours.trace[key], alone.trace[key], rtol=0, atol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("loop", ["device", "host"])
-def test_what_is_kept_of_a_group_does_not_depend_on_its_padding(load, loop):
+def test_what_is_kept_of_a_group_does_not_depend_on_its_padding(load):
     """The same groups of 12 and 11 slots, padded to 12 and 19."""
     model = load("base")[0]
-    exact, padded = (ask(model, SHARE, loop=loop, slots_per_group=slots) for slots in (12, 19))
+    exact, padded = (ask(model, SHARE, slots_per_group=slots) for slots in (12, 19))
     for ours, alone in zip(padded, exact, strict=True):
         assert [len(g.slots) for g in ours.groups] == [12, 11] and ours.selected == alone.selected
         np.testing.assert_allclose(ours.trace["group_entropy"], alone.trace["group_entropy"], atol=1e-5)

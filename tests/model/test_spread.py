@@ -78,8 +78,19 @@ def alone(keep_layer):
         ("fsdp=4,model=2", 0),
     ],
 )
-@pytest.mark.parametrize("keep_layer", [1, 2])
-def test_spread_rows_are_the_rows(mesh, scattered, keep_layer, monkeypatch):
+def test_spread_rows_are_the_rows(mesh, scattered, monkeypatch):
+    assert_spread_rows_are_the_rows(mesh, scattered, 1, monkeypatch)
+
+
+# Rows spread, spread in pieces, and in pieces alone.
+@pytest.mark.parametrize(
+    ("mesh", "scattered"), [("data=2,model=2", 6), ("data=2,context=2,model=2", 6), ("data=2,context=2,model=1", 0)]
+)
+def test_so_are_those_kept_of_the_last_layer(mesh, scattered, monkeypatch):
+    assert_spread_rows_are_the_rows(mesh, scattered, 2, monkeypatch)
+
+
+def assert_spread_rows_are_the_rows(mesh, scattered, keep_layer, monkeypatch):
     monkeypatch.setattr(spread, "PART_ROWS", 160)
     ours, count = read(on(mesh), keep_layer)
     theirs, none = alone(keep_layer)

@@ -19,7 +19,7 @@ def batch():
 
 
 def _questions(block):
-    """Token ids, reads and labels of every question of a block, padding removed."""
+    """Clips, token ids and indices of their questions of every question of a block, padding removed."""
     clips_, count = block.ids.shape[:2]
     for b in range(clips_):
         for q in range(count):

@@ -132,7 +132,7 @@ def test_the_replay_is_what_answer_does(model):
     ]
     arms = {str(i): Arm(method, settings(model, **fields)) for i, (method, fields) in enumerate(changed)}
     cell = Cell("pair", 48, 2, per_video=2)
-    check = check_replay(model, cell, arms, videos=1)
+    check = check_replay(model, cell, arms)
     assert (check.answers, check.options, check.tokens) == (14, 14, 14)
     assert check.entropy < 1e-4 and check.holds
     found = Lab(model).measure(cell, arms, "")
@@ -150,7 +150,7 @@ def test_a_broken_replay_is_noticed(model):
 
     arms = {"a": Arm("adapttoken", settings(model)), "b": Wrong("adapttoken", settings(model, reference_layer=0))}
     arms["a"] = Wrong("adapttoken", arms["a"].config)
-    check = check_replay(model, Cell("single", 64, 4), arms, videos=1)
+    check = check_replay(model, Cell("single", 64, 4), arms)
     assert check.tokens < check.answers and not check.holds
 
 

@@ -1,6 +1,5 @@
 """A headless Chromium, driven over its debugging pipe with the standard library alone."""
 
-import base64
 import contextlib
 import fcntl
 import itertools
@@ -116,10 +115,3 @@ class Browser:
         """One key, by its DOM name and Windows key code; `text` is what it types."""
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
-
-    def screenshot(self, path) -> None:
-        """The whole page as PNG."""
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
-        pathlib.Path(path).write_bytes(base64.b64decode(data))

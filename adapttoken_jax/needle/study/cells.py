@@ -314,10 +314,10 @@ class Check:
         return self.options == self.answers and self.tokens >= 0.99 * self.answers - 1 and self.entropy < 1e-2
 
 
-def check_replay(model: Model, cell: Cell, arms: Mapping[str, Arm], videos: int = 2) -> Check:
-    """Answers some questions of a cell by `adapttoken_jax.answer` too. Arms that it does not have are left out."""
+def check_replay(model: Model, cell: Cell, arms: Mapping[str, Arm]) -> Check:
+    """Answers the questions about the first video by `adapttoken_jax.answer` too; arms that it has not are left out."""
     real = {n: arm for n, arm in arms.items() if arm.method in METHODS and not arm.contiguous}
-    shots = [shot for number in range(videos) for shot in shoot(model, cell, number, real, frames=True)]
+    shots = shoot(model, cell, 0, real, frames=True)
     rows = [_compare(model, shot.cases[arm.scan_key], arm) for shot in shots for arm in real.values()]
     same, tokens, entropy = zip(*rows, strict=True)
     return Check(len(rows), sum(same), sum(tokens), max(entropy))

@@ -54,11 +54,10 @@ def select(video: VisualTokens, log: Log, prompt: Prompt, config: AdaptTokenConf
     places = coordinates(video, log.slots)
     relevance = _relevance(video, log, config, method)
     capacity = (~np.isnan(relevance)).sum(1)
-    if method == "attention":
-        taken = top_tokens(relevance.reshape(1, -1), [config.budget]).reshape(relevance.shape)
-        return Choice(np.full(len(capacity), 1 / len(capacity)), in_video_order(places[taken]))
-    if method == "flexselect":
-        taken = top_tokens(relevance, equal_budget(capacity, min(config.budget, capacity.sum())))
+    if method in ("attention", "flexselect"):
+        pool = relevance.reshape(1, -1) if method == "attention" else relevance
+        budgets = [config.budget] if method == "attention" else equal_budget(capacity, config.budget)
+        taken = top_tokens(pool, budgets).reshape(relevance.shape)
         return Choice(np.full(len(capacity), 1 / len(capacity)), in_video_order(places[taken]))
     certainty = certainties(log, prompt, config.certainty)
     temperature = budget_temperature(certainty, config.temperature, config.temperature_target)
