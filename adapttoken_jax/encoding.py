@@ -164,6 +164,7 @@ class SlotEncoder:
 
     def __exit__(self, error, *_):
         self._reading.close()
+        self._reading = self._chunks = iter(())  # from Python 3.12 on one that never began would keep this one alive
         if self._entry and self.encoded and error is None:
             self._entry.write(self.features, self._there)
 

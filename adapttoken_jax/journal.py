@@ -30,10 +30,10 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._file.close()
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise UserError(f"{path}: another process is writing this run; wait for it, or name another") from None
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                self._file.close()
+                raise UserError(f"{path}: another process is writing this run; wait for it, or name another") from None
+            # Else the file system has no locks: who starts two processes on one file is not told.
         self._truncate(self.path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:

@@ -207,6 +207,7 @@ def test_an_interrupted_log_goes_on(tmp_path):
     whole = path.read_bytes()
     for cut in (1, 30, len(whole) - whole.index(b"\n") - 2):
         path.write_bytes(whole[:-cut])
+        assert calibration.read_log(path).videos == ()
         assert not write_log(path, VIDEO)
         assert path.read_bytes() == whole
 

@@ -1,11 +1,13 @@
 """Reading as far as is asked for: the order, what it costs, and the same results as reading everything first."""
 
+import gc
 import pathlib
 import signal
 import subprocess
 import sys
 import threading
 import types
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
@@ -236,6 +238,21 @@ def test_damage_ends_the_stream_with_one_line_and_without_threads(model, tmp_pat
     with broken, stream_video(model, clip, one_pass(clip)) as tokens:
         tokens.ensure(range(30))
     assert not set(threading.enumerate()) - before
+
+
+def test_an_encoder_that_read_nothing_itself_does_not_stay(model, clip):
+    """Nothing but the collector of cycles would free it, which does not know how large its features are."""
+    chunks = list(read_patches(clip, chunk_slots=4))
+    gc.collect()
+    gc.disable()
+    try:
+        with encoding.SlotEncoder(model, clip, one_pass(clip), chunks=chunks) as encoder:
+            encoder.encode(range(8))
+        left = weakref.ref(encoder)
+        del encoder
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("sent", "word", "status"), [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)])

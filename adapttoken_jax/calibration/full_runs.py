@@ -133,7 +133,8 @@ def read_log(path) -> Log:
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; experiments.calibrate_stop writes it")
-    first, *lines = path.read_bytes().splitlines() or [b"{}"]
+    content = path.read_bytes()
+    first, *lines = content[: content.rfind(b"\n") + 1].splitlines() or [b"{}"]  # a crash may leave part of a line
     header = _header(path, first)
     try:
         lines = [json.loads(line) for line in lines]

@@ -9,6 +9,7 @@ Only decoding runs ahead. The accelerator is driven from the main thread alone, 
 in the same order on every device. Lite reads a video itself: which of its groups it will want nobody knows ahead.
 """
 
+import contextlib
 import os
 import queue
 import threading
@@ -21,6 +22,7 @@ from adapttoken_jax.loading import Model
 from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.run import Plan
 from adapttoken_jax.video import read_patches
+from adapttoken_jax.video.ahead import raise_and_forget
 
 _END = object()
 _VIDEOS_AHEAD = 16  # indexed and planned before their turn: what decodes nothing ahead, or little, fills no memory
@@ -59,16 +61,16 @@ class DecodedVideo:
     def drop(self) -> None:
         """Drops what has not been taken."""
         while not self._ended:
-            try:
+            with contextlib.suppress(Exception):  # nobody waited for it
                 self._next()
-            except UserError:
-                return  # nobody waited for it
 
     def _next(self):
         made = self._take()
         self._ended = made is _END or isinstance(made, BaseException)
-        if isinstance(made, BaseException):
-            raise made
+        if self._ended and made is not _END:
+            errors = [made]
+            del made
+            raise_and_forget(errors)
         return made
 
 
@@ -82,27 +84,33 @@ class DecodeAhead:
         self._videos = list(videos)
         self._most = memory_for_chunks() if most_bytes is None else most_bytes
         self._made: queue.SimpleQueue = queue.SimpleQueue()
-        self._waiting, self._begun, self._closed = 0, 0, False
+        self._waiting, self._begun, self._given_up, self._closed = 0, 0, 0, False
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._decode_all, name="decode ahead", daemon=True)
 
     def __enter__(self) -> "DecodeAhead":
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_) -> None:
         with self._change:
             self._closed = True
             self._change.notify()
-        self._thread.join()
+        if self._thread.ident is not None:  # it was started
+            self._thread.join()
 
     def __iter__(self) -> Iterator[DecodedVideo]:
-        for _ in self._videos:
+        for number in range(len(self._videos)):
             video = DecodedVideo(self._take)
             with self._change:
                 self._begun += 1
                 self._change.notify()
             yield video
+            self._given_up = number + 1
             video.drop()
 
     def _take(self):
@@ -127,21 +135,23 @@ class DecodeAhead:
             with self._change:
                 self._change.wait_for(lambda number=number: self._closed or number < self._begun + _VIDEOS_AHEAD)
             try:
-                wanted = self._decode(video)
+                wanted = self._decode(number, video)
             except BaseException as error:  # raised again in the thread that waits for it
                 wanted = self._put(error)
             if not wanted:
                 return
 
-    def _decode(self, video) -> bool:
+    def _decode(self, number: int, video) -> bool:
         if video is None:
             raise UserError("no video file in the data directory")
         plan = plan_run(self._model.config, video, self._config, self._method)
         wanted = self._put(plan)
         size = chunk_slots(self._model, plan.clip, scanned=plan.scanned)
-        for chunk in read_patches(plan.clip, chunk_slots=size) if wanted and reads_ahead(plan, self._method) else ():
-            if not self._put(chunk):
-                return False
+        useless = lambda: self._closed or number < self._given_up
+        if wanted and reads_ahead(plan, self._method):
+            for chunk in read_patches(plan.clip, chunk_slots=size, cancelled=useless):
+                if not self._put(chunk):
+                    return False
         return wanted and self._put(_END)
 
 

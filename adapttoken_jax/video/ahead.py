@@ -10,10 +10,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import numpy as np
 
-from adapttoken_jax.video.decode import SEEK_FRAMES, Cancelled, FrameReader, decoding_cost, key_starts
+from adapttoken_jax.video.decode import SEEK_FRAMES, FrameReader, decoding_cost, key_starts
 from adapttoken_jax.video.probe import VideoInfo
 
 # Decoding work of a run before another may begin: a thread jumps to each run that it takes, which must stay cheap.
@@ -32,12 +33,21 @@ class ReadAhead:
       prepare: from a decoded image uint8 [H, W, 3] to what is handed out; runs in the reading threads.
       ahead: most prepared images held, at least 1.
       threads: None for one per core.
+      cancelled: asked before every frame is decoded; `take` raises `Cancelled` once it says yes.
 
     Attributes:
       busy_s: seconds that the threads have spent decoding and preparing, summed over them.
     """
 
-    def __init__(self, info: VideoInfo, order: np.ndarray, prepare: Prepare, ahead: int, threads: int | None = None):
+    def __init__(
+        self,
+        info: VideoInfo,
+        order: np.ndarray,
+        prepare: Prepare,
+        ahead: int,
+        threads: int | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ):
         self._order, self._prepare = np.asarray(order, np.int64), prepare
         self._ahead, self._taken, self._closed = max(1, ahead), 0, False
         self._ready: dict[int, np.ndarray | Exception] = {}
@@ -49,13 +59,18 @@ class ReadAhead:
         cores = threads or usable_cores()
         count = max(1, min(cores, len(runs)))
         self._runs = iter(runs)
-        readers = [FrameReader(info, self._order, cores // count, lambda: self._closed) for _ in range(count)]
+        ended = lambda: self._closed or cancelled()
+        readers = [FrameReader(info, self._order, cores // count, ended) for _ in range(count)]
         self._threads = [threading.Thread(target=self._read_runs, args=(each,), daemon=True) for each in readers]
         self.busy_s = 0.0
 
     def __enter__(self):
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error):
@@ -63,7 +78,9 @@ class ReadAhead:
             self._closed = True
             self._room.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
+        self._ready.clear()
 
     def take(self, count: int) -> list[np.ndarray]:
         """The next `count` images; fewer at the end of the order.
@@ -85,9 +102,9 @@ class ReadAhead:
             images = [self._ready.pop(place) for place in places if place in self._ready]
             self._taken += count
             self._room.notify_all()
-        for image in images:
-            if isinstance(image, Exception):
-                raise image
+        if errors := [image for image in images if isinstance(image, Exception)]:
+            del images
+            raise_and_forget(errors)
         return images
 
     def _read_runs(self, reader: FrameReader) -> None:
@@ -105,8 +122,6 @@ class ReadAhead:
         for place in run:
             try:
                 image = next(images)
-            except Cancelled:
-                return False
             except Exception as error:  # raised again in the thread that takes this image
                 self._hand_in(place, error)
                 return False
@@ -135,6 +150,14 @@ class ReadAhead:
             if not self._awaited:
                 self._arrived.notify()
             return not self._closed
+
+
+def raise_and_forget(errors: list[BaseException]) -> NoReturn:
+    """Raises the first. No frame on the way then holds the error that holds the frame, and all that it knows, alive."""
+    try:
+        raise errors[0]
+    finally:
+        errors.clear()
 
 
 def cut_runs(info: VideoInfo, order: np.ndarray) -> list[range]:

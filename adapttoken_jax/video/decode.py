@@ -61,6 +61,8 @@ class FrameReader:
 
     def __exit__(self, *error):
         self._file.close()
+        # A generator that has not ended and its reader would keep each other, and the decoder's pictures, alive.
+        self._frames = self._current = None
 
     def read(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (index, uint8 [H, W, 3]) for `indices`, all of them `wanted`, in any order; going back is a jump.

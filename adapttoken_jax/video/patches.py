@@ -5,7 +5,7 @@ but holds no more than a bounded number of resized frames. Rows stay pixels of o
 normalised, which `passes.encode_slots` does on the device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -29,12 +29,15 @@ class SlotPatches(ReadAhead):
       clip: from `plan_clip`.
       slots: in any order. Ascending order costs one pass over the file.
       ahead: slots read before they are taken, at most; None for as many as `_BYTES_AHEAD` holds.
+      cancelled: as in `ReadAhead`.
 
     Raises:
       ValueError: a slot that the clip does not have.
     """
 
-    def __init__(self, clip: Clip, slots: Sequence[int], ahead: int | None = None):
+    def __init__(
+        self, clip: Clip, slots: Sequence[int], ahead: int | None = None, cancelled: Callable[[], bool] = lambda: False
+    ):
         frames = clip.slot_frames[_checked(clip, slots)]
         resize = RESIZERS[PRESETS[clip.preset].resizer]
         bound = _BYTES_AHEAD // (3 * clip.height * clip.width)
@@ -44,6 +47,7 @@ class SlotPatches(ReadAhead):
             frames.reshape(-1),
             lambda image: cut_patches(resize(image, clip.height, clip.width), clip.vision),
             bound if ahead is None else min(bound, ahead * self._per_slot),
+            cancelled=cancelled,
         )
         self._shape = (clip.grid[1] * clip.grid[2], clip.vision.patch_features)
 
@@ -54,7 +58,10 @@ class SlotPatches(ReadAhead):
 
 
 def read_patches(
-    clip: Clip, slots: Sequence[int] | None = None, chunk_slots: int = 8
+    clip: Clip,
+    slots: Sequence[int] | None = None,
+    chunk_slots: int = 8,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Decodes slots of a clip and yields them in the order asked for, `chunk_slots` at a time.
 
@@ -62,6 +69,7 @@ def read_patches(
       clip: from `plan_clip`.
       slots: slot indices in any order, None for all. Ascending order costs one pass over the file.
       chunk_slots: slots held and yielded at once.
+      cancelled: asked before every frame is decoded; once it says yes, iterating raises `Cancelled`.
 
     Yields:
       (int64 [n] slot indices, uint8 [n, h*w, features] patches in the order of `join_frames`).
@@ -73,11 +81,11 @@ def read_patches(
     if chunk_slots < 1:
         raise ValueError(f"chunk_slots is {chunk_slots}; at least 1 slot is read at a time")
     slots = _checked(clip, slots)
-    return _chunks_of_patches(clip, slots, chunk_slots)
+    return _chunks_of_patches(clip, slots, chunk_slots, cancelled)
 
 
-def _chunks_of_patches(clip: Clip, slots: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    with SlotPatches(clip, slots) as reader:
+def _chunks_of_patches(clip, slots: np.ndarray, size: int, cancelled) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    with SlotPatches(clip, slots, cancelled=cancelled) as reader:
         for start in range(0, len(slots), size):
             yield slots[start : start + size], reader.take_slots(size)
 

@@ -57,6 +57,17 @@ def test_two_processes_cannot_write_one_journal(tmp_path):
     Journal(tmp_path / "samples.jsonl").close()
 
 
+def test_where_there_are_no_locks_a_journal_is_written(tmp_path, monkeypatch):
+    def flock(file, kind):
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    journal = Journal(tmp_path / "samples.jsonl")
+    journal.append([{"a": 1}])
+    journal.close()
+    assert (tmp_path / "samples.jsonl").read_text() == '{"a": 1}\n'
+
+
 def test_a_full_disk_loses_nothing_that_was_written(tmp_path):
     path = tmp_path / "samples.jsonl"
     journal = Journal(path)

@@ -19,7 +19,8 @@ from adapttoken_jax.evaluation.saved_selection import SavedSelection, saved_sele
 from adapttoken_jax.evaluation.session import size_name
 from adapttoken_jax.evaluation.summary import mean_cost
 from adapttoken_jax.pipeline import plan_run
-from adapttoken_jax.video import read_patches
+from adapttoken_jax.video import FrameReader, read_patches
+from adapttoken_jax.video import ahead as frames_ahead
 from tests import media
 
 
@@ -153,6 +154,30 @@ def test_few_videos_are_planned_ahead_where_nothing_is_decoded_ahead(tmp_path, m
             time.sleep(0.01 if place else 1.0)
             assert len(planned) <= place + 1 + ahead_module._VIDEOS_AHEAD
     assert len(planned) == 50
+
+
+def test_a_video_given_up_is_not_decoded_to_its_end(tmp_path, monkeypatch):
+    model = types.SimpleNamespace(config=SIZES["qwen2.5-vl-7b"], mesh=None, wave=1)
+    config = AdaptTokenConfig(max_pixels=4704, fps=25.0, slots_per_group=4, budget=16)
+    long, short = (
+        media.write(tmp_path / "long.mp4", 2000, (56, 84), gop=2000, sc_threshold="0"),
+        media.write(tmp_path / "short.mp4", 40),
+    )
+    decoded = []
+
+    class Counting(FrameReader):
+        def _decode(self, packets):
+            for item in super()._decode(packets):
+                decoded.append(self)
+                yield item
+
+    monkeypatch.setattr(frames_ahead, "FrameReader", Counting)
+    with DecodeAhead(model, [long, short], config, "adapttoken", most_bytes=1) as ahead:
+        first, second = iter(ahead), None
+        assert next(first).plan().clip.grid[0] == 1000
+        second = next(first)
+        assert second.plan().clip.grid[0] == 20 and sum(len(slots) for slots, _ in second.chunks()) == 20
+    assert sum(reader is decoded[0] for reader in decoded) < 1500
 
 
 def test_leaving_early_ends_the_thread(tmp_path):

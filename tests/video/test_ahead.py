@@ -1,7 +1,10 @@
 """`ReadAhead`: the same images in the same order whatever the file, the order and the number of threads."""
 
+import contextlib
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.video import FrameReader, Frames, ahead, probe
 from adapttoken_jax.video.ahead import ReadAhead, cut_runs
-from adapttoken_jax.video.decode import SEEK_FRAMES, decoding_cost
+from adapttoken_jax.video.decode import SEEK_FRAMES, Cancelled, decoding_cost
 from tests import media
 from tests.video.test_decode import CountingReader, decode_everything
 
@@ -114,10 +117,72 @@ def test_leaving_early_ends_all_threads(tmp_path, monkeypatch):
     assert not set(threading.enumerate()) - before
 
 
+@pytest.fixture
+def no_collector():
+    """Without it only what nothing refers to any more is freed, at once."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_nothing_read_outlives_the_block(tmp_path, no_collector):
+    info = probe(media.write(tmp_path / "a.mp4", FRAMES, gop=1000, sc_threshold="0"))
+    with ReadAhead(info, np.arange(FRAMES), np.array, 30, 2) as reader:
+        reader.take(5)
+    left = weakref.ref(reader)
+    del reader
+    assert left() is None
+
+
+def test_nothing_read_outlives_an_error(tmp_path, no_collector):
+    path = media.write(tmp_path / "a.mkv", FRAMES, codec="ffv1", pix_fmt="bgr0", gop=1)
+    info = probe(path)
+    media.without_packets(path, tmp_path / "b.mkv", range(40, 80))
+    (tmp_path / "b.mkv").replace(path)
+    left = []
+
+    def fail():
+        with ReadAhead(info, np.arange(FRAMES), np.array, 30, 2) as reader:
+            left.append(weakref.ref(reader))
+            reader.take(60)
+
+    with contextlib.suppress(UserError):
+        fail()
+    assert left[0]() is None
+
+
+def test_no_thread_stays_where_one_cannot_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+    info, before, start = probe(media.write(tmp_path / "a.mp4", FRAMES)), set(threading.enumerate()), []
+
+    def refuse_the_third(thread, begin=threading.Thread.start):
+        start.append(thread)
+        if len(start) == 3:
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_the_third)
+    with pytest.raises(RuntimeError, match="can't start"), ReadAhead(info, np.arange(FRAMES), np.array, 3, 4):
+        pass
+    assert len(start) == 3 and not set(threading.enumerate()) - before
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_what_is_cancelled_ends_where_it_is_awaited(tmp_path, threads, monkeypatch):
+    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+    info, cancelled = probe(media.write(tmp_path / "a.mp4", FRAMES)), threading.Event()
+    with ReadAhead(info, np.arange(FRAMES), np.array, 10, threads, cancelled.is_set) as reader:
+        reader.take(20)
+        cancelled.set()
+        with pytest.raises(Cancelled):
+            reader.take(FRAMES - 20)
+
+
 def test_a_reader_that_is_told_to_stop_gives_up_between_frames(tmp_path):
     info, decoded = probe(media.write(tmp_path / "a.mp4", FRAMES, gop=1000, sc_threshold="0")), []
     stop = lambda: len(decoded) > 10 or decoded.append(1)
-    with FrameReader(info, [95], 1, stop) as reader, pytest.raises(ahead.Cancelled):
+    with FrameReader(info, [95], 1, stop) as reader, pytest.raises(Cancelled):
         list(reader.read([95]))
     assert len(decoded) == 11
 
