@@ -3,13 +3,16 @@
     python -m experiments.scaling --frames=256,1000,10000 --json=scaling.json
 
 For every length, in a fresh process: seconds per group (of the passes alone, beside which the next groups are decoded
-and encoded, and of the whole), programs compiled after the first group, how far host memory grew while the question was
-answered, the seconds of each stage, and the whole against the longer of decoding and computing. Beside it, in the same
-run, decoding and preprocessing alone against two bare PyAV passes over the same file: one that decodes only, and one
-that also converts the sampled frames to RGB. Linux only (`/proc/self`).
+and encoded, and of the whole), seconds until the first groups were visited, programs compiled after them, how far host
+memory grew while the question was answered, the seconds of each stage, and the whole against the longer of decoding and
+computing. Beside it, in the same run, decoding and preprocessing alone against two bare PyAV passes over the same file:
+one that decodes only, and one that also converts the sampled frames to RGB. Linux only (`/proc/self`).
+
+With `--apart` the first core computes, and the others decode and do the rest, as where an accelerator computes.
 """
 
 import json
+import os
 import pathlib
 import tempfile
 import time
@@ -22,6 +25,7 @@ from absl import flags
 import adapttoken_jax as at
 from adapttoken_jax import needle
 from adapttoken_jax.encoding import chunk_slots
+from adapttoken_jax.errors import UserError
 from adapttoken_jax.parity.shapes import SHAPES, random_model
 from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.result import made_directory
@@ -37,9 +41,24 @@ _MODEL = flags.DEFINE_string(
 )
 _METHOD = flags.DEFINE_string("method", "adapttoken", "How tokens are chosen.")
 _SIDE = flags.DEFINE_integer("side", 56, "Side of a frame in pixels, a multiple of 28; 112 make 16 tokens per slot.")
+_APART = flags.DEFINE_bool("apart", False, "Compute on the first core, and do all else on the others.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Keeps the videos here; default: a temporary directory.")
 _JSON = flags.DEFINE_string("json", None, "Write the rows here; - for stdout, in place of the table.")
 _ONE = flags.DEFINE_string("one", None, "Measure only this file and print the row as JSON (the child process).")
+
+
+def keep_apart() -> None:
+    """Leaves the first core to XLA's threads. This thread, and those that it starts from here on, have the others.
+
+    Raises:
+      UserError: there are no others.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise UserError("--apart: takes two cores or more; this process may use one")
+    os.sched_setaffinity(0, cores[:1])
+    jax.devices()  # the threads start here
+    os.sched_setaffinity(0, cores[1:])
 
 
 class Compilations:
@@ -101,6 +120,8 @@ def decoding(model: at.Model, clip) -> dict:
 
 def measure(path: str) -> dict:
     """The row of one file, after a first question about another video has compiled what there is to compile."""
+    if _APART.value:
+        keep_apart()
     random = SHAPES.get(_MODEL.value) if _MODEL.value != "needle" else None
     model = random_model(random.model) if random else at.load(_MODEL.value)
     compilations = Compilations()
@@ -113,10 +134,12 @@ def measure(path: str) -> dict:
     side = plan.clip.height, plan.clip.width
     ask(at.Frames(np.zeros((256, *side, 3), np.uint8), _FPS))
     before, warm, groups = command.resident("VmRSS"), compilations.count, Groups(compilations)
+    begin = time.perf_counter()
     result = ask(path, groups)
     seconds = result.cost.seconds
     row = {"frames": len(plan.clip.frame_indices), **groups.summary(), "compiled": compilations.count - warm}
     row |= {"grown_mib": (command.resident("VmHWM") - before) / 2**20}
+    row["first_group_s"] = groups.marks[0][0] - begin
     row |= {f"{name}_s": getattr(seconds, name) for name in ("decode", "vision", "groups", "final", "total")}
     row |= decoding(model, plan.clip)
     longest = max(row["patches_s"], row["vision_s"] + row["groups_s"])
@@ -136,7 +159,7 @@ def write_videos(directory: pathlib.Path, lengths: list[int]) -> list[pathlib.Pa
 
 def child(path: pathlib.Path) -> dict:
     """`measure` in a fresh process, so that peaks of memory and compilations are this file's own."""
-    own = [f"--{name}={flags.FLAGS[name].value}" for name in ("model", "method", "side")]
+    own = [f"--{name}={flags.FLAGS[name].value}" for name in ("model", "method", "side", "apart")]
     return command.in_fresh_process("scaling", f"--one={path}", *own)
 
 

@@ -319,6 +319,10 @@ def test_a_fault_of_the_program_is_one_line_with_a_status_of_its_own(capsys):
 def test_an_interrupt_is_130(capsys):
     assert cli.main(["try"], raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr() == ("", "adapttoken try: interrupted\n")
+    failing = RuntimeError("release unlocked lock")  # as a condition does that is interrupted while it waits
+    failing.__context__ = KeyboardInterrupt()
+    assert cli.main(["try"], raising(failing)) == 130
+    assert capsys.readouterr() == ("", "adapttoken try: interrupted\n")
 
 
 def test_ctrl_c_ends_the_process_with_130_and_no_traceback():

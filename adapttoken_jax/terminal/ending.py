@@ -48,11 +48,13 @@ def failed(name: str, error: Exception, debug: bool) -> int:
     """Says in one line what went wrong, after the traceback with `debug`; to be called where `error` was caught.
 
     Returns:
-      The exit status. A `BrokenPipeError` is raised again: `exit_status` knows what it means.
+      The exit status. A `BrokenPipeError` is raised again, as is an interruption: `exit_status` knows what they mean.
     """
     trace = traceback.format_exc() if debug else ""
     if isinstance(error, BrokenPipeError):
         raise error
+    if isinstance(error.__context__, KeyboardInterrupt):  # what fails because it was interrupted says nothing else
+        raise error.__context__
     if isinstance(error, UserError):
         return fail(name, str(error), trace)
     if isinstance(error, OSError):
