@@ -15,6 +15,7 @@ Design decisions:
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 import pathlib
 import sys
@@ -410,7 +411,10 @@ def _demo(values: flags.FlagValues) -> int:
 
     with Progress() as progress:
         rows = demo.run(values.output, values.frames, values.seed, progress)
-    sys.stdout.write(table(rows))
+    head, *lines = table([{name: row[name] for name in row if name != "question"} for row in rows]).splitlines()
+    print(head)
+    for question, own in itertools.groupby(zip(rows, lines, strict=True), lambda each: each[0]["question"]):
+        print(f"\n{question}", *(line for _, line in own), sep="\n")
     print("seconds begin with the scan that a method's questions share; they hold what had to be compiled, which a "
           "second run need not do again", file=sys.stderr)  # fmt: skip
     print(f"wrote {pathlib.Path(values.output) / 'report.html'}", file=sys.stderr)

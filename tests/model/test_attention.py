@@ -79,7 +79,7 @@ def test_scores_whose_exponentials_no_float32_holds(implementation):
 
 @pytest.mark.parametrize("implementation", list(attention.CAUSAL))
 def test_sums_that_float16_does_not_hold(implementation):
-    """All keys alike, so that a row's mean is of 1700 equal weights: 68 000 before it is divided, and 65 504 is most."""
+    """All keys alike, so that a row is the mean of 1700 equal weights: 68 000 before it is divided, 65 504 is most."""
     zeros, v = jnp.zeros((1, 1700, 1, 2), jnp.float16), jnp.full((1, 1700, 1, 2), 40, jnp.float16)
     last = attention.causal_attention(zeros, zeros, v, jnp.ones((1, 1700), bool), implementation)[:, -1]
     np.testing.assert_allclose(np.float32(last), 40, rtol=1e-3)
