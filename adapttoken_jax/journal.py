@@ -15,6 +15,9 @@ from typing import Any
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.result import naming
 
+# What a file system without locks answers; who starts two processes on one of its files is not told.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
 
 class Journal:
     """One file of JSON lines, written by one process at a time.
@@ -30,10 +33,11 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
+            if error.errno not in _NO_LOCKS:
                 self._file.close()
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
                 raise UserError(f"{path}: another process is writing this run; wait for it, or name another") from None
-            # Else the file system has no locks: who starts two processes on one file is not told.
         self._truncate(self.path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:

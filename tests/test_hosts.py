@@ -89,7 +89,7 @@ def alone(files):
     [
         (2, 2, "data=2,model=2", ["full", "lite", "no time"]),
         (4, 1, "fsdp=2,model=2", ["full"]),
-        (4, 1, "data=2,context=2", ["full"]),
+        (4, 1, "data=2,context=2", ["full", "lite"]),
     ],
 )
 def test_processes_on_one_mesh_equal_one_process(files, alone, count, devices, mesh, cases):

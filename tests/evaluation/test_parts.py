@@ -159,11 +159,8 @@ def test_few_videos_are_planned_ahead_where_nothing_is_decoded_ahead(tmp_path, m
 def test_a_video_given_up_is_not_decoded_to_its_end(tmp_path, monkeypatch):
     model = types.SimpleNamespace(config=SIZES["qwen2.5-vl-7b"], mesh=None, wave=1)
     config = AdaptTokenConfig(max_pixels=4704, fps=25.0, slots_per_group=4, budget=16)
-    long, short = (
-        media.write(tmp_path / "long.mp4", 2000, (56, 84), gop=2000, sc_threshold="0"),
-        media.write(tmp_path / "short.mp4", 40),
-    )
-    decoded = []
+    long = media.write(tmp_path / "long.mp4", 2000, (56, 84), gop=2000, sc_threshold="0")
+    short, decoded = media.write(tmp_path / "short.mp4", 40), []
 
     class Counting(FrameReader):
         def _decode(self, packets):
@@ -173,9 +170,9 @@ def test_a_video_given_up_is_not_decoded_to_its_end(tmp_path, monkeypatch):
 
     monkeypatch.setattr(frames_ahead, "FrameReader", Counting)
     with DecodeAhead(model, [long, short], config, "adapttoken", most_bytes=1) as ahead:
-        first, second = iter(ahead), None
-        assert next(first).plan().clip.grid[0] == 1000
-        second = next(first)
+        row = iter(ahead)
+        assert next(row).plan().clip.grid[0] == 1000
+        second = next(row)
         assert second.plan().clip.grid[0] == 20 and sum(len(slots) for slots, _ in second.chunks()) == 20
     assert sum(reader is decoded[0] for reader in decoded) < 1500
 

@@ -38,7 +38,7 @@ def single(directory):
 
 @pytest.mark.parametrize(
     "mesh",
-    ["data=2,model=4", "data=8,model=1", "fsdp=4,model=2", "data=1,context=8,model=1",
+    ["data=2,model=4", "data=4,model=2", "data=8,model=1", "fsdp=4,model=2", "data=1,context=8,model=1",
      "data=2,context=2,model=2", "fsdp=2,context=4,model=1"],
 )  # fmt: skip
 def test_every_mesh_agrees_with_one_device(directory, single, mesh):
@@ -68,7 +68,9 @@ def agrees_with_one_device(directory, alone, mesh):
     np.testing.assert_allclose(ours.trace["group_relevance"], alone.trace["group_relevance"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["data=4,model=2", "data=8,model=1", "fsdp=2,model=4", "data=2,context=4"])
+@pytest.mark.parametrize(
+    "mesh", ["data=2,model=4", "data=4,model=2", "data=8,model=1", "fsdp=2,model=4", "data=2,context=4"]
+)
 def test_lite_visits_the_same_groups_on_a_mesh(directory, single, mesh):
     """The compiled loop over waves, the last one padded, against one group at a time on the host."""
     model, full = single
