@@ -1,8 +1,9 @@
 """Frames decoded and prepared by several threads, ahead of whoever takes them, and handed out in the order asked for.
 
-The order is cut at key frames into runs. Each thread takes the next run, decodes it with a reader of its own and
-prepares every frame as soon as it is decoded, so that decoded frames, which are large, are never kept. A thread that is
-too far ahead of the consumer waits: the number of prepared images in memory has a bound whatever the video's length.
+What is handed out is an item, made of one frame or of several. The order is cut at key frames into runs of items. Each
+thread takes the next run, decodes it with a reader of its own and prepares every frame as soon as it is decoded, so
+that decoded frames, which are large, are never kept. A thread that is too far ahead of the consumer waits: the number
+of prepared items in memory has a bound whatever the video's length.
 """
 
 import itertools
@@ -19,9 +20,9 @@ from adapttoken_jax.video.probe import VideoInfo
 
 # Decoding work of a run before another may begin: a thread jumps to each run that it takes, which must stay cheap.
 _RUN_FRAMES = 16 * SEEK_FRAMES
-_IMAGES_PER_RUN = 32  # where there is nothing to decode
+_ITEMS_PER_RUN = 16  # where there is nothing to decode
 
-Prepare = Callable[[np.ndarray], np.ndarray]
+Prepare = Callable[[Iterator[np.ndarray]], np.ndarray]
 
 
 class ReadAhead:
@@ -29,9 +30,10 @@ class ReadAhead:
 
     Args:
       info: the video.
-      order: int64 [n] frames, in any order; each is handed out once per place it has.
-      prepare: from a decoded image uint8 [H, W, 3] to what is handed out; runs in the reading threads.
-      ahead: most prepared images held, at least 1.
+      order: int64 [n, k] frames of each item, in any order.
+      prepare: from an item's images uint8 [H, W, 3], decoded as they are asked for, to what is handed out; runs in the
+        reading threads.
+      ahead: most prepared items held, at least 1.
       threads: None for one per core.
       cancelled: asked before every frame is decoded; `take` raises `Cancelled` once it says yes.
 
@@ -60,7 +62,7 @@ class ReadAhead:
         count = max(1, min(cores, len(runs)))
         self._runs = iter(runs)
         ended = lambda: self._closed or cancelled()
-        readers = [FrameReader(info, self._order, cores // count, ended) for _ in range(count)]
+        readers = [FrameReader(info, self._order.reshape(-1), cores // count, ended) for _ in range(count)]
         self._threads = [threading.Thread(target=self._read_runs, args=(each,), daemon=True) for each in readers]
         self.busy_s = 0.0
 
@@ -83,29 +85,29 @@ class ReadAhead:
         self._ready.clear()
 
     def take(self, count: int) -> list[np.ndarray]:
-        """The next `count` images; fewer at the end of the order.
+        """The next `count` items; fewer at the end of the order.
 
         Raises:
           UserError: the file ends early or is damaged at one of them.
         """
-        images, until = [], min(self._taken + count, len(self._order))
+        items, until = [], min(self._taken + count, len(self._order))
         while self._taken < until:
-            images += self._take_together(min(until - self._taken, self._ahead))  # there is room for no more at once
-        return images
+            items += self._take_together(min(until - self._taken, self._ahead))  # there is room for no more at once
+        return items
 
     def _take_together(self, count: int) -> list[np.ndarray]:
-        """Wakes up once, when all have arrived: the threads then need not hand over to this one at every image."""
+        """Wakes up once, when all have arrived: the threads then need not hand over to this one at every item."""
         with self._lock:
             places = range(self._taken, self._taken + count)
             self._awaited = {place for place in places if place < self._end and place not in self._ready}
             self._arrived.wait_for(lambda: not self._awaited)
-            images = [self._ready.pop(place) for place in places if place in self._ready]
+            items = [self._ready.pop(place) for place in places if place in self._ready]
             self._taken += count
             self._room.notify_all()
-        if errors := [image for image in images if isinstance(image, Exception)]:
-            del images
+        if errors := [item for item in items if isinstance(item, Exception)]:
+            del items
             raise_and_forget(errors)
-        return images
+        return items
 
     def _read_runs(self, reader: FrameReader) -> None:
         with reader:
@@ -117,33 +119,25 @@ class ReadAhead:
             return next(self._runs, None)
 
     def _read_run(self, reader: FrameReader, run: range) -> bool:
-        """Hands in the images of a run, or what went wrong in place of one; whether to go on with other runs."""
-        images = self._prepared(reader, run)
+        """Hands in the items of a run, or what went wrong in place of one; whether to go on with other runs."""
         for place in run:
+            begin = time.perf_counter()
             try:
-                image = next(images)
-            except Exception as error:  # raised again in the thread that takes this image
-                self._hand_in(place, error)
+                item = self._prepare(image for _, image in reader.read(self._order[place]))
+            except Exception as error:  # raised again in the thread that takes this item
+                self._hand_in(place, error, time.perf_counter() - begin)
                 return False
-            if not self._hand_in(place, image):
+            if not self._hand_in(place, item, time.perf_counter() - begin):
                 return False
         return True
 
-    def _prepared(self, reader: FrameReader, run: range) -> Iterator[np.ndarray]:
-        begin = time.perf_counter()
-        for _, image in reader.read(self._order[run.start : run.stop]):
-            prepared = self._prepare(image)
-            with self._lock:
-                self.busy_s += time.perf_counter() - begin
-            yield prepared
-            begin = time.perf_counter()
-
-    def _hand_in(self, place: int, image: np.ndarray | Exception) -> bool:
-        """Waits until there is room. The earliest image missing always has some, so that the consumer never starves."""
+    def _hand_in(self, place: int, item: np.ndarray | Exception, seconds: float) -> bool:
+        """Waits until there is room. The earliest item missing always has some, so that the consumer never starves."""
         with self._lock:
+            self.busy_s += seconds
             self._room.wait_for(lambda: self._closed or place < self._taken + self._ahead)
-            self._ready[place] = image
-            if isinstance(image, Exception):
+            self._ready[place] = item
+            if isinstance(item, Exception):
                 self._end = min(self._end, place + 1)
                 self._awaited = {other for other in self._awaited if other < self._end}
             self._awaited.discard(place)
@@ -161,17 +155,18 @@ def raise_and_forget(errors: list[BaseException]) -> NoReturn:
 
 
 def cut_runs(info: VideoInfo, order: np.ndarray) -> list[range]:
-    """Cuts places of `order` into runs that different readers can decode at little more cost than one reader.
+    """Cuts places of `order`, int64 [n, k], into runs that readers can decode at little more cost than one reader.
 
-    A cut lies where the next frame belongs to another group of pictures than the one before it, or goes back. What is
-    not seekable is not cut except there; what needs no decoding is cut into even parts.
+    A cut lies where the next item begins in another group of pictures than the one before it, or goes back. What is not
+    seekable is not cut except there; what needs no decoding is cut into even parts.
     """
     if info.frames is not None:
-        cuts = range(0, len(order), _IMAGES_PER_RUN)
+        cuts = range(0, len(order), _ITEMS_PER_RUN)
         return [range(*ends) for ends in itertools.pairwise([*cuts, len(order)])]
-    spent = np.concatenate([[0], np.cumsum(decoding_cost(info, order))])
-    groups = key_starts(info, order) if info.seekable else np.zeros(len(order))
-    apart = 1 + np.flatnonzero((np.diff(groups) > 0) | (np.diff(order) < 0))
+    spent = np.concatenate([[0], np.cumsum(decoding_cost(info, order.reshape(-1)))])[:: order.shape[1]]
+    first, last = order[:, 0], order[:, -1]
+    groups = key_starts(info, first) if info.seekable else np.zeros(len(order))
+    apart = 1 + np.flatnonzero((np.diff(groups) > 0) | (first[1:] < last[:-1]))
     cuts = [0]
     for place in apart:
         if spent[place] - spent[cuts[-1]] >= _RUN_FRAMES:

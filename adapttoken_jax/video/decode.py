@@ -52,9 +52,8 @@ class FrameReader:
         self._keys = np.arange(info.total) if info.pts is None else info.pts
         self._wanted = {int(self._keys[index]) for index in wanted}
         self._file = contextlib.ExitStack()
-        self._container = None
-        self._seekable = info.seekable
-        self._asked = self._position = -1
+        self._container = self._current = None
+        self._seekable, self._asked = info.seekable, -1
 
     def __enter__(self):
         return self
@@ -74,14 +73,14 @@ class FrameReader:
             if self._info.frames is not None:
                 yield index, self._info.frames.images[index]
             else:
-                image = self._to_rgb(self._frame(index)).to_ndarray()
+                image = _pixels(self._to_rgb(self._frame(index)))
                 yield index, orient(image, self._info.orientation)
 
     def _frame(self, index: int) -> av.VideoFrame:
         self._approach(index)
         self._asked = index
         key = self._keys[index]
-        while self._position < 0 or self._current[0] < key:
+        while self._current is None or self._current[0] < key:
             if self._cancelled():
                 raise Cancelled
             self._current = next(self._frames, None)
@@ -91,8 +90,7 @@ class FrameReader:
                 continue
             if self._current is None:
                 raise UserError(f"{self._info.name}: {self._lost(index)}; copy or download the file again")
-            self._position = int(self._keys.searchsorted(self._current[0]))
-        if self._time(self._position) - self._info.times[index] > _LARGEST_GAP_S:
+        if self._current[0] > key and self._time(self._position()) - self._info.times[index] > _LARGEST_GAP_S:
             raise UserError(f"{self._info.name}: {self._lost(index)}; copy or download the file again")
         return self._current[1]
 
@@ -104,6 +102,10 @@ class FrameReader:
         self._sought = None
         return missed
 
+    def _position(self) -> int:
+        """Index of the frame that the decoder gave last; -1 before the first."""
+        return -1 if self._current is None else int(self._keys.searchsorted(self._current[0]))
+
     def _time(self, index: int) -> float:
         return self._info.times[min(index, self._info.total - 1)]
 
@@ -112,11 +114,13 @@ class FrameReader:
 
     def _approach(self, index: int) -> None:
         """Moves to the start of the file or to a key frame if running on would not reach `index` or cost more."""
+        back = self._container is None or index < self._asked
+        if not back and index - self._asked <= SEEK_FRAMES:
+            return
         keyframes = self._info.keyframes
         before = int(keyframes.searchsorted(index, side="right")) - 1
         start = int(keyframes[before]) if before >= 0 else 0
-        back = self._container is None or index < self._asked
-        if not back and start - self._position <= SEEK_FRAMES:
+        if not back and start - self._position() <= SEEK_FRAMES:
             return
         if self._seekable and start > SEEK_FRAMES:
             self._seek(start)
@@ -138,14 +142,14 @@ class FrameReader:
         if first is None or not first.is_keyframe or first.pts is None or first.pts > target:
             self._seekable = False  # the index of this file misleads: read on without it
             return self._open()
-        self._frames, self._position, self._sought = self._decode(itertools.chain([first], packets)), -1, target
+        self._frames, self._current, self._sought = self._decode(itertools.chain([first], packets)), None, target
 
     def _open(self) -> None:
         self._file.close()
         self._container, self._stream = self._file.enter_context(open_video(self._info.path))
         self._stream.thread_type = "AUTO"
         self._stream.codec_context.thread_count = self._threads
-        self._frames, self._position, self._sought = self._decode(self._container.demux(self._stream)), -1, None
+        self._frames, self._current, self._sought = self._decode(self._container.demux(self._stream)), None, None
 
     def _decode(self, packets) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yields (key, frame) in display order, where the key is the pts or, without usable pts, a running count."""
@@ -172,7 +176,7 @@ class FrameReader:
                     count += 1
         except FFmpegError as error:
             reason = (error.strerror or type(error).__name__).lower()
-            where = f"after {self._time(max(self._position, 0)):.2f} s"
+            where = f"after {self._time(max(self._position(), 0)):.2f} s"
             message = f"{self._info.name}: cannot be decoded {where} ({reason}); copy or download the file again"
             raise UserError(message) from None
 
@@ -188,6 +192,13 @@ def _rgb_converter() -> Callable[[av.VideoFrame], av.VideoFrame]:
 
     alone = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
     return functools.partial(VideoReformatter().reformat, format="rgb24", **alone)
+
+
+def _pixels(frame: av.VideoFrame) -> np.ndarray:
+    """The picture of an RGB frame, uint8 [H, W, 3]: its own memory, which `to_ndarray` copies where rows lie apart."""
+    plane = frame.planes[0]
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    return rows[: frame.height, : 3 * frame.width].reshape(frame.height, frame.width, 3)
 
 
 def decoding_cost(info: VideoInfo, order: np.ndarray) -> np.ndarray:

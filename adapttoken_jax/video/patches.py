@@ -1,10 +1,11 @@
 """Frames to the rows of numbers that the vision tower reads, chunk by chunk.
 
 Each frame is resized as soon as it is decoded and the decoded one dropped. `SlotPatches` decodes ahead of its consumer,
-but holds no more than a bounded number of resized frames. Rows stay pixels of one byte, a quarter of what they are once
+but holds no more than a bounded number of slots. Rows stay pixels of one byte, a quarter of what they are once
 normalised, which `passes.encode_slots` does on the device.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -18,12 +19,12 @@ from adapttoken_jax.video.sampling import PRESETS, Clip
 PIXEL_MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32) * np.float32(255)
 PIXEL_STD = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32) * np.float32(255)
 
-# Resized frames that are held at most, in bytes: some 500 of the largest that are usual, enough for 16 cores to decode.
+# Slots that are held at most, in bytes: some 250 of the largest that are usual, enough for 16 cores to decode.
 _BYTES_AHEAD = 2**28
 
 
 class SlotPatches(ReadAhead):
-    """Reads slots, each frame resized and cut into patches by the thread that decodes it; a context manager.
+    """Reads slots, each resized and cut into patches by the thread that decodes it; a context manager.
 
     Args:
       clip: from `plan_clip`.
@@ -38,23 +39,20 @@ class SlotPatches(ReadAhead):
     def __init__(
         self, clip: Clip, slots: Sequence[int], ahead: int | None = None, cancelled: Callable[[], bool] = lambda: False
     ):
-        frames = clip.slot_frames[_checked(clip, slots)]
-        resize = RESIZERS[PRESETS[clip.preset].resizer]
-        bound = _BYTES_AHEAD // (3 * clip.height * clip.width)
-        self._per_slot = frames.shape[1]
+        self._shape = (clip.grid[1] * clip.grid[2], clip.vision.patch_features)
+        bound = _BYTES_AHEAD // math.prod(self._shape)
         super().__init__(
             clip.info,
-            frames.reshape(-1),
-            lambda image: cut_patches(resize(image, clip.height, clip.width), clip.vision),
-            bound if ahead is None else min(bound, ahead * self._per_slot),
+            clip.slot_frames[_checked(clip, slots)],
+            lambda images: cut_patches([_resized(image, clip) for image in images], clip.vision),
+            bound if ahead is None else min(bound, ahead),
             cancelled=cancelled,
         )
-        self._shape = (clip.grid[1] * clip.grid[2], clip.vision.patch_features)
 
     def take_slots(self, count: int) -> np.ndarray:
-        """The next `count` slots, uint8 [n, h*w, features] in the order of `join_frames`; fewer at the end."""
-        frames = self.take(count * self._per_slot)
-        return join_frames(frames, self._per_slot) if frames else np.zeros((0, *self._shape), np.uint8)
+        """The next `count` slots, uint8 [n, h*w, features] in the order of `cut_patches`; fewer at the end."""
+        slots = self.take(count)
+        return np.stack(slots) if slots else np.zeros((0, *self._shape), np.uint8)
 
 
 def read_patches(
@@ -72,7 +70,7 @@ def read_patches(
       cancelled: asked before every frame is decoded; once it says yes, iterating raises `Cancelled`.
 
     Yields:
-      (int64 [n] slot indices, uint8 [n, h*w, features] patches in the order of `join_frames`).
+      (int64 [n] slot indices, uint8 [n, h*w, features] patches in the order of `cut_patches`).
 
     Raises:
       UserError: while iterating, for a file that ends early or is damaged.
@@ -97,45 +95,40 @@ def read_images(clip: Clip, slots: Sequence[int]) -> np.ndarray:
       UserError: a file that ends early or is damaged.
       ValueError: a slot that the clip does not have.
     """
-    frames = clip.slot_frames[_checked(clip, slots)][:, 0]
-    resize = RESIZERS[PRESETS[clip.preset].resizer]
-    with ReadAhead(clip.info, frames, lambda image: resize(image, clip.height, clip.width), len(frames)) as images:
+    frames = clip.slot_frames[_checked(clip, slots)][:, :1]
+    with ReadAhead(clip.info, frames, lambda images: _resized(next(images), clip), len(frames)) as images:
         taken = images.take(len(frames))
     return np.stack([np.zeros((clip.height, clip.width, 3), np.uint8), *taken])[1:]
 
 
-def cut_patches(image: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    """Cuts a frame uint8 [H, W, 3] into patches [h*w, 3, patch*patch].
+def cut_patches(frames: Sequence[np.ndarray], vision: VisionConfig) -> np.ndarray:
+    """Cuts the frames of a slot, each uint8 [H, W, 3], into the vision tower's rows: uint8 [h*w, features].
 
-    They run over merged tokens (row by row), and within each over its merge x merge patches, so that those of one
-    merged token are neighbours. This is the layout of the Qwen2-VL processors.
+    Rows are patches. They run over merged tokens (row by row), and within each over its merge x merge patches, so that
+    those of one merged token are neighbours; features run over channel, frame, pixel row, pixel column. This is the
+    layout of the Qwen2-VL processors.
     """
-    height, width, channels = image.shape
+    height, width, channels = frames[0].shape
     side, merge, token = vision.patch, vision.merge, vision.pixels_per_token
-    planes = np.ascontiguousarray(np.moveaxis(image, 2, 0))  # first, so that whole rows of pixels are moved below
-    pixels = planes.reshape(channels, height // token, merge, side, width // token, merge, side)
-    return pixels.transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, channels, side**2)
-
-
-def join_frames(frames: Sequence[np.ndarray], per_slot: int) -> np.ndarray:
-    """Slots of `per_slot` frames each, as the vision tower's rows: n t of `cut_patches` -> uint8 [n, h*w, features].
-
-    Features run over channel, frame, pixel row, pixel column.
-    """
-    patches, channels, pixels = frames[0].shape
-    slots = np.empty((len(frames) // per_slot, patches, channels, per_slot, pixels), np.uint8)
-    for place in range(per_slot):
-        np.stack(frames[place::per_slot], out=slots[:, :, :, place])
-    return slots.reshape(len(slots), patches, -1)
+    rows = np.empty((height * width // side**2, channels, len(frames), side**2), np.uint8)
+    for place, frame in enumerate(frames):
+        blocks = frame.reshape(height // token, merge, side, width // token, merge, side * channels)
+        pixels = blocks.transpose(0, 3, 1, 4, 2, 5).reshape(-1, side**2, channels)  # copies whole rows of a patch
+        rows[:, :, place] = pixels.swapaxes(1, 2)
+    return rows.reshape(len(rows), -1)
 
 
 def normalised(rows):
-    """Rows of `join_frames` as the vision tower was trained with them: (pixel - mean) / deviation, in float32.
+    """Rows of `cut_patches` as the vision tower was trained with them: (pixel - mean) / deviation, in float32.
 
     They may be NumPy's or, where it is compiled, JAX's: XLA multiplies by an inverse, and the last bits may differ.
     """
     mean, deviation = (np.repeat(each, rows.shape[-1] // 3) for each in (PIXEL_MEAN, PIXEL_STD))
     return (rows.astype(np.float32) - mean) / deviation
+
+
+def _resized(image: np.ndarray, clip: Clip) -> np.ndarray:
+    return RESIZERS[PRESETS[clip.preset].resizer](image, clip.height, clip.width)
 
 
 def _checked(clip: Clip, slots: Sequence[int] | None) -> np.ndarray:

@@ -20,7 +20,7 @@ def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes uint8 [H, W, C] to uint8 [height, width, C] in float32: rows, then columns, clamp, round half to even."""
     rows, cols, channels = image.shape
     if (rows, cols) == (height, width):
-        return np.ascontiguousarray(image)
+        return image
     source = image.astype(np.float32, order="C").reshape(rows, cols * channels)
     middle = np.empty((height, cols * channels), np.float32)
     for weights, taken, made, part in _products(rows, height, 1, cols * channels):

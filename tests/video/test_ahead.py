@@ -1,4 +1,4 @@
-"""`ReadAhead`: the same images in the same order whatever the file, the order and the number of threads."""
+"""`ReadAhead`: the same items in the same order whatever the file, the order and the number of threads."""
 
 import contextlib
 import gc
@@ -37,6 +37,19 @@ ORDERS = {
 }
 
 
+def singly(order):
+    """Items of one frame each."""
+    return np.reshape(order, (-1, 1))
+
+
+def copied(images):
+    return np.array(next(images))
+
+
+def stamp(images):
+    return media.read_stamp(next(images))
+
+
 @pytest.fixture(scope="module", params=FILES)
 def film(request, tmp_path_factory):
     path = FILES[request.param](tmp_path_factory.mktemp("film") / request.param)
@@ -48,7 +61,7 @@ def film(request, tmp_path_factory):
 def test_equals_the_straight_pass(film, order, threads, monkeypatch):
     monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
     info, expected = film
-    with ReadAhead(info, order, np.array, 4, threads) as images:
+    with ReadAhead(info, singly(order), copied, 4, threads) as images:
         parts = [images.take(count) for count in (2, 1, 1000)]
     got = [image for part in parts for image in part]
     assert len(got) == len(order)
@@ -56,25 +69,38 @@ def test_equals_the_straight_pass(film, order, threads, monkeypatch):
         np.testing.assert_array_equal(image, expected[index])
 
 
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("per_item", [2, 3])
+def test_items_of_several_frames(film, per_item, threads, monkeypatch):
+    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+    info, _ = film
+    order = np.concatenate([np.arange(1, 91), np.arange(0, 90, 5), [3, 3, 90, 2, 2, 95]]).reshape(-1, per_item)
+    runs = cut_runs(info, order)
+    assert [place for run in runs for place in run] == list(range(len(order)))
+    assert (len(runs) > 4) == (info.seekable and len(info.keyframes) > 1)
+    with ReadAhead(info, order, lambda images: [media.read_stamp(image) for image in images], 4, threads) as reader:
+        assert reader.take(1000) == order.tolist()
+
+
 def test_a_frame_that_is_not_there_fails_at_once():
     info = probe(Frames(np.zeros((3, 56, 56, 3), np.uint8), 25.0))
     with pytest.raises(IndexError):
-        ReadAhead(info, [3], np.array, 4)
+        ReadAhead(info, [[3]], copied, 4)
 
 
 def test_images_in_memory_are_shared_out_too():
     images = np.stack([media.stamped(index) for index in range(100)])
     info = probe(Frames(images, 25.0))
-    assert len(cut_runs(info, np.arange(100))) > 1
+    assert len(cut_runs(info, singly(range(100)))) > 1
     order = np.random.default_rng(1).permutation(100)
-    with ReadAhead(info, order, np.array, 7, 3) as reader:
+    with ReadAhead(info, singly(order), copied, 7, 3) as reader:
         np.testing.assert_array_equal(reader.take(100), images[order])
 
 
 def test_runs_begin_where_another_group_of_pictures_does(film, monkeypatch):
     monkeypatch.setattr(ahead, "_RUN_FRAMES", 20)
     info, _ = film
-    runs = cut_runs(info, np.arange(FRAMES))
+    runs = cut_runs(info, singly(range(FRAMES)))
     assert [place for run in runs for place in run] == list(range(FRAMES))
     assert {run.start for run in runs[1:]} <= set(info.keyframes.tolist())
     assert (len(runs) > 1) == (info.seekable and len(info.keyframes) > 1)
@@ -86,12 +112,12 @@ def test_several_threads_decode_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
     info, both = probe(media.write(tmp_path / "a.mp4", FRAMES)), threading.Barrier(2, timeout=20)
 
-    def prepare(image):
-        if media.read_stamp(image) in (0, 12):
+    def prepare(images):
+        if (index := stamp(images)) in (0, 12):
             both.wait()
-        return media.read_stamp(image)
+        return index
 
-    with ReadAhead(info, np.arange(FRAMES), prepare, FRAMES, 2) as reader:
+    with ReadAhead(info, singly(range(FRAMES)), prepare, FRAMES, 2) as reader:
         assert reader.take(FRAMES) == list(range(FRAMES))
     assert reader.busy_s > 0
 
@@ -100,7 +126,7 @@ def test_several_threads_decode_at_once(tmp_path, monkeypatch):
 def test_threads_wait_for_a_slow_consumer(tmp_path, threads, monkeypatch):
     monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
     info, prepared, largest = probe(media.write(tmp_path / "a.mp4", FRAMES)), [], 0
-    with ReadAhead(info, np.arange(FRAMES), lambda image: prepared.append(1), 6, threads) as reader:
+    with ReadAhead(info, singly(range(FRAMES)), lambda images: prepared.append(1), 6, threads) as reader:
         for taken in range(40):
             largest = max(largest, len(prepared) - taken)
             time.sleep(0.005)
@@ -111,7 +137,7 @@ def test_threads_wait_for_a_slow_consumer(tmp_path, threads, monkeypatch):
 def test_leaving_early_ends_all_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
     before, info = set(threading.enumerate()), probe(media.write(tmp_path / "a.mp4", FRAMES))
-    with ReadAhead(info, np.arange(FRAMES), np.array, 3, 4) as reader:
+    with ReadAhead(info, singly(range(FRAMES)), copied, 3, 4) as reader:
         reader.take(5)
         assert set(threading.enumerate()) - before
     assert not set(threading.enumerate()) - before
@@ -128,7 +154,7 @@ def no_collector():
 
 def test_nothing_read_outlives_the_block(tmp_path, no_collector):
     info = probe(media.write(tmp_path / "a.mp4", FRAMES, gop=1000, sc_threshold="0"))
-    with ReadAhead(info, np.arange(FRAMES), np.array, 30, 2) as reader:
+    with ReadAhead(info, singly(range(FRAMES)), copied, 30, 2) as reader:
         reader.take(5)
     left = weakref.ref(reader)
     del reader
@@ -143,7 +169,7 @@ def test_nothing_read_outlives_an_error(tmp_path, no_collector):
     left = []
 
     def fail():
-        with ReadAhead(info, np.arange(FRAMES), np.array, 30, 2) as reader:
+        with ReadAhead(info, singly(range(FRAMES)), copied, 30, 2) as reader:
             left.append(weakref.ref(reader))
             reader.take(60)
 
@@ -163,7 +189,7 @@ def test_no_thread_stays_where_one_cannot_start(tmp_path, monkeypatch):
         begin(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse_the_third)
-    with pytest.raises(RuntimeError, match="can't start"), ReadAhead(info, np.arange(FRAMES), np.array, 3, 4):
+    with pytest.raises(RuntimeError, match="can't start"), ReadAhead(info, singly(range(FRAMES)), copied, 3, 4):
         pass
     assert len(start) == 3 and not set(threading.enumerate()) - before
 
@@ -172,7 +198,7 @@ def test_no_thread_stays_where_one_cannot_start(tmp_path, monkeypatch):
 def test_what_is_cancelled_ends_where_it_is_awaited(tmp_path, threads, monkeypatch):
     monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
     info, cancelled = probe(media.write(tmp_path / "a.mp4", FRAMES)), threading.Event()
-    with ReadAhead(info, np.arange(FRAMES), np.array, 10, threads, cancelled.is_set) as reader:
+    with ReadAhead(info, singly(range(FRAMES)), copied, 10, threads, cancelled.is_set) as reader:
         reader.take(20)
         cancelled.set()
         with pytest.raises(Cancelled):
@@ -196,7 +222,7 @@ def test_damage_is_reported_in_its_place(tmp_path, threads, pause_s, monkeypatch
     media.without_packets(path, tmp_path / "b.mkv", range(40, 80))
     (tmp_path / "b.mkv").replace(path)
     before = set(threading.enumerate())
-    with ReadAhead(info, np.arange(FRAMES), media.read_stamp, 10, threads) as reader:
+    with ReadAhead(info, singly(range(FRAMES)), stamp, 10, threads) as reader:
         assert reader.take(40) == list(range(40))
         time.sleep(pause_s)
         with pytest.raises(UserError, match=r"a\.mkv: the frame at 1\.60 s cannot be decoded"):

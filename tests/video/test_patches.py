@@ -12,7 +12,6 @@ from adapttoken_jax.video import (
     Frames,
     SlotPatches,
     cut_patches,
-    join_frames,
     normalised,
     plan_clip,
     probe,
@@ -54,8 +53,7 @@ def rows_by_loops(images, patch, merge):
 
 def patch_rows(images, vision):
     """Slots uint8 [n, t, H, W, 3] as the vision tower's rows."""
-    frames = [cut_patches(image, vision) for slot in images for image in slot]
-    return join_frames(frames, images.shape[1])
+    return np.stack([cut_patches(slot, vision) for slot in images])
 
 
 def all_patches(clip, *args, **kwargs):
@@ -141,6 +139,7 @@ def test_nothing_is_decoded_before_the_first_chunk_is_asked_for(clip, monkeypatc
 
 def test_slots_ahead_are_bounded_by_count_and_by_bytes(clip, monkeypatch):
     prepared = []
+    monkeypatch.setattr(patches_module, "_BYTES_AHEAD", 5 * clip.vision.temporal_patch * 3 * clip.height * clip.width)
 
     def slow_consumer(ahead, least):
         prepared.clear()
@@ -153,10 +152,11 @@ def test_slots_ahead_are_bounded_by_count_and_by_bytes(clip, monkeypatch):
             return len(prepared)
 
     monkeypatch.setitem(RESIZERS, "float32", lambda *args: (prepared.append(1), resize_bicubic(*args))[1])
-    threads = usable_cores()  # each may hold one more, which waits to be handed in
-    assert 4 + 6 <= slow_consumer(3, 4 + 6) <= 4 + 6 + threads
-    monkeypatch.setattr(patches_module, "_BYTES_AHEAD", 5 * 3 * clip.height * clip.width)
-    assert 4 + 5 <= slow_consumer(None, 4 + 5) <= 4 + 5 + threads
+    per_slot = clip.vision.temporal_patch
+    waiting = per_slot * usable_cores()  # each thread may hold one more slot, which waits to be handed in
+    for ahead, kept in ((3, 3), (None, 5)):
+        least = per_slot * (2 + kept)
+        assert least <= slow_consumer(ahead, least) <= least + waiting
 
 
 @pytest.mark.parametrize("slots", [[0, 5, 10, 15], [19, 3, 11, 0], [4, 4, 5, 4], [17], [], list(range(19, -1, -1))])
