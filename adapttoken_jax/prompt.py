@@ -94,7 +94,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a JSON object")
@@ -169,8 +169,11 @@ def _eos_ids(tokenizer: Tokenizer, directory: pathlib.Path, fallback: int, confi
     for settings in (directory / "generation_config.json", directory / "config.json"):
         if (declared := _declared(_read_json(settings), "eos_token_id")) is not None:
             return _checked_eos(settings, declared, size)
-    token = _read_json(directory / "tokenizer_config.json").get("eos_token")
+    settings = directory / "tokenizer_config.json"
+    token = _read_json(settings).get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str | None):
+        raise UserError(f"{settings}: eos_token is {text!r}; it must be a token's text")
     index = tokenizer.token_to_id(text) if text else None
     return (fallback if index is None else index,)
 
@@ -369,10 +372,13 @@ _OPEN = r"[(\[{<]*"
 _CLOSE = r"[)\]}>]*"
 # A letter that goes on with another one ("B or C", "A, B", "A. B.") is a list, not an answer.
 _NOT_A_LIST = r"(?![.)\]\s]*(?:\b(?:or|and)\b|[&/,]|\s)\s*[(\[]?[A-Z](?:[.,)\]:]|\s*$))"
+# Scripts that are written without spaces: a letter that stands at one of theirs stands by itself.
+_CJK = r"\u1100-\u11ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = rf"[^\W{_CJK}]"
 # "A" and "I" are words too: among other words they count only before a mark, a line's end or one of these.
 _AFTER_LETTER = r"(?:is|because|since|as|or|and)\b"
-_WORDLIKE = rf"[AI](?={_CLOSE}[^\S\n]*(?:$|[^\w\s'\-]|\n)|\s+{_AFTER_LETTER})"
-_MENTION = rf"(?<![\w'.\-])([B-HJ-Z]|{_WORDLIKE})(?![\w'\-]|\.\w)"
+_WORDLIKE = rf"[AI](?={_CLOSE}[^\S\n]*(?:$|[^\w\s'\-]|[{_CJK}]|\n)|\s+{_AFTER_LETTER})"
+_MENTION = rf"(?<!{_WORD})(?<!['.\-])([B-HJ-Z]|{_WORDLIKE})(?!{_WORD}|['\-]|\.\w)"
 _ANSWER_IS = r"\b(?:answer|(?:answer|choice|option)\s*(?:is|would be|should be|must be|[:=]))\s*:?\s*"
 _CUE = re.compile(
     rf"(?i:{_ANSWER_IS}(?:option\s+|choice\s+|letter\s+)?){_OPEN}"
@@ -383,7 +389,9 @@ _LEADING = re.compile(
     rf"\s*[(\[{{]?(?:([A-Z])(?:\s*[)\]}}:,;!]|\s*\.(?![A-Za-z]\b)|\s+-+\s)|([a-z])[.)\]:](?=\s)){_NOT_A_LIST}"
 )
 _NEGATION = re.compile(
-    r"\b(?:not|never|neither|nor|cannot|wrong|incorrect|except|ruled? out|eliminated?)\b|n't\b", re.IGNORECASE
+    r"\b(?:not|never|neither|nor|cannot|wrong|incorrect|except|ruled? out|eliminated?)\b|n't\b"
+    r"|[不非错錯]|ない|ません|아[니닌닙]|않",
+    re.IGNORECASE,
 )
 _TYPEWRITER = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"})
 

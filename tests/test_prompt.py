@@ -340,9 +340,13 @@ def test_broken_checkpoints_are_user_errors(tmp_path):
     with pytest.raises(UserError, match=r"video_token_id in config\.json is 3"):
         ChatTokenizer.from_directory(tmp_path)
     write_checkpoint(tmp_path)
-    (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"generation_config\.json: not valid JSON"):
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ["<|im_end|>"]}')
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: eos_token is \['<\|im_end\|>'\]"):
         ChatTokenizer.from_directory(tmp_path)
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(UserError, match=r"generation_config\.json: not valid JSON"):
+            ChatTokenizer.from_directory(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["<|im_end|>"]}')
     with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is"):
         ChatTokenizer.from_directory(tmp_path)
@@ -417,7 +421,16 @@ OPTIONS = ("A dog runs", "the red car", "car", "C major")
         *("The correct answer is (B).", "The correct option is B because of the dog", "Final answer: **B**"),
         *("The best choice is option B", "A is wrong, so the answer is B", "A: no. C: no. The answer is B"),
         "I would say B, as seen on channel E",
-        *("The answer is A. Wait. The answer is B.", "\u7b54\u6848\uff1a\uff22"),
+        *(
+            "The answer is A. Wait. The answer is B.",
+            "答案：Ｂ",
+            "答案是B",
+            "选B。",
+            "B是正确答案",
+            "B选项",
+            "（B）因为他走了",
+        ),
+        *("答えはBです", "정답은 B입니다"),
     ],
 )
 def test_answers_that_say_b(answer):
@@ -429,7 +442,15 @@ def test_answers_that_say_b(answer):
     "answer",
     [
         *("A", "a", "A.", "(A)", "A. dog", "(A) dog", "A: dog", "A, because", "A is right", "Answer: A", "It is A!"),
-        *("The answer is A.", "The answer is A because it runs"),
+        *(
+            "The answer is A.",
+            "The answer is A because it runs",
+            "答案是A",
+            "选A项",
+            "A是正确答案",
+            "答えはAです",
+            "정답은 A입니다",
+        ),
         *(
             "The answer is: A\nReason: it runs",
             "The correct answer is A\n\nThe dog",
@@ -459,6 +480,7 @@ def test_answers_that_say_a(answer):
         ),
         *("B or C", "A or B", "A and B", "A, B", "(A), (B)", "A. B. C. D.", "The answer is A or B", "B C"),
         *("The answer is not B", "B is wrong", "It isn't B", "Not B"),
+        *("答案不是B", "B是错的", "B和C", "B或C", "Bではない", "B는 아닙니다", "éB", "维生素B12"),
         *("D.C. is shown", "A.I. robots", "B-52 bomber", "vitamin-B", "Bob", "U.S."),
     ],
 )

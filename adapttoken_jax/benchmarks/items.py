@@ -126,8 +126,8 @@ class Benchmark:
           subtitles: whether they are wanted, so that missing ones are a warning.
 
         Raises:
-          UserError: no such directory, a file that cannot be read, a missing column, a question without text, or an id
-            that stands twice.
+          UserError: no such directory, a file that cannot be read, a missing column, no question at all, one without
+            text, or an id that stands twice.
         """
         directory = pathlib.Path(directory)
         if not directory.is_dir():
@@ -171,6 +171,8 @@ def _item_warnings(items: list[Item], subtitles: bool) -> list[str]:
 
 
 def _check_questions(items: list[Item], directory: pathlib.Path) -> None:
+    if not items:
+        raise UserError(f"--data={directory}: the annotations hold no question; download them again")
     seen: set[str] = set()
     for item in items:
         if wrong := _wrong_with(item):

@@ -110,7 +110,7 @@ def _lvbench_flexselect(item: Item, subtitles: str | None) -> Ask:
 
 
 def _mlvu_official(item: Item, subtitles: str | None) -> Ask:
-    after = f"\nOptions:\n{_lines(item, '({}) {}')}\nOnly give the best option."
+    after = f"\nOptions:\n{_lines(item, '({}) {}')}".rstrip() + "\nOnly give the best option."
     return _ask(item, "Question: ", after, system=_MLVU_SYSTEM, begin="Best Option: (")
 
 

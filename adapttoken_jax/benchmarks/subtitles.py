@@ -21,7 +21,8 @@ class Subtitle:
     text: str
 
 
-_TIMES = re.compile(r"(?m)^\s*([\d:.,]+)\s*-->\s*([\d:.,]+).*$")
+_CLOCK = r"(-?(?:\d+:)?\d+:\d+[.,]\d+|-?\d+:\d+:\d+)"
+_TIMES = re.compile(rf"(?m)^\s*{_CLOCK}.?\s*-->\s*{_CLOCK}.*$")
 _TAG = re.compile(r"<[^>]*>|\{\\[^}]*\}")
 
 
@@ -38,7 +39,7 @@ def read(file: SubtitleFile, duration_s: float | None = None) -> tuple[Subtitle,
       UserError: a file that cannot be read, or that is in none of the three shapes.
     """
     try:
-        text = file.path.read_text(encoding="utf-8-sig", errors="replace")
+        text = file.path.read_text(encoding="utf-8-sig")
         lines = _from_srt(text) if file.path.suffix == ".srt" else list(map(_from_json, json.loads(text)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{file.path}: no readable subtitles ({type(error).__name__}: {error})") from None
@@ -56,8 +57,12 @@ def _from_srt(text: str) -> list[Subtitle]:
         body = text[mark.end() : following.start() if following else len(text)].strip().splitlines()
         # The number of the next entry stands before its times.
         body = body[:-1] if following and body and body[-1].strip().isdigit() else body
-        lines.append(Subtitle(clock_seconds(mark[1]), clock_seconds(mark[2]), _plain(" ".join(body))))
+        lines.append(Subtitle(_srt_seconds(mark[1]), _srt_seconds(mark[2]), _plain(" ".join(body))))
     return lines
+
+
+def _srt_seconds(clock: str) -> float:
+    return 0.0 if clock.startswith("-") else clock_seconds(clock)  # of a file that was moved to an earlier time
 
 
 def _from_json(entry: dict) -> Subtitle:

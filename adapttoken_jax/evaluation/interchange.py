@@ -177,7 +177,8 @@ def videomme_submission(pairs: _Pairs) -> list[dict[str, Any]]:
     videos: dict[str, dict[str, Any]] = {}
     for item, sample in pairs:
         head = {"video_id": item.extra["video_id"], "duration": _label(item, "duration")}
-        head |= {"domain": _label(item, "domain"), "sub_category": _label(item, "sub_category"), "questions": []}
+        head |= {"domain": _label(item, "domain"), "sub_category": _label(item, "sub_category")}
+        head |= {"missing": False, "questions": []}  # the scorer's --skip_missing looks at it
         question = {
             "question_id": item.id, "task_type": _label(item, "task_type"), "question": item.question,
             "options": list(item.extra["options"]), "answer": item.answer, "response": sample["prediction"],

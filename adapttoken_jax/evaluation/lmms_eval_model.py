@@ -44,25 +44,28 @@ class AdaptToken(lmms):
         """Answers chat requests, in their order; neighbours about one video are asked together."""
         asked = [self._asked(request) for request in requests]
         found: list[GenerationResult] = []
-        for (video, tokens), group in itertools.groupby(asked, key=lambda each: each[:2]):
-            config = self._config if tokens is None else dataclasses.replace(self._config, max_answer_tokens=tokens)
+        for (video, settings), group in itertools.groupby(asked, key=lambda each: each[:2]):
+            config = dataclasses.replace(self._config, **settings)
             results = answer(self._model, video, [ask for _, _, ask in group], config=config, method=self._method)
             counts = (TokenCounts(input_tokens=result.selected.count) for result in results)
             found += [GenerationResult(result.answer, count) for result, count in zip(results, counts, strict=True)]
         return found
 
-    def _asked(self, request) -> tuple[str, int | None, Ask]:
-        """The video, the most answer tokens, and what to say, of one request."""
+    def _asked(self, request) -> tuple[str, dict[str, Any], Ask]:
+        """The video, the settings that it asks for, and what to say, of one request."""
         _, doc_to_messages, settings, doc_id, task, split = request.args
         chat = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
         _, videos, _ = chat.extract_media()
         if len(videos) != 1:
             raise UserError(f"{task}: a request with {len(videos)} videos; this model takes exactly one")
-        texts: dict[str, list[str]] = {"system": [], "user": []}
+        texts = dict.fromkeys(("system", "user", "assistant"), "")
         for message in chat.messages:
-            texts.setdefault(message.role, []).extend(part.text for part in message.content if part.type == "text")
-        system = "\n".join(texts["system"]) or None
-        return str(videos[0]), settings.get("max_new_tokens"), Ask("\n".join(texts["user"]), system=system)
+            texts[message.role] += "".join(part.text for part in message.content if part.type == "text")
+        ask = Ask(texts["user"], system=texts["system"] or None, begin=texts["assistant"])
+        wanted = {"max_answer_tokens": settings.get("max_new_tokens")}
+        if settings.get("temperature"):  # a greedy task may have any top_p
+            wanted |= {"sampling_temperature": settings["temperature"], "top_p": settings.get("top_p")}
+        return str(videos[0]), {name: value for name, value in wanted.items() if value is not None}, ask
 
     def loglikelihood(self, requests) -> Any:
         """Refused: the final prompt differs with the question, so that options are generated, not scored."""

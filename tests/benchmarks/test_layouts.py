@@ -383,6 +383,12 @@ def test_a_question_that_stands_twice_is_refused(tmp_path):
         BENCHMARKS["videomme"].load(tmp_path)
 
 
+def test_annotations_without_a_question_are_refused(tmp_path):
+    layouts.write_jsonl(tmp_path / "video_info.meta.jsonl", [row | {"qa": []} for row in layouts.lvbench_rows()])
+    with pytest.raises(UserError, match=f"^--data={tmp_path}: the annotations hold no question;"):
+        BENCHMARKS["lvbench"].load(tmp_path)
+
+
 def test_a_question_without_text_is_refused(tmp_path):
     row = in_question(layouts.lvbench_rows()[0], question="\n(A) x\n(B) y")
     layouts.write_jsonl(tmp_path / "video_info.meta.jsonl", [row])

@@ -1,5 +1,7 @@
 """Prompts, to the letter."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -154,6 +156,12 @@ def test_a_repacked_question_is_put_as_it_came(tmp_path):
         "What of plotQA 0?\nA. a horse\nB. a house\nC. a boat\nD. B\nOnly give the best option.\nBest option: ("
     )
     assert ask.question == "What of plotQA 0?"
+
+
+def test_white_space_after_the_last_option_is_not_said(tmp_path):
+    item = dataclasses.replace(first_item("mlvu", tmp_path), options=("a horse ", "a house \n"))
+    text = PROMPTS["mlvu"]["official"](item, None).text
+    assert text.endswith("\nOptions:\n(A) a horse \n(B) a house\nOnly give the best option.")
 
 
 def test_the_absent_fifth_option_is_not_asked(tmp_path):

@@ -36,6 +36,21 @@ def test_subrip_after_an_hour_without_numbers(tmp_path):
     assert lines == (Subtitle(3600.5, 3601.0, "Late."), Subtitle(3602.0, 3603.0, "Later."))
 
 
+def test_subrip_with_odd_times(tmp_path):
+    text = (
+        "1\n-00:00:01,000 --> 00:00:02,500\nOne.\n\n2\n00:00:03,000. --> 00:00:04,000.\nTwo,\n12:30 --> 13:00 by train"
+    )
+    lines = subtitles.read(SubtitleFile(written(tmp_path, "a.srt", text)))
+    assert lines == (Subtitle(0.0, 2.5, "One."), Subtitle(3.0, 4.0, "Two, 12:30 --> 13:00 by train"))
+
+
+def test_another_encoding_is_named(tmp_path):
+    path = tmp_path / "a.srt"
+    path.write_bytes("1\n00:00:01,000 --> 00:00:02,000\n你好\n".encode("gbk"))
+    with pytest.raises(UserError, match=rf"^{path}: no readable subtitles \(UnicodeDecodeError"):
+        subtitles.read(SubtitleFile(path))
+
+
 def test_both_json_shapes_on_the_videos_clock(tmp_path):
     """The clip begins at 595 s of the file and lasts 11.5 s: 600.5 … 602 is 5.5 … 7, and what is long before is out."""
     first, _, last = BENCHMARKS["longvideobench"].load(layouts.longvideobench(tmp_path))[0]

@@ -110,6 +110,22 @@ def test_requests_are_answered_in_order_as_if_asked_here(model_class, clips):
         assert (result.text, result.token_counts.input_tokens) == (alone.answer, alone.selected.count)
 
 
+def test_parts_of_a_chat_and_sampling(model_class, clips):
+    """Parts of a message follow one another as they are, and an assistant's turn begins the answer."""
+    model = model_class(pretrained="needle", **SETTINGS)
+    (request,) = requests(model, [(clips[0], "Which colour", None)], temperature=0.5, top_p=0.9, max_new_tokens=2)
+    name, messages, *others = request.args
+    more = lambda doc: [
+        {"role": "user", "content": [*messages(doc)[0]["content"], {"type": "text", "text": " is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "It is"}]},
+    ]
+    (found,) = model.generate_until([types.SimpleNamespace(args=(name, more, *others))])
+    loaded = at.load("needle")
+    own = {"sampling_temperature": 0.5, "top_p": 0.9, "max_answer_tokens": 2}
+    config = at.AdaptTokenConfig.for_model(loaded.config, **SETTINGS, **own)
+    assert found.text == at.answer(loaded, clips[0], Ask("Which colour is it?", begin="It is"), config=config).answer
+
+
 def test_what_it_cannot_do_is_refused(model_class, clips):
     with pytest.raises(UserError, match=r"^method=best: choose one of adapttoken, "):
         model_class(pretrained="needle", method="best")

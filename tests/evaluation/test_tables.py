@@ -273,6 +273,7 @@ def test_the_exports_say_what_the_samples_say(tmp_path):
     assert whole["task_hashes"]["videomme"] == hashlib.sha256(joined.encode()).hexdigest()
     submission = json.loads((tmp_path / "run" / "export" / "videomme.json").read_text())
     assert [video["video_id"] for video in submission] == ["000", "001", "003"]
+    assert not any(video["missing"] for video in submission)
     assert submission[0]["questions"][1] == {
         "question_id": "0-1", "task_type": "OCR", "question": "What is 1?", "options": ["A. red", "B. blue"],
         "answer": "B", "response": WRONG,
