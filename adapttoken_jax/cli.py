@@ -62,7 +62,7 @@ _MODEL = Flag(
     required=True,
 )
 _VIDEO = Flag("video", str, "video file", "Input", "FILE", required=True)
-_QUESTION = Flag("question", str, "what to ask about the video", "Input", "TEXT", required=True)
+_QUESTION = Flag("question", str, "what to ask about the video", "Input", "TEXT", required=True, once=True)
 _OPTION = Flag("option", list, "an answer to choose from, without its letter; repeat the flag", "Input", "TEXT")
 
 

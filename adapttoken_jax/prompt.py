@@ -308,7 +308,7 @@ def _check_characters(name: str, text: str) -> None:
     if not isinstance(text, str):
         raise UserError(f"{name}: {text!r} is no text")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{name}: the text is not valid UTF-8")
+        raise UserError(f"{name}: the text is not valid UTF-8; where the locale is not UTF-8, set PYTHONUTF8=1")
 
 
 def _texts(options: Iterable[str] | None) -> tuple[str, ...]:
@@ -372,7 +372,7 @@ _OPEN = r"[(\[{<]*"
 _CLOSE = r"[)\]}>]*"
 # A letter that goes on with another one ("B or C", "A, B", "A. B.") is a list, not an answer.
 _NOT_A_LIST = r"(?![.)\]\s]*(?:\b(?:or|and)\b|[&/,]|\s)\s*[(\[]?[A-Z](?:[.,)\]:]|\s*$))"
-# Scripts that are written without spaces: a letter that stands at one of theirs stands by itself.
+# Scripts that have no spaces between words, or whose particles stand at a word: a letter beside them is by itself.
 _CJK = r"\u1100-\u11ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = rf"[^\W{_CJK}]"
 # "A" and "I" are words too: among other words they count only before a mark, a line's end or one of these.

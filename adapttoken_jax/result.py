@@ -452,6 +452,8 @@ def made_directory(flag: str, path) -> pathlib.Path:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except FileExistsError:
+        raise UserError(f"--{flag}={path}: is no directory; name another") from None
     except OSError as error:
         raise UserError(f"--{flag}={path}: {error.strerror}; choose a directory that you can write to") from None
     return path

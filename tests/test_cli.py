@@ -201,6 +201,7 @@ def test_a_mistake_in_the_flags_is_one_line(capsys, argv, words):
         ("convert", ["--source=a"], "--target is required"),
         ("convert", ["--source=a", "--target=b", "--to=pickle"], "--to=pickle: choose one of orbax, huggingface"),
         ("compare", INPUT[:4], "--question is required"),
+        ("compare", [*INPUT, "--question=again"], "--question: given 2 times; give one"),
         ("compare", [*INPUT, "--tolerance=-1"], "--tolerance=-1: must be at least 0.0"),
         ("compare", [*INPUT, "--json=x"], "--json: unknown flag"),
         (
@@ -642,7 +643,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path, capsys, monk
     ("flags", "words"),
     [
         ({"feature_cache": ""}, "--feature_cache: the name is empty"),
-        ({"feature_cache": "v.mp4"}, "--feature_cache=v.mp4: File exists; choose a directory"),
+        ({"feature_cache": "v.mp4"}, "--feature_cache=v.mp4: is no directory; name another"),
         ({"feature_cache": "c", "trace": "t.npz"}, "drop one of --feature_cache and --trace"),
     ],
 )

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.needle.scenes import Scene
-from adapttoken_jax.result import partial_path
+from adapttoken_jax.result import naming, partial_path
 
 _QUALITY = "12"  # x264's constant rate factor; this one keeps colours within a few levels
 
@@ -28,8 +28,9 @@ def write_mp4(scene: Scene, path, fps: float = 4.0) -> pathlib.Path:
         raise UserError(f"{path.parent}: no such directory; create it first")
     partial = partial_path(path)
     try:
-        _encode(scene, partial, fps)
-        partial.replace(path)
+        with naming(path, partial):
+            _encode(scene, partial, fps)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path

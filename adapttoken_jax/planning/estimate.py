@@ -8,12 +8,11 @@ the published rates allow: the longest of arithmetic, memory traffic and links, 
 import collections
 import dataclasses
 import math
-import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
-from adapttoken_jax.config import SIZES, AdaptTokenConfig, ModelConfig, read_model_config
+from adapttoken_jax.config import SIZES, AdaptTokenConfig, ModelConfig, checkpoint_directory, read_model_config
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.loading import Model
 from adapttoken_jax.pipeline import plan_run
@@ -168,7 +167,7 @@ def model_sizes(name: str) -> ModelConfig:
     """
     if name.lower() in SIZES:
         return SIZES[name.lower()]
-    if not pathlib.Path(name).is_dir():
+    if not checkpoint_directory(name).is_dir():
         raise UserError(f"--model={name}: no such directory, and no name of a model ({', '.join(SIZES)})")
     return read_model_config(name)
 

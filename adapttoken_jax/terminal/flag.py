@@ -50,7 +50,8 @@ class _Choice(flags.ArgumentParser):
 class Flag:
     """One flag. `kind` is str, int, float, bool or list (a text that may be repeated); not given means `default`.
 
-    `metavar` stands for the value in the help text, and `shown_default` for a default that is not a value.
+    `metavar` stands for the value in the help text, and `shown_default` for a default that is not a value. A flag
+    that is given again overrides itself, as after a flag file, unless it may be given `once`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Flag:
     low: float | None = None
     high: float | None = None
     shown_default: str = ""
+    once: bool = False
 
     def define(self, values: flags.FlagValues) -> None:
         """Adds the flag to a command's flags."""
@@ -184,6 +186,9 @@ def parse(command: Command, argv: Sequence[str]) -> flags.FlagValues:
     words = read_flags(f"{PROGRAM} {command.name}", values, argv)
     if words:
         raise UserError(f"{words[0]!r} belongs to no flag; put quotes around values with spaces")
+    for flag in command.flags:
+        if flag.once and values[flag.name].present > 1:
+            raise UserError(f"--{flag.name}: given {values[flag.name].present} times; give one")
     return values
 
 

@@ -191,10 +191,17 @@ def test_without_resume_a_run_is_not_touched(tmp_path):
     assert os.listdir(tmp_path) == ["run.json"]
 
 
-@pytest.mark.parametrize("place", ["/proc/run", "file/run", "file"])
-def test_a_directory_that_cannot_be_is_one_line(tmp_path, place):
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("/proc/run", "choose a directory that you can write to"),
+        ("file/run", "Not a directory; choose a directory that you can write to"),
+        ("file", "is no directory; name another"),
+    ],
+)
+def test_a_directory_that_cannot_be_is_one_line(tmp_path, place, reason):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^--workdir=.*choose a directory that you can write to$"):
+    with pytest.raises(UserError, match=rf"^--workdir=.*{reason}$"):
         workdir.check_run(tmp_path / place, description())
 
 

@@ -74,4 +74,8 @@ def test_mistakes_are_named_and_leave_nothing_behind(tmp_path):
         needle.write_mp4(scene, tmp_path / "a.mp4", fps=0)
     with pytest.raises(UserError, match="no such directory"):
         needle.write_mp4(scene, tmp_path / "missing" / "a.mp4")
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "b.mp4").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        needle.write_mp4(scene, tmp_path / "b.mp4")
+    assert caught.value.filename == str(tmp_path / "b.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.mp4"]
