@@ -1,4 +1,4 @@
-"""Every test sees eight CPU devices and a compilation cache that outlives the run."""
+"""Every test sees eight CPU devices and a compilation cache that outlives the run; many share ways to load a model."""
 
 import importlib.util
 import os
@@ -23,10 +23,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import functools  # noqa: E402
 import gc  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+import adapttoken_jax as at  # noqa: E402
 
 _MAPPINGS = pathlib.Path("/proc/self/maps")
 _MANY = 15_000  # Linux allows a process 65 530
@@ -41,3 +44,29 @@ def _compiled_programs_do_not_pile_up():
     if _MAPPINGS.is_file() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Writes a tiny checkpoint and loads it, once per module: as our model, and as transformers' own."""
+    from tests import tiny  # loads torch, which few modules need
+
+    @functools.cache
+    def load(shape, **layout):
+        directory = tiny.write_checkpoint(tmp_path_factory.mktemp(shape), tiny.SHAPES[shape], **layout)
+        return at.load(directory), tiny.load_torch(directory)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The directory of a tiny checkpoint."""
+    from tests import tiny
+
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("base"), tiny.SHAPES["base"])
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return at.load(checkpoint)

@@ -508,16 +508,6 @@ def test_a_certificate_sets_the_rule_and_refuses_other_settings(certificate):
 # Live
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("base"), tiny.SHAPES["base"])
-
-
-@pytest.fixture(scope="module")
-def model(directory):
-    return at.load(directory)
-
-
 SMALL = {"slots_per_group": 4, "budget": 30, "max_answer_tokens": 3, "max_pixels": 56 * 84}
 
 
@@ -575,10 +565,10 @@ def test_a_short_video_has_nothing_to_stop(model):
     assert record_video(model, "v", random_video(), ["What?"], [None], config) is None
 
 
-def test_the_models_fingerprint(model, directory, tmp_path):
+def test_the_models_fingerprint(model, checkpoint, tmp_path):
     found = calibration.model_fingerprint(model)
-    assert found == calibration.model_fingerprint(at.load(directory, mesh="data=2,model=2"))
-    assert found != calibration.model_fingerprint(at.load(directory, dtype="bfloat16"))
+    assert found == calibration.model_fingerprint(at.load(checkpoint, mesh="data=2,model=2"))
+    assert found != calibration.model_fingerprint(at.load(checkpoint, dtype="bfloat16"))
     other = tiny.write_checkpoint(tmp_path / "other", dataclasses.replace(tiny.SHAPES["base"], seed=99))
     assert found != calibration.model_fingerprint(at.load(other))
 
@@ -589,7 +579,7 @@ def test_the_models_fingerprint(model, directory, tmp_path):
 FLAGS = ["--max_pixels=3136", "--slots_per_group=4", "--budget=8", "--max_answer_tokens=2"]
 
 
-def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
+def test_from_videos_to_a_certified_answer(checkpoint, tmp_path, capsys):
     lines = []
     for seed in range(3):
         made = scene(seed, frames=24)
@@ -598,7 +588,7 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
                    "options": made.question.options}]  # fmt: skip
         lines += [{"video": f"../{tmp_path.name}/./{seed}.mp4", "question": "What happens?"}]  # the same file
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8-sig")
-    argv = [f"--model={directory}", f"--data={tmp_path}/data.jsonl", f"--log={tmp_path}/log", "--alpha=0.6", *FLAGS]
+    argv = [f"--model={checkpoint}", f"--data={tmp_path}/data.jsonl", f"--log={tmp_path}/log", "--alpha=0.6", *FLAGS]
     argv += [f"--certificate={tmp_path}/stop.json", "--stop_groups=1", "--thresholds=0.01,9", "--signals", "--json=-"]
     done = launcher.run("calibrate_stop", *argv, "--resamples=20")
     assert done.returncode == 0, done.stderr
@@ -638,7 +628,7 @@ def test_from_videos_to_a_certified_answer(directory, tmp_path, capsys):
     pruned = launcher.run("calibrate_stop", *argv, "--keep_after_reference=0.5")
     assert pruned.returncode == 2 and "no certificate holds" in pruned.stderr.splitlines()[-1]
 
-    answer = ["answer", f"--model={directory}", f"--video={tmp_path}/0.mp4", "--question=Why?", "--json=-", *FLAGS]
+    answer = ["answer", f"--model={checkpoint}", f"--video={tmp_path}/0.mp4", "--question=Why?", "--json=-", *FLAGS]
     certified = [*answer, "--lite", f"--stop_calibration={tmp_path}/stop.json"]
     assert cli.main(certified) == 0
     settings = json.loads(capsys.readouterr().out)["config"]
@@ -683,11 +673,11 @@ def test_what_cannot_be_certified_is_refused_before_any_work(tmp_path, flags, wo
     assert done.stderr.startswith(f"calibrate_stop: {words}") and list(tmp_path.iterdir()) == []
 
 
-def test_limits_on_the_command_line(directory, tmp_path, capsys):
+def test_limits_on_the_command_line(checkpoint, tmp_path, capsys):
     write_mp4(scene(0, frames=24), tmp_path / "v.mp4")
     answer = [
         "answer",
-        f"--model={directory}",
+        f"--model={checkpoint}",
         f"--video={tmp_path}/v.mp4",
         "--question=Why?",
         "--option=a",

@@ -20,11 +20,6 @@ VIDEO = random_video()  # 23 slots; 6 groups of up to 4 slots
 QUESTIONS, CHOICES = [QUESTION, "Is it?", "And what of the video is the end?"], [OPTIONS, None, OPTIONS[:2]]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return at.load(tiny.write_checkpoint(tmp_path_factory.mktemp("base"), tiny.SHAPES["base"]))
-
-
 def both(model, questions=QUESTION, options=OPTIONS, method="adapttoken", **given):
     """The results of the device's loop and of the host's."""
     config = settings(model, **given)

@@ -6,11 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-import adapttoken_jax as at
 from adapttoken_jax import device_survivors, pipeline, survivors
 from adapttoken_jax.encoding import encode_video
 from adapttoken_jax.prompt import build_prompt
-from tests import tiny
 from tests.method.test_oracle import OPTIONS, random_video, settings
 
 SETTINGS = {
@@ -23,11 +21,6 @@ SETTINGS = {
     "flexselect": {},
     "everything": {"over_selection": 100.0, "max_frames": 64},  # more candidates than the longest video has tokens
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return at.load(tiny.write_checkpoint(tmp_path_factory.mktemp("base"), tiny.SHAPES["base"]))
 
 
 def scanned(model, name):

@@ -24,16 +24,6 @@ VIDEO = random_video()  # 23 slots of 6 tokens; 6 groups of up to 4 slots
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("base"), tiny.SHAPES["base"])
-
-
-@pytest.fixture(scope="module")
-def model(directory):
-    return at.load(directory)
-
-
-@pytest.fixture(scope="module")
 def plain(model):
     return at.answer(model, VIDEO, QUESTION, OPTIONS, settings(model))
 
@@ -133,14 +123,14 @@ def test_ties_in_the_budget_go_to_the_lower_group_in_any_order_of_visits(model):
 # Stopping
 
 
-def test_the_blind_pass_is_the_prompt_without_the_video(model, directory):
+def test_the_blind_pass_is_the_prompt_without_the_video(model, checkpoint):
     for options in (OPTIONS, None):
         prompt = build_prompt(model.tokenizer, QUESTION, options)
         config = settings(model).resolve(model.config)
         features = np.zeros((1, 6, model.config.vision.out_width), np.float32)
         video = dataclasses.make_dataclass("Video", ["features"])(features)
         [reply] = scan.blind_replies(model, video, [prompt], config)
-        torch_model = tiny.load_torch(directory)
+        torch_model = tiny.load_torch(checkpoint)
         embeddings = oracle.embed(torch_model, [*prompt.prefix_ids, *prompt.suffix_ids])
         ids = np.tile(np.arange(len(embeddings)), (3, 1))
         theirs = oracle.answer_greedily(torch_model, embeddings, ids, 1 if options else 5, model.tokenizer.eos)
@@ -280,7 +270,7 @@ def test_limits_below_zero_are_refused(model, limits):
         ask(model, limits=limits)
 
 
-def test_arguments_of_another_kind_are_named(model, directory):
+def test_arguments_of_another_kind_are_named(model, checkpoint):
     calls = [
         ("model: give what", lambda: at.answer("needle", VIDEO, QUESTION)),
         ("question: give a text", lambda: at.answer(model, VIDEO, {"q": QUESTION})),
@@ -292,11 +282,11 @@ def test_arguments_of_another_kind_are_named(model, directory):
         ("loop=['host']: choose one of", lambda: at.answer(model, VIDEO, QUESTION, loop=["host"])),
         ("model: give a ModelConfig", lambda: at.AdaptTokenConfig.for_model(model)),
         ("model: the name is empty", lambda: at.load("")),
-        ("--dtype=3: choose one of", lambda: at.load(directory, dtype=3)),
+        ("--dtype=3: choose one of", lambda: at.load(checkpoint, dtype=3)),
         ("options: give a list with one", lambda: at.answer(model, VIDEO, [QUESTION], {QUESTION: None})),
         ("config: give an", lambda: at.answer(model, VIDEO, QUESTION, config={"budget": 8})),
         ("model: None is no path", lambda: at.load(None)),
-        ("mesh: {'data': 1} is no mesh", lambda: at.load(directory, mesh={"data": 1})),
+        ("mesh: {'data': 1} is no mesh", lambda: at.load(checkpoint, mesh={"data": 1})),
         ("Frames.fps=None", lambda: at.Frames(VIDEO.images, None)),
         ("no such file", lambda: at.answer(model, b"no.mp4", QUESTION)),
     ]

@@ -11,7 +11,6 @@ from adapttoken_jax.model import attention
 from adapttoken_jax.parity import pytorch_method as oracle
 from adapttoken_jax.parity.compare import method_inputs
 from adapttoken_jax.prompt import Ask
-from tests import tiny
 
 OPTIONS = ["a red kite", "the old dog", "two cars"]
 SETTINGS = {
@@ -23,19 +22,6 @@ SETTINGS = {
     "hf5": {"mrope": "hf5", "similarity": "reference_layer", "proximity": "window"},
     "reversed": {"group_order": "bit_reversed", "over_selection": 1.5, "proximity_scale": 0.7, "reference_layer": 0},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    cache = {}
-
-    def load(shape, **layout):
-        if shape not in cache:
-            directory = tiny.write_checkpoint(tmp_path_factory.mktemp(shape), tiny.SHAPES[shape], **layout)
-            cache[shape] = at.load(directory), tiny.load_torch(directory)
-        return cache[shape]
-
-    return load
 
 
 def random_video(frames=46, height=56, width=84, seed=0):

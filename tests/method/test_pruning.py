@@ -10,26 +10,12 @@ import torch
 import adapttoken_jax as at
 from adapttoken_jax import costs
 from adapttoken_jax.parity import pytorch_method as oracle
-from tests import tiny
 from tests.method.test_device_scan import assert_same
 from tests.method.test_oracle import OPTIONS, random_video, settings
 
 VIDEO = random_video()  # 23 slots of 2 x 3 tokens; 6 groups of up to 4 slots, the last one padded
 QUESTIONS, CHOICES = ["What is in the video?", "And what is at the end of it?"], [OPTIONS, None]
 SHARE = 0.4
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    cache = {}
-
-    def load(shape):
-        if shape not in cache:
-            directory = tiny.write_checkpoint(tmp_path_factory.mktemp(shape), tiny.SHAPES[shape])
-            cache[shape] = at.load(directory), tiny.load_torch(directory), directory
-        return cache[shape]
-
-    return load
 
 
 def ask(model, share, questions=QUESTIONS, options=CHOICES, loop="device", **given):
@@ -77,7 +63,7 @@ def answer_of_group(torch_model, trace, group, dropped, tokens, end_ids):
 @torch.no_grad()
 def test_pruned_groups_match_transformers_layers(load):
     """Two questions share what is kept: the tokens most relevant to either. One answers a letter, one five tokens."""
-    model, torch_model, _ = load("base")
+    model, torch_model = load("base")
     whole, pruned = ask(model, 1.0), ask(model, SHARE)
     for full, ours in zip(whole, pruned, strict=True):
         # The reference layer is below what is pruned.
@@ -133,7 +119,7 @@ def of_one_device(load):
 
 @pytest.mark.parametrize("mesh", ["fsdp=4,model=2", "data=2,context=2,model=2"])
 def test_meshes_agree(load, of_one_device, mesh):
-    for ours, alone in zip(ask(at.load(load("base")[2], mesh=mesh), SHARE), of_one_device, strict=True):
+    for ours, alone in zip(ask(at.load(load("base")[0].path, mesh=mesh), SHARE), of_one_device, strict=True):
         assert ours.answer == alone.answer and ours.selected == alone.selected
         for key in ("group_entropy", "group_relevance"):  # sharded sums add in another order
             np.testing.assert_allclose(ours.trace[key], alone.trace[key], rtol=0, atol=1e-5, err_msg=key)

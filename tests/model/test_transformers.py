@@ -30,19 +30,6 @@ def relative(ours, theirs) -> float:
     return float(np.abs(np.asarray(ours).reshape(theirs.shape) - theirs).max() / np.abs(theirs).max())
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    cache = {}
-
-    def load(shape):
-        if shape not in cache:
-            directory = tiny.write_checkpoint(tmp_path_factory.mktemp(shape), tiny.SHAPES[shape])
-            cache[shape] = at.load(directory), tiny.load_torch(directory)
-        return cache[shape]
-
-    return load
-
-
 def random_patches(grid, seed=0):
     slots, height, width = grid
     return np.random.default_rng(seed).normal(size=(slots, height * width, 1176)).astype(np.float32)

@@ -22,11 +22,6 @@ GRID = (10, 6, 4)  # 10 slots of 3 x 2 merged tokens
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("base"), tiny.SHAPES["base"])
-
-
-@pytest.fixture(scope="module")
 def model(checkpoint):
     return tiny.load_torch(checkpoint)
 

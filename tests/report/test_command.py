@@ -5,12 +5,7 @@ import os
 import pytest
 
 from adapttoken_jax import cli
-from tests import media, tiny
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("model"), tiny.SHAPES["base"])
+from tests import media
 
 
 def answer(checkpoint, video, *more):
