@@ -292,11 +292,6 @@ def scanned(layers: int) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
-def contiguous_arm(config: AdaptTokenConfig) -> Arm:
-    """Groups of neighbouring slots: not an option of the library, because nothing speaks for it."""
-    return Arm("adapttoken", config, contiguous=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing settings
 # ---------------------------------------------------------------------------------------------------------------------
@@ -549,7 +544,8 @@ def scanned_section(lab: Lab, size: Size, config) -> list[dict]:
     frames = size.detail_frames[-1] if size.detail_frames[-1] in size.frames else size.frames[-1]
     base, rows = {"base": Arm("adapttoken", config)}, []
     arms = base | _replayed_arms(config, scanned(lab.model.config.text.layers))
-    arms["groups: contiguous"] = contiguous_arm(config)
+    # Groups of neighbouring slots are no option of the library, because nothing speaks for them.
+    arms["groups: contiguous"] = Arm("adapttoken", config, contiguous=True)
     for task in size.tasks:
         cell = size.cell(task, frames, min(size.questions, size.scan_questions))
         stage = f"{task}, settings of the scan"
