@@ -145,28 +145,17 @@ def test_one_group_or_a_large_budget_answers_directly(load):
         assert_agree(result, theirs)
 
 
-def test_words_before_the_video_are_each_questions_own(load):
+@pytest.mark.parametrize(
+    ("questions", "options"),
+    [
+        (["What is in the video?", "Is it?", "And what of the video is the end of it all?"], [OPTIONS, None, None]),
+        ([Ask("What?", system="Be brief."), Ask("Where?", system=""), Ask("Who?", system="Be brief.")], [None] * 3),
+    ],
+    ids=["options", "words before the video"],
+)
+def test_several_questions_in_one_scan_are_each_answered_as_if_alone(load, questions, options):
     model, _ = load("base")
     config = settings(model)
-    questions = [
-        Ask(text, system=words) for text, words in (("What?", "Be brief."), ("Where?", ""), ("Who?", "Be brief."))
-    ]
-    together = at.answer(model, random_video(), questions, config=config)
-    for question, joint in zip(questions, together, strict=True):
-        alone = at.answer(model, random_video(), question, config=config)
-        assert joint.answer == alone.answer and joint.selected == alone.selected
-        np.testing.assert_allclose(
-            [g.entropy for g in joint.groups], [g.entropy for g in alone.groups], atol=1e-5
-        )  # the same sums in another order
-
-
-def test_several_questions_in_one_scan_are_each_answered_as_if_alone(load):
-    model, _ = load("base")
-    config = settings(model)
-    questions, options = (
-        ["What is in the video?", "Is it?", "And what of the video is the end of it all?"],
-        [OPTIONS, None, None],
-    )
     together = at.answer(model, random_video(), questions, options, config)
     for question, choice, joint in zip(questions, options, together, strict=True):
         alone = at.answer(model, random_video(), question, choice, config)
