@@ -129,11 +129,11 @@ def parameter_spec(parameter: parameters.Parameter, mesh: Mesh) -> PartitionSpec
     """How a parameter lies on the mesh: the vision tower's everywhere, the decoder's as the rules say."""
     if parameter.path[0] == "vision":
         return PartitionSpec(*[None] * len(parameter.shape))
-    return _split(parameter.axes, parameter.shape, mesh.shape, ("fsdp",) if "fsdp" in mesh.shape else ())
+    return _split(parameter.axes, parameter.shape, mesh.shape)
 
 
-def _split(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[str, int], further=()) -> PartitionSpec:
-    """`model` splits the first axis that may be split and that it divides; `further`, of a kernel, that one or D."""
+def _split(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[str, int], further=("fsdp",)) -> PartitionSpec:
+    """`model` splits the first of `_SPLIT` that it divides; `further`, where there, of a kernel that one or D."""
     spec = {axis: () for axis in axes}
 
     def split(names, candidates):
@@ -145,7 +145,7 @@ def _split(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[str, int
         return False
 
     split(("model",), _SPLIT)
-    if further and {"D"} < {*axes} - {"L"}:
+    if (further := tuple(axis for axis in further if axis in mesh)) and {"D"} < {*axes} - {"L"}:
         split(further, {axis for axis in axes if spec[axis]}) or split(further, {"D"})
     return PartitionSpec(*(names or None for names in spec.values()))
 
@@ -210,8 +210,7 @@ def lies_turned(shape: tuple[int, int, int], mesh: Mesh | None) -> bool:
     """Whether a TPU keeps a place's part of kernels [L, D, F] with D last, which needs less padding."""
     if mesh is None:
         return False
-    spec = _split(("L", "D", "F"), shape, mesh.shape, ("fsdp",) if "fsdp" in mesh.shape else ())
-    _, D, F = NamedSharding(mesh, spec).shard_shape(shape)
+    _, D, F = NamedSharding(mesh, _split(("L", "D", "F"), shape, mesh.shape)).shard_shape(shape)
     return F % LANES > 0 and D % LANES == 0
 
 
