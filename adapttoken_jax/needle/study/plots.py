@@ -82,22 +82,20 @@ def save(figure, path) -> None:
     plt.close(figure)
 
 
-def _panels(count: int, height: float = 3.0, width: float = 4.2):
-    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
-    return figure, axes[0]
-
-
-def _tasks(rows) -> list[str]:
-    return [task for task in ("single", "pair") if any(each["task"] == task for each in rows)]
-
-
 TITLES = {"single": "one needle", "pair": "two needles"}
 
 
+def _panels(rows, height: float = 3.2, stacked: int = 1):
+    """A figure, and for each task of the rows the axes of its panels, which stand one above the other, and its name."""
+    tasks = [task for task in TITLES if any(each["task"] == task for each in rows)]
+    figure, axes = plt.subplots(stacked, len(tasks), figsize=(4.2 * len(tasks), height), squeeze=False)
+    return figure, zip(axes.T, tasks, strict=True)
+
+
 def _accuracy(rows):
-    tasks, arms = _tasks(rows), [arm for arm in _LINES if any(each["arm"] == arm for each in rows)]
-    figure, axes = _panels(len(tasks), 3.4)
-    for axis, task in zip(axes, tasks, strict=True):
+    arms = [arm for arm in _LINES if any(each["arm"] == arm for each in rows)]
+    figure, panels = _panels(rows, 3.4)
+    for (axis,), task in panels:
         for arm in arms:
             colour, line = _LINES[arm]
             own = sorted(by_key(rows, task=task, arm=arm), key=lambda each: each["frames"])
@@ -118,7 +116,7 @@ def _accuracy(rows):
         axis.axhline(0.25, color="#999999", linestyle=":", linewidth=1)
         axis.set(xscale="log", ylim=(0.15, 1.02), title=TITLES[task], xlabel="frames of the video", ylabel="accuracy")
         _frame_ticks(axis, sorted({each["frames"] for each in rows}))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
@@ -128,23 +126,20 @@ def _frame_ticks(axis, values) -> None:
 
 
 def _entropy(groups):
-    tasks = _tasks(groups)
-    figure, axes = plt.subplots(2, len(tasks), figsize=(4.2 * len(tasks), 5.2), squeeze=False)
-    for column, task in enumerate(tasks):
+    figure, panels = _panels(groups, 5.2, stacked=2)
+    for (above, below), task in panels:
         cells = by_key(groups, task=task)
         bins = np.asarray(cells[0]["bins"])
         most = max(len(each["by_needles"]) for each in cells)
         kinds = [_summed([c["by_needles"][k] for c in cells if k < len(c["by_needles"])]) for k in range(most)]
+        _histogram(above, bins, kinds, [f"{k} needle{'' if k == 1 else 's'} in the group" for k in range(most)])
         _histogram(
-            axes[0, column], bins, kinds, [f"{k} needle{'' if k == 1 else 's'} in the group" for k in range(most)]
-        )
-        _histogram(
-            axes[1, column],
+            below,
             bins,
             [_summed([c["by_right"][k] for c in cells]) for k in (0, 1)],
             ["group's answer wrong", "group's answer right"],
         )
-        axes[0, column].set_title(TITLES[task])
+        above.set_title(TITLES[task])
     return figure
 
 
@@ -164,9 +159,8 @@ def _histogram(axis, bins, counts, labels) -> None:
 
 
 def _temperature(rows):
-    tasks = _tasks(rows)
-    figure, axes = _panels(len(tasks), 3.2)
-    for axis, task in zip(axes, tasks, strict=True):
+    figure, panels = _panels(rows)
+    for (axis,), task in panels:
         own = sorted(by_key(rows, task=task), key=lambda each: each["groups"])
         for colour, each in zip(COLOURS, own, strict=False):
             fixed = {float(name): value for name, value in each["accuracy"].items() if _is_number(name)}
@@ -188,7 +182,7 @@ def _temperature(rows):
         )
         axis.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"])
         axis.minorticks_off()
-    axes[0].legend(loc="lower left")
+    figure.axes[0].legend(loc="lower left")
     return figure
 
 
@@ -197,9 +191,9 @@ def _is_number(text: str) -> bool:
 
 
 def _lite(rows):
-    tasks, frames = _tasks(rows), max(each["frames"] for each in rows)
-    figure, axes = _panels(len(tasks), 3.2)
-    for axis, task in zip(axes, tasks, strict=True):
+    frames = max(each["frames"] for each in rows)
+    figure, panels = _panels(rows)
+    for (axis,), task in panels:
         own = by_key(rows, task=task, frames=frames, order="sequential")
         kinds = list(dict.fromkeys((each["rule"], each["stop_groups"]) for each in own))
         for colour, (rule, count) in zip(COLOURS, kinds, strict=False):
@@ -226,14 +220,13 @@ def _lite(rows):
             ylabel="accuracy",
             title=f"{TITLES[task]}, {frames} frames",
         )
-    axes[-1].legend(loc="lower right")
+    figure.axes[-1].legend(loc="lower right")
     return figure
 
 
 def _risk(curves):
-    tasks = _tasks(curves)
-    figure, axes = _panels(len(tasks), 3.2)
-    for axis, task in zip(axes, tasks, strict=True):
+    figure, panels = _panels(curves)
+    for (axis,), task in panels:
         own = [each for each in by_key(curves, task=task) if each["frames"] == 1024 or each["difficulty"] != "normal"]
         for colour, each in zip(COLOURS, own or by_key(curves, task=task), strict=False):
             label = f"{ARM_NAMES[each['arm']]}, {each['difficulty']}"
@@ -245,14 +238,14 @@ def _risk(curves):
             ylabel="share wrong among them",
             title=TITLES[task],
         )
-    axes[0].legend(loc="upper left")
+    figure.axes[0].legend(loc="upper left")
     return figure
 
 
 def draw_layers(rows, path) -> None:
     """The layer probe's figure: recall per layer, one line per number of tokens taken. Rows as `probe_layer` writes."""
     with plt.rc_context(_STYLE):
-        figure, (axis,) = _panels(1, 3.0, 5.0)
+        figure, axis = plt.subplots(figsize=(5.0, 3.0))
         for colour, taken in zip(COLOURS, dict.fromkeys(each["taken"] for each in rows), strict=False):
             own = by_key(rows, taken=taken)
             axis.plot(
