@@ -70,3 +70,11 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(checkpoint):
     return at.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def small_calls():
+    """The vision tower encodes four slots at a time, so that short videos take several calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adapttoken_jax.encoding._SLOTS_PER_CHUNK", 4)
+        yield

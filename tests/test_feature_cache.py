@@ -22,13 +22,7 @@ from tests import media
 from tests.needle.study_model import settings, small_model
 
 SLOTS = 20
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_calls():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "_SLOTS_PER_CHUNK", 4)
-        yield
+pytestmark = pytest.mark.usefixtures("small_calls")
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from tests.needle.study_model import settings, small_model
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VISION = SIZES["qwen2.5-vl-7b"].vision
 QUESTION, OPTIONS = "What colour is the star?", ["red", "green", "blue"]
+pytestmark = pytest.mark.usefixtures("small_calls")
 
 
 # The order
@@ -114,13 +115,6 @@ def test_images_in_memory_are_read_group_by_group():
 
 
 # The features
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_calls():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "_SLOTS_PER_CHUNK", 4)
-        yield
 
 
 @pytest.fixture(scope="module")
