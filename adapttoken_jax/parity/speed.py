@@ -498,15 +498,14 @@ _CARDS = {
 }  # fmt: skip
 
 
-# A product that would take longer is not run to find a CPU's peak; then this size tells it.
-_SLOW_S, _SMALL = 2.0, 512
+# Sizes of the products that find a CPU's peak; a large one that would take longer than this is not run.
+_SMALL, _LARGE, _SLOW_S = 512, 2048, 2.0
 
 
-def device_peak(dtype: str, size: int = 2048) -> float | None:
+def device_peak(dtype: str) -> float | None:
     """FLOP/s that the device can do: of a GPU by its data sheet (None: not in the table), of a CPU as measured.
 
-    On a CPU it is the faster of the two frameworks at a square product of `size`, or a smaller one where that is slow;
-    best of several runs.
+    On a CPU it is the faster of the two frameworks at a square product, best of several runs.
     """
     device = jax.devices()[0]
     if device.platform != "cpu":
@@ -521,5 +520,5 @@ def device_peak(dtype: str, size: int = 2048) -> float | None:
         return [2 * side**3 / min(_seconds(run) for _ in range(6)) for run in runs]
 
     # A processor without instructions for bfloat16 may multiply it number by number, half a minute for a large product.
-    found = reached(min(size, _SMALL))
-    return max(found) if min(found) < 2 * size**3 / _SLOW_S else max(reached(size))
+    found = reached(_SMALL)
+    return max(found) if min(found) < 2 * _LARGE**3 / _SLOW_S else max(reached(_LARGE))
