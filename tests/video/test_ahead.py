@@ -50,6 +50,12 @@ def stamp(images):
     return media.read_stamp(next(images))
 
 
+@pytest.fixture
+def short_runs(monkeypatch):
+    """Runs so short that a small video has several."""
+    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+
+
 @pytest.fixture(scope="module", params=FILES)
 def film(request, tmp_path_factory):
     path = FILES[request.param](tmp_path_factory.mktemp("film") / request.param)
@@ -58,8 +64,7 @@ def film(request, tmp_path_factory):
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("threads", [1, 5])
-def test_equals_the_straight_pass(film, order, threads, monkeypatch):
-    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+def test_equals_the_straight_pass(film, order, threads, short_runs):
     info, expected = film
     with ReadAhead(info, singly(order), copied, 4, threads) as images:
         parts = [images.take(count) for count in (2, 1, 1000)]
@@ -71,8 +76,7 @@ def test_equals_the_straight_pass(film, order, threads, monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 5])
 @pytest.mark.parametrize("per_item", [2, 3])
-def test_items_of_several_frames(film, per_item, threads, monkeypatch):
-    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+def test_items_of_several_frames(film, per_item, threads, short_runs):
     info, _ = film
     order = np.concatenate([np.arange(1, 91), np.arange(0, 90, 5), [3, 3, 90, 2, 2, 95]]).reshape(-1, per_item)
     runs = cut_runs(info, order)
@@ -107,9 +111,8 @@ def test_runs_begin_where_another_group_of_pictures_does(film, monkeypatch):
     assert min(len(run) for run in runs[:-1] or [range(20)]) >= 20
 
 
-def test_several_threads_decode_at_once(tmp_path, monkeypatch):
+def test_several_threads_decode_at_once(tmp_path, short_runs):
     """Two runs meet at a barrier, which one thread alone would never pass."""
-    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
     info, both = probe(media.write(tmp_path / "a.mp4", FRAMES)), threading.Barrier(2, timeout=20)
 
     def prepare(images):
@@ -123,8 +126,7 @@ def test_several_threads_decode_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_threads_wait_for_a_slow_consumer(tmp_path, threads, monkeypatch):
-    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+def test_threads_wait_for_a_slow_consumer(tmp_path, threads, short_runs):
     info, prepared, largest = probe(media.write(tmp_path / "a.mp4", FRAMES)), [], 0
     with ReadAhead(info, singly(range(FRAMES)), lambda images: prepared.append(1), 6, threads) as reader:
         for taken in range(40):
@@ -134,8 +136,7 @@ def test_threads_wait_for_a_slow_consumer(tmp_path, threads, monkeypatch):
     assert 1 < largest <= 6 + threads  # each thread may have one ready that waits to be handed in
 
 
-def test_leaving_early_ends_all_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+def test_leaving_early_ends_all_threads(tmp_path, short_runs):
     before, info = set(threading.enumerate()), probe(media.write(tmp_path / "a.mp4", FRAMES))
     with ReadAhead(info, singly(range(FRAMES)), copied, 3, 4) as reader:
         reader.take(5)
@@ -178,8 +179,7 @@ def test_nothing_read_outlives_an_error(tmp_path, no_collector):
     assert left[0]() is None
 
 
-def test_no_thread_stays_where_one_cannot_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+def test_no_thread_stays_where_one_cannot_start(tmp_path, short_runs, monkeypatch):
     info, before, start = probe(media.write(tmp_path / "a.mp4", FRAMES)), set(threading.enumerate()), []
 
     def refuse_the_third(thread, begin=threading.Thread.start):
@@ -195,8 +195,7 @@ def test_no_thread_stays_where_one_cannot_start(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_what_is_cancelled_ends_where_it_is_awaited(tmp_path, threads, monkeypatch):
-    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+def test_what_is_cancelled_ends_where_it_is_awaited(tmp_path, threads, short_runs):
     info, cancelled = probe(media.write(tmp_path / "a.mp4", FRAMES)), threading.Event()
     with ReadAhead(info, singly(range(FRAMES)), copied, 10, threads, cancelled.is_set) as reader:
         reader.take(20)
@@ -215,8 +214,7 @@ def test_a_reader_that_is_told_to_stop_gives_up_between_frames(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("pause_s", [0, 0.5], ids=["while it is awaited", "before anybody asks"])
-def test_damage_is_reported_in_its_place(tmp_path, threads, pause_s, monkeypatch):
-    monkeypatch.setattr(ahead, "_RUN_FRAMES", 8)
+def test_damage_is_reported_in_its_place(tmp_path, threads, pause_s, short_runs):
     path = media.write(tmp_path / "a.mkv", FRAMES, codec="ffv1", pix_fmt="bgr0", gop=1)
     info = probe(path)
     media.without_packets(path, tmp_path / "b.mkv", range(40, 80))
