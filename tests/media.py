@@ -16,6 +16,8 @@ import av
 import numpy as np
 from PIL import ExifTags, Image
 
+from adapttoken_jax.video import VideoInfo, probe
+
 _CELLS = 4
 
 
@@ -237,6 +239,13 @@ def without_packets(source, path, dropped: range) -> pathlib.Path:
                 packet.stream = stream
                 writer.mux(packet)
     return pathlib.Path(path)
+
+
+def damaged_since(path, count: int, dropped: range, size: tuple[int, int] = (64, 96)) -> VideoInfo:
+    """What `probe` found in a video that lost packets since."""
+    info = probe(write(path, count, size, codec="ffv1", pix_fmt="bgr0", gop=1))
+    without_packets(path, f"{path}.part.mkv", dropped).replace(path)
+    return info
 
 
 def stamped_as_decoded(source, path) -> pathlib.Path:

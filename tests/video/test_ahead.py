@@ -163,10 +163,7 @@ def test_nothing_read_outlives_the_block(tmp_path, no_collector):
 
 
 def test_nothing_read_outlives_an_error(tmp_path, no_collector):
-    path = media.write(tmp_path / "a.mkv", FRAMES, codec="ffv1", pix_fmt="bgr0", gop=1)
-    info = probe(path)
-    media.without_packets(path, tmp_path / "b.mkv", range(40, 80))
-    (tmp_path / "b.mkv").replace(path)
+    info = media.damaged_since(tmp_path / "a.mkv", FRAMES, range(40, 80))
     left = []
 
     def fail():
@@ -215,10 +212,7 @@ def test_a_reader_that_is_told_to_stop_gives_up_between_frames(tmp_path):
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("pause_s", [0, 0.5], ids=["while it is awaited", "before anybody asks"])
 def test_damage_is_reported_in_its_place(tmp_path, threads, pause_s, short_runs):
-    path = media.write(tmp_path / "a.mkv", FRAMES, codec="ffv1", pix_fmt="bgr0", gop=1)
-    info = probe(path)
-    media.without_packets(path, tmp_path / "b.mkv", range(40, 80))
-    (tmp_path / "b.mkv").replace(path)
+    info = media.damaged_since(tmp_path / "a.mkv", FRAMES, range(40, 80))
     before = set(threading.enumerate())
     with ReadAhead(info, singly(range(FRAMES)), stamp, 10, threads) as reader:
         assert reader.take(40) == list(range(40))
