@@ -241,8 +241,9 @@ def _chunk(model, video, groups, indices: list[int], shape: tuple[int, int], pro
     # Features are copied once, to where the device takes them from; of other processes' groups there are zeros.
     visual = np.zeros((waves * width, size, video.features.shape[-1]), video.features.dtype)
     contexts = []
+    soon = np.concatenate([groups[g] for g in indices])
     for mine, g, room in zip(own, indices, visual, strict=False):
-        video.ensure(groups[g])
+        video.ensure(groups[g], soon)
         features = room[: len(groups[g]) * video.per_slot]
         if mine:
             video.read_slots(groups[g], features)

@@ -14,6 +14,7 @@ Design decisions:
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -34,6 +35,7 @@ _PATCHES_PER_CHUNK = 16384
 _PATCHES_PER_GPU_CHUNK = 32768
 _SLOTS_PER_CHUNK = 64
 _SLOTS_AT_ONCE = 2048  # on all devices together: what 4096 frames have, or a large slice would mostly encode padding
+_GATHERED_BYTES = 2**30  # of features, on each device of several processes, which all read them
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -57,14 +59,14 @@ class VisualTokens:
     seconds: dict[str, float]
     source: "SlotEncoder | None" = None
 
-    def ensure(self, slots: Sequence[int]) -> None:
-        """Decodes and encodes until the features of `slots` are there.
+    def ensure(self, slots: Sequence[int], soon: Sequence[int] = ()) -> None:
+        """Decodes and encodes until the features of `slots` are there, and begins with those that are wanted `soon`.
 
         Raises:
           UserError: a file that ends early or is damaged.
         """
         if self.source is not None:
-            self.source.encode(slots)
+            self.source.encode(slots, soon)
 
     @property
     def encoded(self) -> int:
@@ -144,6 +146,7 @@ class SlotEncoder:
         self._model, self._clip, self._keep, self._on_progress = model, clip, keep_patches, on_progress
         # One size whatever the order: another one rounds differently in the last bit.
         self._size = chunk_slots(model, clip, scanned)
+        self._two_at_once = 2 * self._size <= most_gathered(model, clip)
         self.features = np.empty((slots, height * width // vision.merge**2, vision.out_width), model.dtype)
         # What is kept or was read already is whole on every process.
         whole = keep_patches or chunks is not None
@@ -168,11 +171,12 @@ class SlotEncoder:
         if self._entry and self.encoded and error is None:
             self._entry.write(self.features, self._there)
 
-    def encode(self, slots: Sequence[int]) -> None:
-        """Reads on until `slots` are encoded."""
+    def encode(self, slots: Sequence[int], soon: Sequence[int] = ()) -> None:
+        """Reads on until `slots` are encoded; what comes `soon` keeps the device busy while these are collected."""
         begin = time.perf_counter()
+        wanted = np.concatenate([slots, soon if self._two_at_once else []]).astype(np.int64)
         while not self._there[slots].all():
-            chunk = None if self._started[slots].all() else next(self._chunks)
+            chunk = None if self._started[wanted].all() else next(self._chunks)
             before = time.perf_counter()
             previous, self._on_device = self._on_device, self._start(*chunk) if chunk else None
             if previous:
@@ -266,9 +270,19 @@ def chunk_slots(model: Model, clip: Clip, scanned: bool = False) -> int:
     slots, height, width = clip.grid
     patches = _PATCHES_PER_GPU_CHUNK if jax.default_backend() == "gpu" else _PATCHES_PER_CHUNK
     devices = 1 if model.mesh is None else model.mesh.size
-    most = max(1, min(_SLOTS_PER_CHUNK, patches // (height * width), _SLOTS_AT_ONCE // devices))
+    at_once = min(_SLOTS_AT_ONCE, most_gathered(model, clip))
+    most = max(1, min(_SLOTS_PER_CHUNK, patches // (height * width), at_once // devices))
     even = 1 << (most.bit_length() - 1)  # a power of two divides the usual groups
     return even * devices if scanned else min(even * devices, round_up(slots, devices))
+
+
+def most_gathered(model: Model, clip: Clip) -> float:
+    """Slots whose features may lie on every device at once, as they do where processes share a mesh."""
+    if model.mesh is None or not model.mesh.is_multi_process:
+        return math.inf
+    _, height, width = clip.grid
+    vision = model.config.vision
+    return _GATHERED_BYTES // (height * width // vision.merge**2 * vision.out_width * model.dtype.itemsize)
 
 
 def _place(model: Model, array: np.ndarray):

@@ -133,7 +133,7 @@ def parameter_spec(parameter: parameters.Parameter, mesh: Mesh) -> PartitionSpec
 
 
 def _split(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[str, int], further=("fsdp",)) -> PartitionSpec:
-    """`model` splits the first of `_SPLIT` that it divides; `further`, where there, of a kernel that one or D."""
+    """`model` splits the first of `_SPLIT` that it divides; `further`, of a kernel and where there, that one or D."""
     spec = {axis: () for axis in axes}
 
     def split(names, candidates):

@@ -205,10 +205,17 @@ def _read_group(group, tensors: list[list[StoredTensor]], dtypes, shardings) -> 
 
 
 def _stage(group, tensors: list[StoredTensor], shardings) -> list[jax.Array]:
-    """Stored tensors, reshaped to `split`, on the devices. Each process reads the parts of its own devices."""
+    """Stored tensors, reshaped to `split`, on the devices. Each process reads the parts of its own devices, once."""
 
     def stage(p: Parameter, tensor: StoredTensor, sharding: Sharding) -> jax.Array:
-        return jax.make_array_from_callback(p.split, sharding, lambda index: tensor.read(p.split, index))
+        parts: dict[str, np.ndarray] = {}  # JAX asks again for every device that holds the same part
+
+        def part(index) -> np.ndarray:
+            if str(index) not in parts:
+                parts[str(index)] = tensor.read(p.split, index)
+            return parts[str(index)]
+
+        return jax.make_array_from_callback(p.split, sharding, part)
 
     return list(map(stage, group, tensors, map(_staging_sharding, group, shardings)))
 

@@ -229,7 +229,7 @@ def test_progress_counts_what_was_there(model, path, cache):
 
 
 def test_a_directory_that_cannot_be_used_is_refused(model, path):
-    with pytest.raises(UserError, match=r"^--feature_cache=.*a\.mp4: File exists; choose a directory"):
+    with pytest.raises(UserError, match=r"^--feature_cache=.*a\.mp4: is no directory; name another$"):
         FeatureCache(path, model)
     with pytest.raises(UserError, match=r"^--feature_cache: the name is empty; give a directory$"):
         FeatureCache("", model)

@@ -193,9 +193,41 @@ def test_a_gpu_takes_twice_as_many_patches_per_call(model, monkeypatch, platform
 )
 def test_a_scanned_videos_calls_depend_on_the_devices_alone(monkeypatch, devices, grid, slots):
     monkeypatch.setattr(encoding, "_SLOTS_PER_CHUNK", 64)
-    mesh = types.SimpleNamespace(mesh=types.SimpleNamespace(size=devices))
+    mesh = types.SimpleNamespace(mesh=types.SimpleNamespace(size=devices, is_multi_process=False))
     for length in (3, 2048, 5000):
         assert encoding.chunk_slots(mesh, types.SimpleNamespace(grid=(length, *grid)), scanned=True) == slots
+
+
+@pytest.mark.parametrize(
+    ("size", "devices", "slots"),
+    [("3b", 16, 16 * 16), ("3b", 256, 256 * 4), ("7b", 256, 256 * 2), ("72b", 16, 16 * 16), ("72b", 256, 256)],
+)
+def test_features_that_processes_gather_are_bounded(monkeypatch, size, devices, slots):
+    """A slot of 220 tokens has 1.4 MiB of features of the 7B model, 3.4 MiB of the 72B one, on every device."""
+    monkeypatch.setattr(encoding, "_SLOTS_PER_CHUNK", 64)
+    mesh = types.SimpleNamespace(size=devices, is_multi_process=True)
+    pod = types.SimpleNamespace(mesh=mesh, config=SIZES[f"qwen2.5-vl-{size}"], dtype=np.dtype("float16"))
+    assert encoding.chunk_slots(pod, types.SimpleNamespace(grid=(5000, 22, 40)), scanned=True) == slots
+
+
+def test_a_call_is_on_its_way_while_the_one_before_is_collected(model, clip, everything, monkeypatch):
+    groups, seen = group_slots(clip.grid[0], 16), []  # of 13 or 14 slots: a group ends within its last call
+
+    class Watched(encoding.SlotEncoder):
+        def _start(self, slots, patches):
+            seen.append("start")
+            return super()._start(slots, patches)
+
+        def _collect(self, slots, encoded):
+            seen.append("collect")
+            super()._collect(slots, encoded)
+
+    monkeypatch.setattr(encoding, "SlotEncoder", Watched)
+    with stream_video(model, clip, by_group(clip)) as tokens:
+        for group in groups:
+            tokens.ensure(group, soon=np.concatenate(groups))
+    assert seen == ["start", *["start", "collect"] * 16, "collect"]
+    np.testing.assert_array_equal(tokens.features, everything)
 
 
 def test_no_more_is_decoded_than_one_group_ahead(model, clip, monkeypatch):

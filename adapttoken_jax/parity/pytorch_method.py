@@ -425,9 +425,9 @@ def allocate(weights, capacity, total: int, minimum: int = 0) -> np.ndarray:
       UserError: the minimum alone exceeds `total`.
     """
     weights, capacity = np.asarray(weights, np.float64), np.asarray(capacity, np.int64)
-    if minimum * len(weights) > total:
-        raise UserError(f"--budget: {total} tokens are fewer than --min_tokens_per_group={minimum} for {len(weights)}")
     low = np.minimum(minimum, capacity)
+    if low.sum() > total:
+        raise UserError(f"--budget: {total} tokens are fewer than --min_tokens_per_group={minimum} for {len(weights)}")
     shares = _shares(np.maximum(weights, np.finfo(np.float64).tiny), low, capacity, min(total, capacity.sum()))
     budget = np.floor(shares).astype(np.int64)
     missing = min(total, capacity.sum()) - budget.sum()
@@ -504,7 +504,8 @@ def select(model, inputs, features, visits: dict[int, GroupPass], config, method
     # Largest remainders go to the lower group index, so the groups are put in that order first.
     order = np.argsort(list(visits))
     budget = np.empty(len(passes), np.int64)
-    budget[order] = allocate(weights[order], np.take(capacity, order), total, config.min_tokens_per_group)
+    least = 0 if equal else config.min_tokens_per_group
+    budget[order] = allocate(weights[order], np.take(capacity, order), total, least)
     chosen = [most_relevant(visit.relevance, count) for visit, count in zip(passes, budget, strict=True)]
     candidates = np.concatenate([visit.tokens[index] for visit, index in zip(passes, chosen, strict=True)])
     in_video_order = np.lexsort(candidates.T[::-1])

@@ -16,7 +16,7 @@ from adapttoken_jax import parameters, sharding
 from adapttoken_jax.config import read_model_config
 from adapttoken_jax.errors import UserError
 from checkpoints_convert import huggingface
-from checkpoints_convert.safetensors_file import read_header
+from checkpoints_convert.safetensors_file import StoredTensor, read_header
 from tests import tiny
 from tests.checkpoints import random_bits
 from tests.checkpoints.random_bits import SMALL, SMALL_TIED, same_bits
@@ -135,10 +135,14 @@ def test_layers_of_different_dtypes_need_a_dtype(tmp_path, values):
 
 
 @pytest.mark.parametrize("mesh", ["data=4,model=2", "fsdp=4,model=2", "model=2"])
-def test_sharded_reading_equals_unsharded(checkpoint, loaded, mesh):
+def test_sharded_reading_equals_unsharded(checkpoint, loaded, mesh, monkeypatch):
+    """Nothing is read twice, though places of `data` hold the same parts."""
+    taken, read = [], StoredTensor.read
+    monkeypatch.setattr(StoredTensor, "read", lambda *args: (taken.append(read(*args)), taken[-1])[1])
     config, mesh = read_model_config(checkpoint), sharding.make_mesh(sharding.MeshShape.parse(mesh))
     shardings = sharding.parameter_shardings(config, mesh)
     params = huggingface.read(checkpoint, config, shardings=shardings)
+    assert sum(part.nbytes for part in taken) == sum(each.nbytes for each in jax.tree.leaves(loaded))
     assert _same_tree(params, loaded)
     assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), params, shardings))
 

@@ -476,6 +476,7 @@ def test_no_group_outweighs_another_by_more_than_the_entropy_range_allows():
         ([0.5, 0.5], [2, 3], 50, 0, [2, 3]),  # all there is
         ([1.0, 0.0], [2, 3], 4, 0, [2, 2]),  # a vanished weight still takes what nobody else can
         ([0.5, 0.5], [1, 9], 6, 2, [1, 5]),  # a minimum never exceeds what a group has
+        ([0.4, 0.3, 0.3], [3, 2, 1], 5, 2, [2, 2, 1]),
     ],
 )
 def test_budgets(weights, capacity, total, minimum, expected):
@@ -501,6 +502,8 @@ def test_budgets_add_up_and_follow_the_weights():
 def test_a_budget_below_the_minimum_is_the_users_mistake(model):
     with pytest.raises(UserError, match="--budget"):
         oracle.run(model, make_inputs(), make_config(budget=4, min_tokens_per_group=2), "adapttoken")
+    equal = oracle.run(model, make_inputs(), make_config(budget=4, min_tokens_per_group=2), "flexselect")
+    assert len(equal["selected"]) == 4  # equal shares know no minimum
 
 
 def test_most_relevant_ties_go_to_the_lower_index():
