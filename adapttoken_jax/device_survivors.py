@@ -27,7 +27,7 @@ def select(run: Run) -> tuple[Selected, jax.Array]:
         scanned, places = _scanned(run, stretches)
         most = min(math.ceil(config.over_selection * config.budget), places)
         numbers = _numbers(run)
-        found = compiled.choose_candidates(scanned, numbers, places=places, most=most, stretches=stretches)
+        found = compiled.choose_candidates(scanned, numbers, most=most, stretches=stretches)
         candidates = _coordinates(run, np.asarray(found.place), places)
         features = _padded(run.video.gather(candidates), most)
         kept = found.free
@@ -51,18 +51,17 @@ def _scanned(run: Run, stretches: int) -> tuple[compiled.Scanned, int]:
     allowed = math.ceil(run.config.max_frames / run.plan.clip.vision.temporal_patch)
     most_slots = max(slots, min(allowed, bucket(slots, _MANY_SLOTS)))
     G, places = round_up(most_slots, K) // K, round_up(most_slots, K) * M
-    relevance, place = np.full((G, K * M), np.nan, np.float32), np.full((G, K * M), places, np.int32)
+    relevance, stretch = np.full((G, K * M), np.nan, np.float32), np.full((G, K * M), stretches, np.int32)
+    token = np.full(places, G * K * M, np.int32)
     certainty, visited = np.zeros(G), np.zeros(G, bool)
     for visit in run.scan.visits:
         own, n = visit.index, len(visit.relevance)
         relevance[own, :n] = relevance_of(run, visit)
-        place[own, :n] = (visit.slots[:, None] * M + np.arange(M)).reshape(-1)
+        token[(visit.slots[:, None] * M + np.arange(M)).reshape(-1)] = own * K * M + np.arange(n)
+        stretch[own, :n] = np.repeat(visit.slots * stretches // slots, M)
         certainty[own] = 0.0 if run.method == "flexselect" else visit.reply.certainty
         visited[own] = True
-    stretch = place.astype(np.int64) // M * stretches // slots
-    return compiled.Scanned(
-        relevance, certainty, visited, place, np.minimum(stretch, stretches).astype(np.int32)
-    ), places
+    return compiled.Scanned(relevance, certainty, visited, token, stretch), places
 
 
 def _numbers(run: Run) -> compiled.Numbers:

@@ -278,7 +278,8 @@ def chunk_slots(model: Model, clip: Clip, scanned: bool = False) -> int:
 
 def most_gathered(model: Model, clip: Clip) -> float:
     """Slots whose features may lie on every device at once, as they do where processes share a mesh."""
-    if model.mesh is None or not model.mesh.is_multi_process:
+    # An abstract mesh has no processes.
+    if model.mesh is None or isinstance(model.mesh, jax.sharding.AbstractMesh) or not model.mesh.is_multi_process:
         return math.inf
     _, height, width = clip.grid
     vision = model.config.vision

@@ -1,9 +1,10 @@
 """Steps 8 to 10 as compiled programs of static shape; `budget`, `relevance`, `coverage` and `redundancy` are the twins.
 
-Tokens are padded to G groups of S places, candidates to C; places in the video's order to P. Call under `precise()`:
-the twins compute in float64, and so do these wherever the platform has it.
+Tokens are padded to G groups of S, candidates to C, places in the video's order to P. Call under `precise()`: the twins
+compute in float64, and so do these wherever the platform has it. Tokens are sorted once, and nothing is scattered: a
+TPU's compiler spends up to half a minute on a sort of so many, and sorts to scatter.
 
-Axis letters: G groups, S tokens of a group, K slots of a group, C candidates, P places, D features.
+Axis letters: G groups, S tokens of a group, C candidates, P places, D features.
 """
 
 import contextlib
@@ -14,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from adapttoken_jax.selection.redundancy import KERNELS
-from adapttoken_jax.selection.relevance import top_tokens
 
 _ROWS = 128  # rows of the redundancy matrix that are formed together
 
@@ -31,14 +31,14 @@ class Scanned(NamedTuple):
       relevance: float[G, S]; NaN where there is no token or the group was not visited.
       certainty: float[G].
       visited: bool[G].
-      place: int32[G, S], place of each token in the video's order; P where there is none.
+      token: int32[P], which token has each place in the video's order, counted group by group; G S: none of these.
       stretch: int32[G, S], the stretch of time whose best token is set aside for coverage.
     """
 
     relevance: jax.Array
     certainty: jax.Array
     visited: jax.Array
-    place: jax.Array
+    token: jax.Array
     stretch: jax.Array
 
 
@@ -82,32 +82,39 @@ class Candidates(NamedTuple):
     keep: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("places", "most", "stretches"))
-def choose_candidates(scanned: Scanned, numbers: Numbers, *, places: int, most: int, stretches: int) -> Candidates:
+@functools.partial(jax.jit, static_argnames=("most", "stretches"))
+def choose_candidates(scanned: Scanned, numbers: Numbers, *, most: int, stretches: int) -> Candidates:
     """Steps 8 and 9: budgets by certainty, the most relevant tokens of each group, and those set aside for coverage.
 
     Args:
-      places: P.
       most: C, at least the candidates and the stretches together.
       stretches: tokens set aside, one per stretch of time; 0 for none.
     """
     weights = _group_weights(scanned, numbers.temperature)
     score = weights[:, None] * scanned.relevance
-    real = scanned.visited[:, None] & (scanned.place < places)
+    real = scanned.visited[:, None] & ~jnp.isnan(scanned.relevance)
     covering = _best_of_stretches(scanned, score, real, stretches)
     reserved, capacity = covering.sum(1), (real & ~covering).sum(1)
     keep = numbers.budget - reserved.sum()
     total = jnp.minimum(jnp.round(numbers.over_selection * keep).astype(capacity.dtype), capacity.sum())
     budgets = allocate_budget(scanned.certainty, scanned.visited, capacity, total, numbers)
-    top = top_tokens(jnp.where(real & ~covering, scanned.relevance, jnp.nan), budgets)
-    in_order = lambda values: (
-        jnp.zeros(places + 1, values.dtype).at[scanned.place.reshape(-1)].set(values.reshape(-1))[:places]
-    )
-    [place] = jnp.nonzero(in_order(top | covering), size=most, fill_value=places)
+    top = _top_tokens(jnp.where(real & ~covering, scanned.relevance, -jnp.inf), budgets)
+    in_order = lambda values: values.reshape(-1).at[scanned.token].get(mode="fill", fill_value=0)
+    # The c-th place of the first c + 1 tokens chosen; P, one beyond the last, where there are fewer.
+    place = jnp.searchsorted(jnp.cumsum(in_order(top | covering)), jnp.arange(1, most + 1))
     read = lambda values: in_order(values).at[place].get(mode="fill", fill_value=0)
     return Candidates(
         weights, budgets + reserved, place.astype(jnp.int32), read(score), read(top), read(covering), keep
     )
+
+
+def _top_tokens(relevance, budgets):
+    """The twin of `relevance.top_tokens` over [G, S] with -inf where there is no token: bool[G, S]."""
+    falling = jnp.sort(relevance, axis=1, descending=True, stable=False)
+    least = jnp.take_along_axis(falling, jnp.maximum(budgets - 1, 0)[:, None], axis=1)
+    above, level = relevance > least, (relevance == least) & (relevance > -jnp.inf)
+    left = budgets - above.sum(1)  # for those at the level of the last one, from the lowest index on
+    return above | (level & (jnp.cumsum(level, axis=1) <= left[:, None]))
 
 
 def _group_weights(scanned: Scanned, temperature):
@@ -118,12 +125,12 @@ def _best_of_stretches(scanned: Scanned, score, real, stretches: int):
     """The twin of `coverage_tokens`: bool[G, S]."""
     if stretches == 0:
         return jnp.zeros(real.shape, bool)
-    stretch, place = scanned.stretch.reshape(-1), scanned.place.reshape(-1)
+    stretch = scanned.stretch.reshape(-1)
     score = jnp.where(real, score, -jnp.inf).reshape(-1)
     best = jax.ops.segment_max(score, stretch, stretches)
     # Among equals the first in the order of groups, as in the twin, whose tokens come group by group.
-    index = jnp.arange(place.size)
-    first = jax.ops.segment_min(jnp.where(score == best[stretch], index, place.size), stretch, stretches)
+    index = jnp.arange(score.size)
+    first = jax.ops.segment_min(jnp.where(score == best[stretch], index, score.size), stretch, stretches)
     return (first[stretch] == index).reshape(real.shape) & real
 
 

@@ -99,19 +99,21 @@ def test_candidates_are_the_twins(stretches, seed):
     rng, K, M, slots = np.random.default_rng(seed), 3, 4, 11
     groups = selection.group_slots(slots, K)
     seen = np.sort(rng.choice(len(groups), 3, replace=False))
-    relevance, place = np.full((G, K * M), np.nan, np.float32), np.full((G, K * M), G * K * M, np.int32)
+    relevance, place = np.full((G, K * M), np.nan, np.float32), np.zeros((G, K * M), np.int32)
+    token = np.full(slots * M, G * K * M, np.int32)
     certainty, visited = np.zeros(G), np.zeros(G, bool)
     for g in seen:
         n = len(groups[g]) * M
         relevance[g, :n] = rng.integers(0, 5, n) / 8 if seed % 2 else rng.random(n)
         place[g, :n] = (groups[g][:, None] * M + np.arange(M)).reshape(-1)
+        token[place[g, :n]] = g * K * M + np.arange(n)
         certainty[g], visited[g] = -rng.random(), True
     budget, over = 14, 1.4
     stretch = np.minimum(place.astype(np.int64) // M * stretches // slots, stretches).astype(np.int32)
     with compiled.precise():
         found = compiled.choose_candidates(
-            compiled.Scanned(relevance, certainty, visited, place, stretch), numbers(budget, over, 0.5, 1),
-            places=G * K * M, most=24, stretches=stretches,
+            compiled.Scanned(relevance, certainty, visited, token, stretch), numbers(budget, over, 0.5, 1),
+            most=24, stretches=stretches,
         )  # fmt: skip
     rows = [relevance[g, : len(groups[g]) * M] for g in seen]
     weights = selection.group_weights(certainty[seen], 0.5)
@@ -129,7 +131,7 @@ def test_candidates_are_the_twins(stretches, seed):
     chosen = np.concatenate(top) | covering
     n, order = chosen.sum(), np.argsort(at[chosen])
     np.testing.assert_array_equal(found.place[:n], np.sort(at[chosen]))
-    assert (np.asarray(found.place[n:]) == G * K * M).all() and not np.asarray(found.free | found.covering)[n:].any()
+    assert (np.asarray(found.place[n:]) == slots * M).all() and not np.asarray(found.free | found.covering)[n:].any()
     np.testing.assert_array_equal(found.free[:n], np.concatenate(top)[chosen][order])
     np.testing.assert_array_equal(found.covering[:n], covering[chosen][order])
     np.testing.assert_allclose(found.score[:n], score[chosen][order], rtol=1e-12)
