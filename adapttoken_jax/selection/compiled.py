@@ -100,7 +100,7 @@ def choose_candidates(scanned: Scanned, numbers: Numbers, *, most: int, stretche
     budgets = allocate_budget(scanned.certainty, scanned.visited, capacity, total, numbers)
     top = _top_tokens(jnp.where(real & ~covering, scanned.relevance, -jnp.inf), budgets)
     in_order = lambda values: values.reshape(-1).at[scanned.token].get(mode="fill", fill_value=0)
-    # The c-th place of the first c + 1 tokens chosen; P, one beyond the last, where there are fewer.
+    # Where the running count of chosen tokens reaches 1, 2, 3, …; P, beyond the last place, where there are fewer.
     place = jnp.searchsorted(jnp.cumsum(in_order(top | covering)), jnp.arange(1, most + 1))
     read = lambda values: in_order(values).at[place].get(mode="fill", fill_value=0)
     return Candidates(
