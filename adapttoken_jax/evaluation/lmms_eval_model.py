@@ -60,6 +60,8 @@ class AdaptToken(lmms):
             raise UserError(f"{task}: a request with {len(videos)} videos; this model takes exactly one")
         texts = dict.fromkeys(("system", "user", "assistant"), "")
         for message in chat.messages:
+            if message.role not in texts:
+                raise UserError(f"{task}: a message of the role {message.role}; this model takes {', '.join(texts)}")
             texts[message.role] += "".join(part.text for part in message.content if part.type == "text")
         ask = Ask(texts["user"], system=texts["system"] or None, begin=texts["assistant"])
         wanted = {"max_answer_tokens": settings.get("max_new_tokens")}

@@ -134,6 +134,11 @@ def test_what_it_cannot_do_is_refused(model_class, clips):
     two = lambda doc: [{"role": "user", "content": [{"type": "video", "url": doc[0]}] * 2}]
     with pytest.raises(UserError, match=r"^task: a request with 2 videos; this model takes exactly one$"):
         model.generate_until([types.SimpleNamespace(args=(request.args[0], two, *request.args[2:]))])
+    tool = lambda doc: [*request.args[1](doc), {"role": "tool", "content": [{"type": "text", "text": "4"}]}]
+    with pytest.raises(
+        UserError, match=r"^task: a message of the role tool; this model takes system, user, assistant$"
+    ):
+        model.generate_until([types.SimpleNamespace(args=(request.args[0], tool, *request.args[2:]))])
     for refused in (model.loglikelihood, model.generate_until_multi_round):
         with pytest.raises(UserError, match=r"^adapttoken answers "):
             refused([request])
