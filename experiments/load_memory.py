@@ -2,7 +2,7 @@
 
     python -m experiments.load_memory --text_layers=8
 
-Writes random bfloat16 weights in the shapes of Qwen2.5-VL-3B with fewer text layers (8 make 3.1 GB). Loads them as
+Writes random bfloat16 weights in the shapes of Qwen2.5-VL-3B with fewer text layers (8 make 3.2 GB). Loads them as
 safetensors and converted to Orbax, each in the types of `_DTYPES`, every time in a fresh process, and prints what that
 process held at its peak, at its end, and the bound: beyond the arrays themselves, which lie in host memory on a CPU,
 less than twice the largest parameter plus 1 GiB. Exit status 1 when a peak is over it. Linux only

@@ -2,8 +2,8 @@
 
     python -m experiments.plan_table --plans=plans --cases=qwen2.5-vl-7b@v5e:2x4,qwen2.5-vl-72b@v6e:4x4
 
-Each case is one plan, compiled for every mesh unless it names one (`qwen2.5-vl-7b@v5e:2x4@data=2:model=4`), and kept as
-JSON in the work directory: a case that is there already is not compiled again.
+Each case is one plan, of the mesh that `auto` finds unless it names one (`qwen2.5-vl-7b@v5e:2x4@data=2:model=4`), and
+kept as JSON in `--plans`: a case that is there already is not compiled again.
 """
 
 import json
@@ -30,7 +30,7 @@ _COLUMNS = ("model", "slice", "mesh", "peak GiB", "s per group", "s per question
 
 
 def planned(case: str, frames: int, workdir: pathlib.Path) -> dict:
-    """The plan of one case as JSON, from the work directory if it is there."""
+    """The plan of one case as JSON, from the directory of plans if it is there."""
     model, topology, mesh = (*case.split("@"), "auto")[:3]
     target = workdir / f"{re.sub('[:/]', '-', case).replace('@', '_')}_{frames}.json"
     if not target.is_file():

@@ -66,7 +66,7 @@ def read_patches(
     Args:
       clip: from `plan_clip`.
       slots: slot indices in any order, None for all. Ascending order costs one pass over the file.
-      chunk_slots: slots held and yielded at once.
+      chunk_slots: slots yielded at once; more are decoded ahead.
       cancelled: asked before every frame is decoded; once it says yes, iterating raises `Cancelled`.
 
     Yields:
