@@ -147,7 +147,7 @@ class Result(_Record):
 
     Attributes:
       answer: the generated text.
-      option: its letter; None for an open question.
+      option: its letter; None for an open question, and of an answer that `abstain` withholds.
       option_probabilities: letter -> probability of the first token among the letters; None for an open question.
       entropy: response entropy of the final answer, nats.
       method: one of `config.METHODS`.
