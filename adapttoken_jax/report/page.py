@@ -78,7 +78,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A method over all questions of the page. `right` and `judged` are None where no truth is known."""
+    """A method over all questions of the page: `right` of the `judged`, those of which it is known what is right."""
 
     name: str
     right: int
