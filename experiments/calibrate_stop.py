@@ -106,7 +106,11 @@ def read_items() -> list[Item]:
 
 
 def log_runs(writer: calibration.LogWriter, model, items: Sequence[Item], config, thresholds) -> int:
-    """Logs the full run of every video that the log does not have yet; how many were too short to need groups."""
+    """Logs the full run of every video that the log does not have yet; how many were too short to need groups.
+
+    Raises:
+      UserError: the log has other questions about one of them.
+    """
     for item in items:
         if item.name in writer.done and not writer.done[item.name].asks(item.questions, item.options):
             raise UserError(f"--log={_LOG.value}: other questions about {item.name} were logged; name another file")

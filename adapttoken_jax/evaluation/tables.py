@@ -135,6 +135,9 @@ def accuracy_table(runs: Sequence[FinishedRun], rule: str) -> list[Row]:
 
     A cell is the accuracy in percent, [its 95 % interval], (the published number, the difference from it), and how many
     of the benchmark's questions have an answer if not all.
+
+    Raises:
+      UserError: an unknown rule, or two runs for one cell.
     """
     names = [name for name in COLUMNS if any(run.benchmark == name for run in runs)]
     rows: dict[tuple, Row] = {}
@@ -160,7 +163,11 @@ def _accuracy(run: FinishedRun, rule: str) -> str:
 
 
 def cost_table(runs: Sequence[FinishedRun], rule: str) -> list[Row]:
-    """A row per run: accuracy, what a question cost, and how much of the scan was needed."""
+    """A row per run: accuracy, what a question cost, and how much of the scan was needed.
+
+    Raises:
+      UserError: an unknown rule.
+    """
     rows = []
     for run in runs:
         cost, accuracy = run.results["cost"], run.cell(rule)["accuracy"]
@@ -281,7 +288,7 @@ def pareto_plot(path, runs: Sequence[FinishedRun], rule: str) -> None:
     Replays are left out: the scan that they answer from is none of their cost.
 
     Raises:
-      UserError: there are only replays.
+      UserError: there are only replays, or an unknown rule.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

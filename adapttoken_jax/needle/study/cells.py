@@ -181,7 +181,11 @@ def answer_shots(model: Model, cell: Cell, shots: Sequence[Shot], arms: Mapping[
 
 
 def film_video(model: Model, cell: Cell, number: int, config: AdaptTokenConfig) -> list[Footage]:
-    """Video `number` of a cell in as many variants as there are questions left for it."""
+    """Video `number` of a cell in as many variants as there are questions left for it.
+
+    Raises:
+      UserError: an odd number of frames, or so few that they are one group.
+    """
     if cell.frames % 2:
         raise UserError(f"--frames={cell.frames}: give an even number, so that every frame is sampled")
     made = scene(cell.seed * _VIDEOS_PER_SEED + number, cell.split, cell.frames, cell.task, cell.difficulty)
