@@ -1,8 +1,8 @@
 """Vision features on disk: a later question about the same video needs neither decoding nor the vision tower.
 
 An entry is one file, named by a hash of all that its numbers depend on: the content of the video, the frames taken from
-it and their size, the weights of the vision tower, the number format, the kind and number of devices, which decide how
-much is computed at once, and the libraries' versions.
+it and their size, the weights and attention kernel of the vision tower, the number format, the kind and number of
+devices and whether there are groups, which decide how much is computed at once, and the libraries' versions.
 It holds the slots that have been encoded so far, so a scan that stopped early leaves what it has. Entries are replaced
 as a whole under a temporary name: nobody reads half of one, and of several writers the last one stays.
 
