@@ -3,7 +3,7 @@
 A clip stands for what the method puts before the model: a group of slots, far apart in time, or the final prompt, in
 which single visual tokens from many moments follow each other. So half of the clips keep their grid, with slots or
 tokens dropped from many of them, and in the other half the tokens are scattered: shuffled and set at new times. Times
-run on in even steps, or with gaps of up to thousands of seconds.
+run on in even steps, or with gaps of up to a thousand seconds.
 
 Labels are beliefs: a needle that no kept token shows leaves the options that agree with the rest equally likely.
 
