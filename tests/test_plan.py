@@ -579,7 +579,10 @@ def test_what_does_not_fit_says_how_much_is_missing_and_what_helps(without_libtp
         f"--mesh=data=4,model=4: the vision program needs {weights / GIB - 31.24:.2f} GiB more than the 31.24 GiB of a "
         "v6e chip; try --mesh=fsdp=4,model=4"
     )
-    assert "or take a larger --topology" in estimate.plan("qwen2.5-vl-72b", "v5e:2x4", "data=1,model=8").advice
+    advice = lambda *place: estimate.plan(*place).advice.partition("; ")[2]
+    assert advice("qwen2.5-vl-7b", "v5e:1x1", "data=1") == "lower --max_pixels or take a larger --topology"
+    no_room = "the weights alone do not fit: take a larger --topology"
+    assert advice("qwen2.5-vl-72b", "v5e:2x4", "data=1,model=8") == no_room
 
 
 def test_the_command_writes_every_figure(without_libtpu, tmp_path, capsys):

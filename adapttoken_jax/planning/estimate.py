@@ -272,8 +272,10 @@ class _Planner:
         splits = lambda each: (each.model, each.fsdp)
         wider = next((each for each in self.shapes() if splits(each) > splits(shape)), None)
         smaller = {"vision": "--max_pixels", "group": "--slots_per_group", "final": "--budget"}[worst.name]
-        helps = f"try --mesh={wider}" if wider else f"lower {smaller} or take a larger --topology"
         chip = self.topology.chip
+        weights = sum(parameter_bytes(self.model(shape), tower) for tower in ("vision", "text"))
+        fewer = f"lower {smaller} or take" if weights <= chip.hbm else "the weights alone do not fit: take"
+        helps = f"try --mesh={wider}" if wider else f"{fewer} a larger --topology"
         return (
             f"--mesh={shape}: the {worst.name} program needs {worst.missing / 2**30:.2f} GiB more than the "
             f"{chip.hbm / 2**30:.2f} GiB of a {chip.name} chip; {helps}"
