@@ -1,6 +1,7 @@
 """The needle study: its variants of a video, its replay against the real method, its figures and its command."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -323,6 +324,23 @@ def test_the_page_says_what_was_measured(little_study, tmp_path):
     assert all(f"(evidence/{name})" in page for name in figures)
     widths = [line.count("|") for line in page.split("\n\n")[-1].strip().splitlines()]
     assert len(set(widths)) == 1
+
+
+def test_the_figures_hide_nothing_of_themselves():
+    """Lengths under the axis stay apart, and no legend lies over a line."""
+    rows = [{"arm": "adapttoken", "task": task, "frames": frames, "accuracy": 0.5, "accuracy_low": 0.4,
+             "accuracy_high": 0.6} for task in plots.TITLES for frames in (64, 256, 1024, 2048, 10000)]  # fmt: skip
+    curves = [{"arm": "adapttoken", "task": task, "frames": 1024, "difficulty": "normal", "coverage": [0, 1],
+               "risk": [0, 0.7]} for task in plots.TITLES]  # fmt: skip
+    with plots.plt.rc_context(plots._STYLE):
+        for figure in (plots._accuracy(rows), plots._risk(curves)):
+            figure.draw_without_rendering()
+            (legend,) = figure.legends
+            for axis in figure.axes:
+                boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+                assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+                assert axis.get_legend() is None and not axis.bbox.overlaps(legend.get_window_extent())
+            plots.plt.close(figure)
 
 
 def test_the_smallest_budget_that_is_accurate_enough_is_chosen(little_study):

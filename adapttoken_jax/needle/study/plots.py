@@ -114,14 +114,16 @@ def _accuracy(rows):
                 label=ARM_NAMES.get(arm, arm),
             )
         axis.axhline(0.25, color="#999999", linestyle=":", linewidth=1)
+        axis.annotate("guessing", (0.02, 0.25), va="top", fontsize=7, xycoords=("axes fraction", "data"))
         axis.set(xscale="log", ylim=(0.15, 1.02), title=TITLES[task], xlabel="frames of the video", ylabel="accuracy")
         _frame_ticks(axis, sorted({each["frames"] for each in rows}))
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center")
+    _legend_beside(figure)
     return figure
 
 
 def _frame_ticks(axis, values) -> None:
-    axis.set_xticks(values, [f"{value:,}".replace(",", " ") for value in values])
+    """One tick per length. 1024 and 2048 stand too close together for anything wider."""
+    axis.set_xticks(values, [str(value) for value in values], fontsize=8)
     axis.minorticks_off()
 
 
@@ -139,7 +141,7 @@ def _entropy(groups):
             [_summed([c["by_right"][k] for c in cells]) for k in (0, 1)],
             ["group's answer wrong", "group's answer right"],
         )
-        above.set_title(TITLES[task])
+        above.set_title(TITLES[task], pad=14)  # above the names of the lines
     return figure
 
 
@@ -155,7 +157,9 @@ def _histogram(axis, bins, counts, labels) -> None:
         axis.axvline(value, color="#999999", linestyle=":", linewidth=1)
         axis.annotate(name, (value, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
     axis.set(yscale="log", xlabel="entropy of the group's answer, nats", ylabel="share of such groups")
-    axis.legend(loc="upper center")
+    axis.set_yticks(10.0 ** np.arange(-5, 1))
+    axis.set_ylim(top=200)  # room for the legend: shares end at 1
+    axis.legend(loc="upper center", frameon=True, edgecolor="none", framealpha=1)
 
 
 def _temperature(rows):
@@ -220,7 +224,7 @@ def _lite(rows):
             ylabel="accuracy",
             title=f"{TITLES[task]}, {frames} frames",
         )
-    figure.axes[-1].legend(loc="lower right")
+    _legend_beside(figure)
     return figure
 
 
@@ -238,8 +242,13 @@ def _risk(curves):
             ylabel="share wrong among them",
             title=TITLES[task],
         )
-    figure.axes[0].legend(loc="upper left")
+    _legend_beside(figure)
     return figure
+
+
+def _legend_beside(figure) -> None:
+    """One legend for all panels, where it hides no line."""
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center")
 
 
 def draw_layers(rows, path) -> None:
