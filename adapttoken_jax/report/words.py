@@ -14,7 +14,7 @@ METHOD_NAMES = {
 }
 METHOD_NOTES = {
     "adapttoken": "certain groups of frames get a larger share of the tokens",
-    "lite": "as AdaptToken, but the scan stops once enough groups are certain",
+    "lite": "as AdaptToken, but the scan stops as soon as the model is certain enough",
     "flexselect": "every group of frames gets the same budget of tokens, to within one",
     "uniform": "evenly spaced frames, as many as the budget holds",
     "full": "all sampled frames, nothing left out",
