@@ -162,3 +162,18 @@ def test_every_frame_is_drawn(browser, pages, width):
     assert len(sizes) >= 4 and all(natural > 0 and shown > 100 for natural, shown in sizes)
     cells = browser.value("[...document.querySelectorAll('.cells')].map(e => e.getBoundingClientRect().width)")
     assert len(cells) == len(sizes) and min(cells) > 10
+
+
+def test_the_lines_around_cells_at_the_edge_of_a_frame_are_not_cut(browser, pages):
+    """Of a line that is 1.5 pixels wide half of that must fit between its middle and the edge."""
+    browser.open(pages["choice"])
+    gaps = browser.value(
+        """[...document.querySelectorAll('.cells')].flatMap(cells => {
+          const frame = cells.closest('.frame').getBoundingClientRect();
+          const path = cells.querySelector('.line'), box = path.getBBox(), to = path.getScreenCTM();
+          const from = new DOMPoint(box.x, box.y).matrixTransform(to);
+          const end = new DOMPoint(box.x + box.width, box.y + box.height).matrixTransform(to);
+          return [from.x - frame.left, from.y - frame.top, frame.right - end.x, frame.bottom - end.y];
+        })"""
+    )
+    assert len(gaps) >= 4 and min(gaps) >= 0.75
