@@ -213,6 +213,18 @@ def test_several_questions_and_methods_are_compared(clip, settings):
     assert report.render(entries_of("several", clip, settings), "A night").count(">A night<") == 1
 
 
+def test_a_long_question_is_set_smaller(clip, settings):
+    result = samples.direct(clip, settings)
+    for question, style in (("Who? " * 40, "asked"), ("Who? " * 41, "asked long")):
+        page = Page(report.render([samples.entry(result, clip, question)]))
+        assert [attrs["class"] for _, attrs, _ in page.all("h1")] == [style]
+
+
+def test_the_legend_tells_what_the_numbers_under_the_curve_are(clip, settings):
+    page = Page(report.render([samples.entry(samples.direct(clip, settings), clip)]))
+    assert page.texts("li").count("1, 2 …number of a moment below") == 1
+
+
 def test_settings_say_what_differs_from_the_default(clip, settings):
     rows = Page(report.render(entries_of("choice", clip, settings))).texts("tr")
     assert next(row for row in rows if row.startswith("budget ")).endswith("120 changed")
