@@ -146,7 +146,7 @@ _ANSWER_FLAGS = (
     Flag(
         "attention",
         str,
-        "xla: without the accelerator's attention kernels, to compare, or should one fail",
+        "attention kernels; xla does without the accelerator's own, to compare, or should one fail",
         "Devices",
         "NAME",
         default="auto",

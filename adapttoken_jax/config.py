@@ -406,7 +406,7 @@ class AdaptTokenConfig:
     proximity_scale: float = _number(2.0, low=1e-6, help="scale of the proximity kernel in seconds")
     group_positions: str = _choice("compact", "real_time", help="time ids inside a group pass")
     final_positions: str = _choice("original", "compact", help="time ids of the surviving tokens")
-    stop_rule: str = _choice("groups", "rerun", help="lite: what must be certain: groups, or an answer over all so far")
+    stop_rule: str = _choice("groups", "rerun", help="lite: what must be certain, groups or an answer over all so far")
     stop_groups: int = _number(
         3, low=1, high=_INT32, help="lite: certain groups needed to stop; rule rerun: groups between checks"
     )

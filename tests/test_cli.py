@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -81,6 +82,24 @@ def test_help_shows_choices_and_defaults(capsys):
     cli.main(["demo", "--help"])
     assert "--seed N which video (default 0)" in " ".join(capsys.readouterr().out.split())
     assert "Other settings" not in out  # every setting has a section of its own
+    cli.main(["evaluate", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--benchmark NAME which questions: videomme, longvideobench, lvbench, mlvu (required)" in out
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([listed.name, "--help"] for listed in cli.COMMANDS)], ids=" ".join)
+def test_help_fits_the_terminal_and_breaks_no_name(capsys, monkeypatch, argv):
+    monkeypatch.setenv("COLUMNS", "60")
+    cli.main(argv)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 60 and not re.search(r"\S  \[--flags\]", out)
+    assert not re.search(r"\w-$", out, re.MULTILINE)
+
+
+def test_a_missing_flag_says_what_it_may_be(capsys):
+    assert cli.main(["evaluate", "--data=."]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("--benchmark is required: choose one of videomme, longvideobench, lvbench, mlvu\n")
 
 
 def test_help_does_not_wait_for_jax():

@@ -42,8 +42,12 @@ class _Choice(flags.ArgumentParser):
 
     def parse(self, argument):
         if argument not in self._choices:
-            raise ValueError(f"choose one of {', '.join(self._choices)}")
+            raise ValueError(_choose_one(self._choices))
         return argument
+
+
+def _choose_one(choices: Sequence[str]) -> str:
+    return f"choose one of {', '.join(choices)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +94,16 @@ class Flag:
     def description(self) -> str:
         """The flag as the help text's right column shows it."""
         if self.required:
-            return f"{self.help} (required)"
-        choices = f": {', '.join(self.choices)}" if self.choices else ""
+            return f"{self._meaning()} (required)"
         default = self.shown_default or ("" if self.default is None or self.default is False else _shown(self.default))
-        return f"{self.help}{choices}{f' (default {default})' if default else ''}"
+        return f"{self._meaning()}{f' (default {default})' if default else ''}"
+
+    def _meaning(self) -> str:
+        return f"{self.help}: {', '.join(self.choices)}" if self.choices else self.help
+
+    def wanted(self) -> str:
+        """What to give, where the flag is missing."""
+        return _choose_one(self.choices) if self.choices else self.help
 
 
 def _shown(default) -> str:
@@ -235,4 +245,4 @@ def check_required(command: Command, values: flags.FlagValues) -> None:
     """Raises `UserError` for a flag that the command requires and that has no value."""
     for flag in command.flags:
         if flag.required and not values[flag.name].value:
-            raise UserError(f"--{flag.name} is required: {flag.help}")
+            raise UserError(f"--{flag.name} is required: {flag.wanted()}")

@@ -12,11 +12,22 @@ def _width() -> int:
     return max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
 
 
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` letters; a name is not broken at its hyphens."""
+    return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False) or [""]
+
+
+def _paragraph(text: str, indent: str = "") -> str:
+    """Lines as wide as the terminal, the later ones behind `indent`."""
+    first, *rest = _wrapped(text, _width() - len(indent))
+    return "".join(f"{line}\n" for line in [first, *(f"{indent}{line}" for line in rest)])
+
+
 def _columns(rows: Iterable[tuple[str, str]], left: int) -> str:
     """Two columns; a left cell that is too wide gets a line of its own."""
     lines = []
     for label, text in rows:
-        wrapped = textwrap.wrap(text, _width() - left - 4) or [""]
+        wrapped = _wrapped(text, _width() - left - 4)
         if len(label) > left:
             lines.append(f"  {label}")
             label = ""
@@ -29,15 +40,16 @@ def overview(commands: Sequence[Command]) -> str:
     rows = [(command.name, command.summary) for command in commands]
     return (
         f"usage: {PROGRAM} COMMAND --flags\n\n"
-        "Answers questions about long videos with the tokens that matter.\n\n"
+        f"{_paragraph('Answers questions about long videos with the tokens that matter.')}\n"
         f"Commands\n{_columns(rows, 10)}\n"
-        f"{PROGRAM} COMMAND --help shows a command's flags; {PROGRAM} --version the version.\n"
+        + _paragraph(f"{PROGRAM} COMMAND --help shows a command's flags; {PROGRAM} --version the version.")
     )
 
 
 def help_text(command: Command) -> str:
     """What `adapttoken COMMAND --help` prints: its flags, by section."""
-    required = " ".join(flag.usage() for flag in command.flags if flag.required)
+    required = [flag.usage() for flag in command.flags if flag.required]
+    usage = _paragraph(" ".join(["usage:", PROGRAM, command.name, *required, "[--flags]"]), indent=" " * 7)
     flagfile = Flag("flagfile", str, "read flags from a file", "General", "FILE")
     sections: dict[str, list[tuple[str, str]]] = {}
     for flag in [*command.flags, flagfile]:
@@ -46,7 +58,7 @@ def help_text(command: Command) -> str:
     settings = [name for name in SECTIONS if name in sections]
     order = [*(name for name in sections if name not in (*settings, "General")), *settings, "General"]
     blocks = [f"\n{section}\n{_columns(sections[section], 27)}" for section in order]
-    return f"usage: {PROGRAM} {command.name} {required} [--flags]\n\nThis command {command.summary}.\n{''.join(blocks)}"
+    return f"{usage}\n{_paragraph(f'This command {command.summary}.')}{''.join(blocks)}"
 
 
 def aligned(content: Mapping[str, Any]) -> str:
