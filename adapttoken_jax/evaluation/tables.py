@@ -183,7 +183,7 @@ def cost_table(runs: Sequence[FinishedRun], rule: str) -> list[Row]:
             "visual tokens": round(cost["visual_tokens"]),
             "tokens, shared scan": round(cost["visual_tokens_shared"]),
             "TFLOPs": round(cost["flops"] / 1e12, 4),
-            "groups": f"{cost['groups_visited']:.1f} of {cost['groups_total']:.1f}",
+            "groups": f"{cost['groups_visited']:.1f} of {cost['groups_total']:.1f}" if cost["groups_total"] else None,
         })  # fmt: skip
     return rows
 
@@ -309,8 +309,19 @@ def pareto_plot(path, runs: Sequence[FinishedRun], rule: str) -> None:
         axes.set(
             title=name, xscale="log", xlabel="visual tokens prefilled per question", ylabel=f"accuracy, % ({rule})"
         )
+        axes.spines[["top", "right"]].set_visible(False)  # the names of the dearest runs reach beyond
+        _plain_ticks(axes)
     with atomic_file(path) as file:
         FigureCanvasAgg(figure).print_png(file)
+
+
+def _plain_ticks(axes) -> None:
+    """Ticks of a logarithmic x axis as 500, 1k, 2k; the locator itself finds others within less than a decade."""
+    from matplotlib.ticker import EngFormatter, LogLocator
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.minorticks_off()
 
 
 def _point(run: FinishedRun, rule: str) -> tuple[str, float, float] | None:

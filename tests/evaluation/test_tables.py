@@ -5,6 +5,7 @@ import hashlib
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from pyarrow import parquet
 
 from adapttoken_jax.benchmarks import BENCHMARKS, Item, Report, score_all
@@ -26,7 +27,7 @@ def items():
 
 
 def finished(directory, predictions, method="adapttoken", size="qwen2.5-vl-7b", tokens=100, subtitles=False,
-             budget=20, frames=4096, prompt="official", replay=None):  # fmt: skip
+             budget=20, frames=4096, prompt="official", replay=None, groups=4):  # fmt: skip
     """A finished run whose predictions are given; None is a broken video's."""
     flags = {"benchmark": "videomme", "method": method, "prompt": prompt, "subtitles": subtitles, "model": "/m/x"}
     flags |= {"data": "/d", "replay": replay}
@@ -38,7 +39,7 @@ def finished(directory, predictions, method="adapttoken", size="qwen2.5-vl-7b", 
     for number, (item, text) in enumerate(zip(items(), predictions, strict=True)):
         head = {"doc_id": number, "id": item.id, "video_id": item.video_id, "target": item.answer, "prediction": text}
         answered = {
-            "groups": {"visited": 2, "total": 4},
+            "groups": {"visited": groups // 2, "total": groups},
             "visual_tokens": {
                 "video": 80,
                 "candidates": 22,
@@ -80,8 +81,9 @@ def test_the_accuracy_stands_beside_the_published_number(tmp_path):
 
 def test_costs_and_pairs_by_hand(tmp_path):
     finished(tmp_path / "ours", [RIGHT] * 6 + [WRONG] * 2, tokens=100)
-    finished(tmp_path / "base", [RIGHT] * 2 + [WRONG] * 6, method="full", tokens=80)
+    finished(tmp_path / "base", [RIGHT] * 2 + [WRONG] * 6, method="full", tokens=80, groups=0)
     ours, base = (tables.read_finished(tmp_path / name) for name in ("ours", "base"))
+    assert tables.cost_table([base], "official")[0]["groups"] is None
     row = tables.cost_table([ours], "official")[0]
     # Eight questions, seconds 0 to 7; 20 tokens of their own each, and 80 of a scan once per video of two questions.
     assert (row["seconds"], row["visual tokens"], row["tokens, shared scan"]) == (3.5, 100, 20 + 80 // 2)
@@ -238,6 +240,22 @@ def test_the_command_prints_tables_and_draws_the_plot(tmp_path, capsys, monkeypa
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match=r"no run\.json"):
         table.run([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("costs", "ticks"),
+    [((32, 249), ["50", "100", "200"]), ((900, 64000), ["1k", "2k", "5k", "10k", "20k", "50k"]),
+     ((6200, 6900), [f"6.{tenth}k" for tenth in range(2, 10)])],
+)  # fmt: skip
+def test_costs_under_the_axis_are_plain_numbers(costs, ticks):
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.set(xscale="log", xlim=costs)
+    tables._plain_ticks(axes)
+    figure.draw_without_rendering()
+    low, high = costs
+    shown = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+    assert [label.get_text() for place, label in shown if low <= place <= high] == ticks
 
 
 def test_the_pareto_front_by_hand():
