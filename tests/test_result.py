@@ -14,6 +14,7 @@ import pytest
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.result import (
+    NOT_FOUND,
     TRACE_ARRAYS,
     Cost,
     GroupResult,
@@ -23,6 +24,7 @@ from adapttoken_jax.result import (
     Selection,
     Stop,
     VideoSummary,
+    abstain,
     atomic_file,
     library_versions,
     write_result,
@@ -162,6 +164,15 @@ def test_another_format_is_refused(change, words):
         Result.from_json(json.dumps(content))
 
 
+@pytest.mark.parametrize(
+    ("entropy", "above", "answer"),
+    [(0.5, 0.6, "B"), (0.5, 0.5, "B"), (0.0, 0.0, "B"), (0.5, 0.49, NOT_FOUND), (None, math.inf, NOT_FOUND)],
+)
+def test_an_answer_is_withheld_above_the_limit_not_at_it(entropy, above, answer):
+    got = abstain(make_result(entropy=entropy), above)
+    assert (got.answer, got.option) == (answer, None if answer == NOT_FOUND else "B")
+
+
 def test_what_is_no_result_is_refused():
     with pytest.raises(UserError, match=r"bad\.json: not valid JSON"):
         Result.from_json("{", "bad.json")
@@ -232,7 +243,8 @@ def test_the_trace_has_the_contracts_keys():
     [
         ("frame_times", np.zeros(6), "frame_times is float64"),
         ("budget", np.zeros(2, np.float32), "budget is float32"),
-        ("frame_indices", np.full(6, 2**40), "beyond int32"),
+        ("frame_indices", np.full(6, 2**31), "beyond int32"),
+        ("frame_indices", np.full(6, -(2**31) - 1), "beyond int32"),
         ("grid", np.zeros((1, 3), int), "grid has shape"),
         ("frame_indices", np.zeros(5, int), "axis N"),
         ("candidates", np.zeros((4, 2), int), "axis 3 of candidates is 2"),
@@ -269,6 +281,14 @@ def test_a_file_is_replaced_only_when_all_of_it_is_written(tmp_path):
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_size, (tmp_path / "file").exists())))
+    with atomic_file(tmp_path / "file") as file:
+        file.write(b"new")
+    assert synced == [(3, False)]
 
 
 def test_two_containers_on_one_file_system_whose_processes_have_the_same_id_do_not_meet(tmp_path):

@@ -74,6 +74,11 @@ LONGVIDEOBENCH = {
     ("official", "Hello."): (
         f"Hello.\nQuestion: {LONGVIDEOBENCH_QUESTION}Answer with the option's letter from the given choices directly."
     ),
+    # No line falls on a sampled frame: nothing is said of subtitles, not even an empty line.
+    ("official", ""): (
+        f"Question: {LONGVIDEOBENCH_QUESTION}Answer with the option's letter from the given choices directly."
+    ),
+    ("lmms-eval", ""): (f"{LONGVIDEOBENCH_QUESTION}Answer with the option's letter from the given choices directly.\n"),
     ("lmms-eval", None): (
         f"{LONGVIDEOBENCH_QUESTION}Answer with the option's letter from the given choices directly.\n"
     ),

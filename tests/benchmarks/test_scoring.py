@@ -80,6 +80,8 @@ READINGS = {
         ("HBO, HAM, HBO", "B"),
         # What follows the phrase: its own A is none.
         ("THE ANSWER IS C, not A, I say", "A"),
+        # The phrase counts where it is said first, and each letter where it stands first after it.
+        ("so the answer is C if not B, the answer is C maybe", "B"),
         # A letter that ends a word is not alone; one in quotes is.
         ("(B) in the SPA", "B"),
         ('"B" is it, not (A) here', "B"),

@@ -68,6 +68,18 @@ def test_where_there_are_no_locks_a_journal_is_written(tmp_path, monkeypatch):
     assert (tmp_path / "samples.jsonl").read_text() == '{"a": 1}\n'
 
 
+def test_what_is_added_or_dropped_is_on_the_disk_before_anything_follows(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b"{}\nhalf")
+    journal = Journal(path)
+    assert synced == [3]
+    journal.append([{}, {}])
+    assert synced == [3, 9]
+    journal.close()
+
+
 def test_a_full_disk_loses_nothing_that_was_written(tmp_path):
     path = tmp_path / "samples.jsonl"
     journal = Journal(path)

@@ -52,9 +52,8 @@ def finished(directory, predictions, method="adapttoken", size="qwen2.5-vl-7b", 
         samples.append(head | (answered if text is not None else {"error": "cannot be read"}))
     report = Report("videomme", directory, ())
     results = session.finish(directory, items(), samples, report, run)
-    (directory / "costs.jsonl").write_text(
-        "".join(json.dumps({"id": item.id, "amortised": float(number)}) + "\n" for number, item in enumerate(items()))
-    )
+    costs = [{"id": item.id, "amortised": float(number**2)} for number, item in enumerate(items())]
+    (directory / "costs.jsonl").write_text("".join(json.dumps(cost) + "\n" for cost in costs))
     return results
 
 
@@ -85,8 +84,9 @@ def test_costs_and_pairs_by_hand(tmp_path):
     ours, base = (tables.read_finished(tmp_path / name) for name in ("ours", "base"))
     assert tables.cost_table([base], "official")[0]["groups"] is None
     row = tables.cost_table([ours], "official")[0]
-    # Eight questions, seconds 0 to 7; 20 tokens of their own each, and 80 of a scan once per video of two questions.
-    assert (row["seconds"], row["visual tokens"], row["tokens, shared scan"]) == (3.5, 100, 20 + 80 // 2)
+    # Eight questions of 0, 1, 4, … 49 seconds, 9 and 16 in the middle; 20 tokens of their own each, and 80 of a scan
+    # once per video of two questions.
+    assert (row["seconds"], row["visual tokens"], row["tokens, shared scan"]) == (12.5, 100, 20 + 80 // 2)
     assert row["TFLOPs"] == 2 and row["groups"] == "2.0 of 4.0"
     (pair,) = tables.paired_table([ours, base], base, "official")
     assert (pair["difference, %"], pair["only run"], pair["only baseline"], pair["questions"]) == (50, 4, 0, 8)
@@ -259,7 +259,7 @@ def test_costs_under_the_axis_are_plain_numbers(costs, ticks):
 
 
 def test_the_pareto_front_by_hand():
-    points = [(3, 50), (1, 40), (2, 40), (2, 45), (5, 49), (4, 60)]
+    points = [(3, 50), (1, 40), (2, 40), (2, 45), (5, 49), (6, 60), (4, 60)]
     assert tables.pareto_front(points) == [(1, 40), (2, 45), (3, 50), (4, 60)]
 
 
@@ -285,6 +285,8 @@ def test_the_exports_say_what_the_samples_say(tmp_path):
     assert len(first["doc_hash"]) == 64 and first["videomme_perception_score"]["task_category"] == "OCR"
     whole = json.loads(next((tmp_path / "run" / "export").glob("*_results.json")).read_text())
     assert whole["results"]["videomme"]["videomme_perception_score,none"] == pytest.approx(50.0)
+    # Half of six answers are right: sqrt(0.5 * 0.5 / 5), in the unit of the score.
+    assert whole["results"]["videomme"]["videomme_perception_score_stderr,none"] == pytest.approx(100 * 0.05**0.5)
     assert whole["n-samples"]["videomme"] == {"original": 8, "effective": 6}
     hashes = [json.loads(line)["doc_hash"] for line in samples.read_text().splitlines()]
     joined = "".join(f"sample_{i}{each}" for i, each in enumerate(hashes))
@@ -297,6 +299,35 @@ def test_the_exports_say_what_the_samples_say(tmp_path):
         "answer": "B", "response": WRONG,
     }  # fmt: skip
     assert results["broken_videos"] == [{"video_id": "v2", "error": "cannot be read", "questions": 2}]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "metric", "value", "first", "submission"),
+    [
+        ("longvideobench", "lvb_acc", 0.5,
+         {"id": "q0", "duration_group": "15", "question_category": "S2E", "answer": "B", "parsed_pred": "B"},
+         {"longvideobench.json": {"q0": "B", "q1": "A"}}),
+        # Here the official rule reads nothing in the second response.
+        ("lvbench", "lvbench_score", 0.5, True, {"lvbench.json": {"q0": "B", "q1": ""}}),
+        ("mlvu", "mlvu_percetion_score", 50.0,
+         {"question_id": "Which?", "task_type": "order", "pred_answer": "B", "answer": "B"}, {}),
+    ],
+)  # fmt: skip
+def test_the_exports_of_the_other_benchmarks_literally(tmp_path, benchmark, metric, value, first, submission):
+    labels = {"duration_group": ("15",), "question_category": ("S2E",), "task": ("order",)}
+    asked = [Item(f"q{i}", "v", None, "Which?", ("red", "blue"), "B", labels=labels) for i in range(3)]
+    said = ["B) blue", "The answer is A", None]
+    samples = [{"doc_id": i, "prediction": x, "visual_tokens": {"selected": 20}} for i, x in enumerate(said)]
+    scores = {rule: each.to_json() for rule, each in score_all(benchmark, zip(asked, said, strict=True)).items()}
+    results = {"benchmark": benchmark, "subtitles": False, "questions": 3, "scores": scores}
+    run = {"begun": "2026-04-01T12:30:00+00:00", "git_commit": None, "flags": {"model": "m", "method": "lite"}}
+    interchange.write_exports(tmp_path, asked, samples, results, run)
+    files = {path.name: path.read_text() for path in (tmp_path / "export").iterdir()}
+    task = interchange.lmms_eval_task(results)
+    lines = [json.loads(line) for line in files.pop(f"20260401_123000_samples_{task}.jsonl").splitlines()]
+    assert [line["score"] for line in lines] == [1.0, 0.0] and lines[0][metric] == first
+    assert json.loads(files.pop("20260401_123000_results.json"))["results"][task][f"{metric},none"] == value
+    assert {name: json.loads(text) for name, text in files.items()} == submission
 
 
 def test_a_needle_benchmark_keeps_only_the_videos_that_are_its_own(tmp_path):

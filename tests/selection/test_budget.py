@@ -61,6 +61,7 @@ def test_weights_sum_to_one_at_any_temperature():
         ([0, -100, -100], [100, 100, 2], 50, 3, [45, 3, 2]),
         ([0, 0, 0], [5, 0, 5], 4, 0, [2, 0, 2]),
         ([0], [7], 4, 0, [4]),
+        ([], [], 4, 0, []),
     ],
 )
 def test_allocation_literally(certainty, capacity, budget, minimum, expected):

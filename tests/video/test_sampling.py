@@ -248,6 +248,7 @@ def test_bounds_of_the_presets():
     assert pixel_bounds(PRESETS["flexselect"], VISION, 128, 10**9)[1] == 308 * 560
     assert pixel_bounds(PRESETS["hf"], VISION, 4096, 10**9) == (128 * TOKEN, 768 * TOKEN)
     assert pixel_bounds(PRESETS["qwen-vl-utils"], VISION, 128, 56 * 56) == (TOKEN, 56 * 56)
+    assert pixel_bounds(PRESETS["qwen-vl-utils"], VISION, 128, 128 * TOKEN) == (128 * TOKEN, 128 * TOKEN)
 
 
 def test_small_frames_on_request():
