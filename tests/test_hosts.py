@@ -227,6 +227,7 @@ def test_a_mesh_that_does_not_fit_is_one_line_in_every_process(files, tmp_path):
     [
         ("1/1@h:1", "INDEX counts from 0"),
         ("0/1@h:65536", "write"),
+        ("0/1@h:0", "write"),
         ("0/2", "write INDEX/COUNT@HOST:PORT"),
         ("a", "write"),
         ("", "write"),

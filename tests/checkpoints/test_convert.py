@@ -87,6 +87,21 @@ def test_companions_are_copied_byte_for_byte(source, converted):
     assert all((converted / name).read_bytes() == (source / name).read_bytes() for name in companions)
 
 
+def test_whatever_the_hub_has_beside_weights_is_copied_and_nothing_else(tmp_path):
+    names = {
+        "LICENSE", "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json",
+        "generation_config.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
+        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "video_preprocessor_config.json",
+        "vocab.json",
+    }  # fmt: skip
+    for directory in ("source", "target"):
+        (tmp_path / directory).mkdir()
+    for name in names | {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "notes.txt"}:
+        (tmp_path / "source" / name).write_text(name)
+    target.copy_companions(tmp_path / "source", tmp_path / "target")
+    assert _names(tmp_path / "target") == names
+
+
 def test_provenance_says_where_from_without_paths(source, converted):
     text = (converted / "provenance.json").read_text(encoding="utf-8")
     content = json.loads(text)

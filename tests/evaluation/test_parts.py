@@ -1,5 +1,6 @@
 """The runner's parts on inputs that need no model: places, saved selections, time left, decoding ahead."""
 
+import dataclasses
 import io
 import time
 import types
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from adapttoken_jax.benchmarks import Item
+from adapttoken_jax.benchmarks.items import SubtitleFile
 from adapttoken_jax.config import SIZES, AdaptTokenConfig
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.evaluation import ahead as ahead_module
@@ -16,7 +18,7 @@ from adapttoken_jax.evaluation.localisation import localise, slots_inside
 from adapttoken_jax.evaluation.outlook import Outlook, hours_minutes
 from adapttoken_jax.evaluation.runner import group_by_video
 from adapttoken_jax.evaluation.saved_selection import SavedSelection, saved_selection
-from adapttoken_jax.evaluation.session import size_name
+from adapttoken_jax.evaluation.session import questions_hash, size_name, subtitles_hash
 from adapttoken_jax.evaluation.summary import mean_cost
 from adapttoken_jax.pipeline import plan_run
 from adapttoken_jax.video import FrameReader, read_patches
@@ -95,6 +97,33 @@ def test_a_selection_of_many_tokens_is_small_and_a_damaged_one_is_refused():
     np.testing.assert_array_equal(SavedSelection.from_record(record).tokens, tokens)
     with pytest.raises(UserError, match="selection of 'q': damaged"):
         SavedSelection.from_record(record | {"tokens": record["tokens"][:-8]})
+
+
+def test_whatever_a_prompt_shows_is_in_the_hash_of_the_questions(tmp_path):
+    shown = {"question": "Why? (A) x (B) y", "options": ["A. x", "B. y"]}
+    item = Item("1", "v", None, "Why?", ("x", "y"), "A", extra=shown)
+    changes = [{}, {"id": "2"}, {"video_id": "w"}, {"question": "How?"}, {"options": ("x", "z")}, {"answer": "B"}]
+    changes += [{"extra": shown | {name: "else"}} for name in shown]
+    hashes = [questions_hash([dataclasses.replace(item, **change)]) for change in changes]
+    assert len(set(hashes)) == len(changes)
+    assert questions_hash([dataclasses.replace(item, video=tmp_path, labels={"task": ("order",)})]) == hashes[0]
+
+
+def test_the_hash_of_the_subtitles_is_of_their_lines_and_their_clock(tmp_path):
+    without = Item("1", "v", None, "?", ("x", "y"), "A")
+
+    def hashed(text, offset_s=0.0, name="a.srt"):
+        (tmp_path / "a.srt").write_text(text)
+        return subtitles_hash([dataclasses.replace(without, subtitles=SubtitleFile(tmp_path / name, offset_s))])
+
+    hashes = [
+        hashed("one"),
+        hashed("two"),
+        hashed("one", 5.0),
+        hashed("one", name="none.srt"),
+        subtitles_hash([without]),
+    ]
+    assert len(set(hashes)) == 5 and hashed("one") == hashes[0]
 
 
 def test_the_time_left_is_the_work_left_at_the_mean_speed():

@@ -110,6 +110,27 @@ def test_runs_are_called_apart_by_what_they_differ_in(tmp_path):
         tables.accuracy_table(tables.read_runs([tmp_path / "many"] * 2), "official")
 
 
+def test_the_table_of_places_is_in_percent(tmp_path):
+    finished(tmp_path / "run", [RIGHT] * 8)
+    run = tables.read_finished(tmp_path / "run")
+    places = {"questions": 3, "chance": 0.125, "budget": 0.25, "selected": 1 / 3, "hit": 1.0}
+    timed = dataclasses.replace(run, results=run.results | {"localisation": places})
+    (row,) = tables.localisation_table([run, timed])
+    assert row == {
+        "benchmark": "videomme", "model": "qwen2.5-vl-7b", "method": "adapttoken", "frames": 4096, "questions": 3,
+        "chance, %": 12.5, "budget, %": 25, "selected, %": 33.33, "hit, %": 100,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("response", "rows"), [(None, []), ("who knows", [None])], ids=["broken", "unread"])
+def test_a_run_of_which_nothing_counts_has_no_accuracy(tmp_path, response, rows):
+    finished(tmp_path / "run", [response] * 8)
+    runs = tables.read_runs([tmp_path / "run"])
+    assert tables.accuracy_table(runs, "official")[0]["videomme"] == "–"
+    assert [row["accuracy"] for row in tables.cost_table(runs, "official")] == rows
+    tables.pareto_plot(tmp_path / "p.png", runs, "official")
+
+
 def test_a_replay_has_no_place_in_the_plot(tmp_path):
     finished(tmp_path / "again", [RIGHT] * 8, replay="/r")
     replay = tables.read_finished(tmp_path / "again")
@@ -259,7 +280,7 @@ def test_costs_under_the_axis_are_plain_numbers(costs, ticks):
 
 
 def test_the_pareto_front_by_hand():
-    points = [(3, 50), (1, 40), (2, 40), (2, 45), (5, 49), (6, 60), (4, 60)]
+    points = [(3, 50), (1, 30), (1, 40), (2, 40), (2, 45), (5, 49), (6, 60), (4, 60)]
     assert tables.pareto_front(points) == [(1, 40), (2, 45), (3, 50), (4, 60)]
 
 
