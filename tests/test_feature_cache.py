@@ -149,6 +149,7 @@ def test_whatever_features_depend_on_is_in_the_name(model, path, cache, tmp_path
         FeatureCache(tmp_path / "cache", other).entry(clip_of(path, model)),
         cache.entry(clip_of(Frames(images, 25.0), model)),
         cache.entry(clip_of(Frames(changed, 25.0), model)),
+        cache.entry(clip_of(Frames(images.reshape(40, 64, 49, 3), 25.0), model)),  # becomes 56 x 56, too
     ]
     assert len({entry.path for entry in names}) == len(names)
     assert FeatureCache(tmp_path / "cache", small_model()).entry(clip_of(path, model)).path == names[0].path

@@ -239,16 +239,18 @@ def test_a_damaged_line_is_reported_and_nothing_dropped(tmp_path, name, place, l
 
 
 @pytest.mark.parametrize("foreign", ["other", "2-0"])
-def test_what_no_crash_leaves_before_finished_answers_deletes_none_of_them(tmp_path, foreign):
+@pytest.mark.parametrize("place", [2, 3])
+def test_what_no_crash_leaves_before_finished_answers_deletes_none_of_them(tmp_path, foreign, place):
     videos = group_by_video(items())
     with open_files(tmp_path, videos) as files:
         for video in videos[:2]:
             files.write(records(video))
     path = tmp_path / "samples.jsonl"
     before = path.read_text().splitlines(keepends=True)
-    before.insert(2, before[0].replace("0-0", foreign))
+    before.insert(place, before[0].replace("0-0", foreign))
     path.write_text("".join(before))
-    with pytest.raises(UserError, match=r"samples\.jsonl: damaged \(line 3: no record of this run, or part of one\)"):
+    reason = rf"samples\.jsonl: damaged \(line {place + 1}: no record of this run, or part of one\)"
+    with pytest.raises(UserError, match=reason):
         open_files(tmp_path, videos)
     assert path.read_text() == "".join(before)
 

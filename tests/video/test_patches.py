@@ -154,7 +154,7 @@ def test_slots_ahead_are_bounded_by_count_and_by_bytes(clip, monkeypatch):
     monkeypatch.setitem(RESIZERS, "float32", lambda *args: (prepared.append(1), resize_bicubic(*args))[1])
     per_slot = clip.vision.temporal_patch
     waiting = per_slot * usable_cores()  # each thread may hold one more slot, which waits to be handed in
-    for ahead, kept in ((3, 3), (None, 5)):
+    for ahead, kept in ((3, 3), (None, 5), (20, 5)):
         least = per_slot * (2 + kept)
         assert least <= slow_consumer(ahead, least) <= least + waiting
 

@@ -9,6 +9,7 @@ import pytest
 
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.video import FrameReader, Frames, probe
+from adapttoken_jax.video.probe import _continued
 from tests import media
 
 
@@ -77,6 +78,23 @@ def test_two_frames_of_one_time_leave_the_others_theirs(tmp_path):
     milliseconds = [*range(0, 1200, 40), 1160, *range(1600, 8000, 400)]
     path = media.write(tmp_path / "a.mkv", len(milliseconds), milliseconds=milliseconds, codec="ffv1", pix_fmt="bgr0")
     np.testing.assert_allclose(probe(path).times, np.asarray(milliseconds) / 1000)
+
+
+@pytest.mark.parametrize(
+    ("stamps", "times"),
+    [
+        ([5, 6, 7, 8, 9, 0, 1, 2, 3, 4], range(10)),
+        ([0, 1, 1, *range(2, 9)], [0, 1, 1, *range(2, 9)]),
+        ([0, 1, 1, 2, 2, *range(3, 8)], None),  # two of ten do not come after the one before
+        ([0, 1, 2, 0, 1, 2, 0, 1, 2, 3], None),
+        ([0, 1, None], None),
+        ([0], None),
+    ],
+)
+def test_stamps_are_relied_on_where_nearly_all_rise(stamps, times):
+    found = _continued(stamps, len(stamps))
+    assert found is None if times is None else found.tolist() == [*times]
+    assert _continued(stamps, len(stamps) + 1) is None
 
 
 def test_times_that_start_anew_run_on(tmp_path):
