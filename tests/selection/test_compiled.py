@@ -53,6 +53,7 @@ def test_budgets_are_the_twins(seed):
         ([2.5, 247.5], [3, 247]),
         ([2.3, 0.3, 1.2, 6.2], [3, 0, 1, 6]),
         ([0.3, 2.3, 1.2, 6.2], [1, 2, 1, 6]),
+        ([2.4999, 7.5001], [2, 8]),  # no tie
     ],
 )
 def test_exact_ties_go_to_the_lower_group_whatever_their_last_bits(shares, expected):

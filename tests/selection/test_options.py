@@ -279,6 +279,7 @@ def test_most_cells_are_kept_whatever_comes(seed):
 def test_few_slots_get_a_line_and_fewer_nothing():
     steep = np.exp(np.arange(8.0))[:, None] * np.ones(5)
     np.testing.assert_allclose(position_trend(steep[:4]), np.exp(np.arange(4) - 1.5))
+    np.testing.assert_allclose(debias_relevance(steep[:4]), np.full((4, 5), np.exp(1.5)), rtol=1e-6)
     bent = np.exp(np.array([0.0, 2, 2, 0]))[:, None] * np.ones(5)
     np.testing.assert_allclose(position_trend(bent), np.ones(4), rtol=1e-12)  # symmetric: the best line is flat
     curve = np.exp(np.linspace(-1, 1, 8) ** 2)
