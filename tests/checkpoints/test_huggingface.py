@@ -361,6 +361,13 @@ def test_an_index_may_name_the_head_that_a_tied_checkpoint_has_not(tmp_path, val
         _read(untied)
 
 
+def test_an_index_may_name_the_one_file_of_a_whole_model(tmp_path, values, loaded):
+    directory = random_bits.write(tmp_path / "model", SMALL, values)
+    index = {"weight_map": dict.fromkeys(values, "model.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert _same_tree(_read(directory), loaded)
+
+
 def test_what_lies_beside_the_file_of_a_whole_model_is_none_of_it(tmp_path, values, loaded):
     directory = random_bits.write(tmp_path / "model", SMALL, values)
     shutil.copyfile(directory / "model.safetensors", directory / "model.fp16.safetensors")
