@@ -57,6 +57,16 @@ def test_two_processes_cannot_write_one_journal(tmp_path):
     Journal(tmp_path / "samples.jsonl").close()
 
 
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])  # either, by the file system
+def test_a_lock_that_others_hold_is_one_line_whatever_its_number(tmp_path, monkeypatch, number):
+    def flock(file, kind):
+        raise OSError(number, "held")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="another process is writing"):
+        Journal(tmp_path / "samples.jsonl")
+
+
 def test_where_there_are_no_locks_a_journal_is_written(tmp_path, monkeypatch):
     def flock(file, kind):
         raise OSError(errno.ENOSYS, "not implemented")

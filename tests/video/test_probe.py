@@ -42,6 +42,14 @@ def test_variable_rate_times_come_from_pts(tmp_path, name):
     assert info.source_fps == pytest.approx(6 / info.duration_s)
 
 
+def test_a_rate_in_the_header_that_the_times_contradict_is_not_taken(tmp_path):
+    path = media.write(tmp_path / "a.mkv", 50, milliseconds=range(0, 2100, 42))
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate == 25
+    info = probe(path)
+    assert info.source_fps == pytest.approx(50 / info.duration_s) == pytest.approx(1 / 0.042, rel=1e-3)
+
+
 def test_times_start_at_zero_where_the_container_does_not(tmp_path):
     info = probe(media.write(tmp_path / "a.ts", 30))
     assert info.pts[0] > 0
