@@ -52,13 +52,18 @@ def read(file: SubtitleFile, duration_s: float | None = None) -> tuple[Subtitle,
 
 def _from_srt(text: str) -> list[Subtitle]:
     marks = list(_TIMES.finditer(text))
+    numbered = bool(marks) and _ends_in_number(text[: marks[0].start()].splitlines())
     lines = []
     for mark, following in zip(marks, [*marks[1:], None], strict=False):
         body = text[mark.end() : following.start() if following else len(text)].strip().splitlines()
         # The number of the next entry stands before its times.
-        body = body[:-1] if following and body and body[-1].strip().isdigit() else body
+        body = body[:-1] if numbered and following and _ends_in_number(body) else body
         lines.append(Subtitle(_srt_seconds(mark[1]), _srt_seconds(mark[2]), _plain(" ".join(body))))
     return lines
+
+
+def _ends_in_number(lines: list[str]) -> bool:
+    return bool(lines) and lines[-1].strip().isdigit()
 
 
 def _srt_seconds(clock: str) -> float:

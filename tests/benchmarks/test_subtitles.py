@@ -36,6 +36,16 @@ def test_subrip_after_an_hour_without_numbers(tmp_path):
     assert lines == (Subtitle(3600.5, 3601.0, "Late."), Subtitle(3602.0, 3603.0, "Later."))
 
 
+def test_numbers_that_are_said_stay_where_entries_have_none(tmp_path):
+    entry = "00:00:0{0},000 --> 00:00:0{0},500\n{1}"
+    text = "\n\n".join(entry.format(second, said) for second, said in enumerate(["42", "In\n1984", "Oh."]))
+    said = lambda text: [line.text for line in subtitles.read(SubtitleFile(written(tmp_path, "a.srt", text)))]
+    assert said(text) == ["42", "In 1984", "Oh."]
+    numbered = "7\n" + text.replace("\n\n", "\n\n8\n")
+    assert said(numbered) == ["42", "In 1984", "Oh."]
+    assert said(numbered.replace("\n\n", "\n")) == ["42", "In 1984", "Oh."]
+
+
 def test_subrip_with_odd_times(tmp_path):
     text = (
         "1\n-00:00:01,000 --> 00:00:02,500\nOne.\n\n2\n00:00:03,000. --> 00:00:04,000.\nTwo,\n12:30 --> 13:00 by train"
