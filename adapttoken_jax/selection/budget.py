@@ -39,7 +39,10 @@ def _log_weights(certainty, temperature: float) -> np.ndarray:
     if not np.isfinite(certainty).all():
         raise ValueError(f"certainty must be finite in every group: {certainty.tolist()}")
     # Spread first: dividing the certainties themselves by a tiny temperature would cancel catastrophically.
-    return (certainty - certainty.max(initial=-np.inf)) / temperature
+    spread = certainty - certainty.max(initial=-np.inf)
+    # Below this, logarithms are so large that counts added to them are lost; the weights are those of one group anyway.
+    least = -1e-11 * spread.min(initial=0.0)
+    return spread / max(temperature, least)
 
 
 def allocate_budget(certainty, capacity, budget: int, temperature: float, minimum: int = 0) -> np.ndarray:

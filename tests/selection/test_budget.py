@@ -178,10 +178,11 @@ def test_negative_counts_raise(kwargs):
         allocate_budget([0, -10], [50, 50], **{"budget": 20, "temperature": 2.0, **kwargs})
 
 
-@pytest.mark.parametrize("temperature", [1e-12, 1e-6])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-17, 1e-12, 1e-6])
 def test_the_smallest_temperatures_hand_out_the_whole_budget(temperature):
     random = np.random.default_rng(0)
     for _ in range(200):
         capacity = random.integers(1, 20000, 20)
         budgets = allocate_budget(-random.uniform(0, 12, 20), capacity, capacity.sum() - 1, temperature)
         assert budgets.sum() == capacity.sum() - 1 and (budgets <= capacity).all()
+    assert allocate_budget([-0.9, -0.3, -1.3], [4, 2, 2], 5, temperature).tolist() == [3, 2, 0]
