@@ -60,7 +60,7 @@ class FeatureCache:
 
 def _remove_remains(directory: pathlib.Path) -> None:
     """Removes what killed processes have left of entries: parts that nobody has written to for a while."""
-    for part in directory.glob(".*.part"):
+    for part in directory.glob(f".{'[0-9a-f]' * 32}.part"):
         with contextlib.suppress(OSError):
             if time.time() - part.stat().st_mtime > _REMAINS_S:
                 part.unlink()

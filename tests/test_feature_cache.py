@@ -196,11 +196,12 @@ def test_a_full_disk_costs_the_entry_only(tmp_path, capsys):
 
 
 def test_what_killed_processes_left_goes_and_what_is_being_written_stays(model, tmp_path):
-    for name, age in ((".dead.part", 2), (".alive.part", 0)):
+    dead, alive, foreign = (f".{'d' * 32}.part", 2), (f".{'a' * 32}.part", 0), (".film.part", 2)
+    for name, age in (dead, alive, foreign):
         (tmp_path / name).write_bytes(b"half")
         os.utime(tmp_path / name, (time.time() - age * 3600,) * 2)
     FeatureCache(tmp_path, model)
-    assert os.listdir(tmp_path) == [".alive.part"]
+    assert sorted(os.listdir(tmp_path)) == [alive[0], foreign[0]]
 
 
 def test_too_little_memory_costs_the_entry_only(tmp_path, capsys, monkeypatch):
