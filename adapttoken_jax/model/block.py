@@ -27,7 +27,19 @@ class Block(nnx.Module):
 
     def layer(self, index) -> "Block":
         """One layer of the stack `layers`; with a traced `index` a loop takes one after the other, copying no stack."""
-        return jax.tree.map(lambda stack: stack[index], self.layers)
+        return jax.tree.map(lambda stack: held(stack, until=index)[index], self.layers)
+
+
+def held(array: jax.Array, until: jax.Array) -> jax.Array:
+    """`array`, with which nothing is done before `until` is known, an array of this round of a loop.
+
+    XLA for CPUs takes whatever is done to bfloat16 in float32. Free to, it would widen all weights once, ahead of the
+    loops that use them, and hold them in memory three times over.
+    """
+    if array.dtype != jnp.bfloat16:
+        return array
+    wait = lambda array, until: jax.lax.optimization_barrier((array, until))[0]
+    return jax.lax.platform_dependent(array, until, cpu=wait, default=lambda array, until: array)
 
 
 def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from flax import nnx
 
 from adapttoken_jax import parameters
 from adapttoken_jax.model.attention import blocks, probabilities_from_lse, rows_at_once, two_part_attention
-from adapttoken_jax.model.block import Block, merge_axes, pad_end, product, rms_norm, wide_product
+from adapttoken_jax.model.block import Block, held, merge_axes, pad_end, product, rms_norm, wide_product
 from adapttoken_jax.model.kernels import XLA, Kernel
 from adapttoken_jax.model.pieces import WHOLE, Pieces
 from adapttoken_jax.model.rotary import rotate, text_angles, turns
@@ -215,12 +215,12 @@ class TextDecoder(Block):
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Token ids [...] -> embeddings [..., D]."""
-        return self.embedding[...][ids]
+        return held(self.embedding[...], until=ids)[ids]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] after the last layer -> float32 logits [..., V]; applies the final norm."""
         x = rms_norm(hidden, self.norm, self.config.eps)
-        head = self.embedding[...].T if self.config.tied else self.head[...]
+        head = held(self.embedding[...], until=x).T if self.config.tied else self.head[...]
         return wide_product(x, head)
 
     def as_it_lies(self, kernel: Kernel) -> "TextDecoder":
