@@ -72,7 +72,7 @@ def test_peak_and_matrix_units_give_the_chips_clock(name, gigahertz):
     ("text", "words"),
     [
         ("v7:2x2", ["v4:2x2x1|", "v5e:1x1|", "v5p:", "v6e:"]),
-        ("v5e:3x3", ["v5e comes as", "2x4, 4x4"]),
+        ("v5e:3x3", ["choose one of", "v5e:2x4, v5e:4x4"]),
         ("v5p", ["2x2x4"]),
     ],
 )

@@ -245,7 +245,7 @@ def read_certificate(path) -> Certificate:
         if isinstance(error, UserError):
             raise
         why = f" ({error})" if isinstance(error, ValueError) else ", its fields are others"
-        raise UserError(f"{path}: not a certificate{why}") from None
+        raise UserError(f"{path}: not a certificate{why}; experiments.calibrate_stop writes them") from None
     if not sound or not supported:
         raise UserError(f"{path}: not a valid certificate: its figures do not support its promise; calibrate again")
     return certificate

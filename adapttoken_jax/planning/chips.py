@@ -75,7 +75,8 @@ class Topology:
             known = "; ".join(f"{chip.name}:{'|'.join(chip.slices)}" for chip in CHIPS.values())
             raise UserError(f"--topology={text}: unknown chip; known are {known}")
         if shape not in CHIPS[name].slices:
-            raise UserError(f"--topology={text}: {name} comes as {', '.join(CHIPS[name].slices)}")
+            slices = ", ".join(f"{name}:{each}" for each in CHIPS[name].slices)
+            raise UserError(f"--topology={text}: choose one of {slices}")
         return cls(CHIPS[name], shape)
 
     @property
