@@ -22,7 +22,7 @@ import numpy as np
 
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.loading import Model
-from adapttoken_jax.result import atomic_file, library_versions, made_directory
+from adapttoken_jax.result import PARTIAL_PATHS, atomic_file, library_versions, made_directory
 from adapttoken_jax.video import PRESETS, Clip
 
 _VERSION = 4  # 1: pixels were normalised on the host, which rounds otherwise; 2: on any devices; 3: in other chunks
@@ -60,7 +60,7 @@ class FeatureCache:
 
 def _remove_remains(directory: pathlib.Path) -> None:
     """Removes what killed processes have left of entries: parts that nobody has written to for a while."""
-    for part in directory.glob(f".{'[0-9a-f]' * 32}.part"):
+    for part in directory.glob(PARTIAL_PATHS):
         with contextlib.suppress(OSError):
             if time.time() - part.stat().st_mtime > _REMAINS_S:
                 part.unlink()

@@ -431,6 +431,9 @@ def write_text(path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
+PARTIAL_PATHS = f".{'[0-9a-f]' * 32}.part"  # the names that `partial_path` gives, as a glob
+
+
 def partial_path(path: pathlib.Path) -> pathlib.Path:
     """A name beside a file under which to write it first: no other process has it, on no host and in no container.
 

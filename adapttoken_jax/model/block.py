@@ -30,8 +30,8 @@ class Block(nnx.Module):
         return jax.tree.map(lambda stack: held(stack, until=index)[index], self.layers)
 
 
-def held(array: jax.Array, until: jax.Array) -> jax.Array:
-    """`array`, with which nothing is done before `until` is known, an array of this round of a loop.
+def held(array: jax.Array, until: jax.Array | int) -> jax.Array:
+    """`array`, with which nothing is done before `until` is known, say the index of a round of a loop.
 
     XLA for CPUs takes whatever is done to bfloat16 in float32. Free to, it would widen all weights once, ahead of the
     loops that use them, and hold them in memory three times over.

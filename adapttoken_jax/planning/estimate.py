@@ -220,9 +220,13 @@ class _Planner:
         beside = parameter_bytes(model, program.absent)
         own = parameter_bytes(model, {"text": "vision", "vision": "text"}[program.absent])
         # Weights that leave no room need no compiler to say so.
-        too_large = own + beside > self.topology.chip.hbm
-        compiled = Compiled(peak=own) if too_large else compile_program(program, self.topology.chip)
+        room = self.holds_weights(model)
+        compiled = compile_program(program, self.topology.chip) if room else Compiled(peak=own)
         return estimate_program(program, compiled, beside, self.topology.chip, self.topology.chips)
+
+    def holds_weights(self, model: Model) -> bool:
+        """Whether a chip's part of the weights fits into its memory."""
+        return sum(parameter_bytes(model, tower) for tower in ("vision", "text")) <= self.topology.chip.hbm
 
     def best_mesh(self) -> tuple[MeshShape, dict[str, str]]:
         """The fastest mesh whose programs all fit, else the one that lacks least; and what each mesh tried came to.
@@ -273,8 +277,8 @@ class _Planner:
         wider = next((each for each in self.shapes() if splits(each) > splits(shape)), None)
         smaller = {"vision": "--max_pixels", "group": "--slots_per_group", "final": "--budget"}[worst.name]
         chip = self.topology.chip
-        weights = sum(parameter_bytes(self.model(shape), tower) for tower in ("vision", "text"))
-        fewer = f"lower {smaller} or take" if weights <= chip.hbm else "the weights alone do not fit: take"
+        room = self.holds_weights(self.model(shape))
+        fewer = f"lower {smaller} or take" if room else "the weights alone do not fit: take"
         helps = f"try --mesh={wider}" if wider else f"{fewer} a larger --topology"
         return (
             f"--mesh={shape}: the {worst.name} program needs {worst.missing / 2**30:.2f} GiB more than the "
