@@ -14,6 +14,7 @@ Design decisions:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -170,7 +171,7 @@ def run_waves(
       bottom_fraction: share of an answer's least certain tokens that its entropy averages.
     """
     # Traced once, for the shapes of its results and for the loop.
-    ask = jax.jit(lambda wave: prompts_pass(model, _wave_of(batch, wave), spec), inline=True)
+    ask = jax.jit(lambda wave: prompts_pass(_in_loop(model, wave), _wave_of(batch, wave), spec), inline=True)
 
     def going(loop: LoopState):
         return (loop.wave < span[1]) & jnp.any(loop.stopping.stop == Stop.GOING)
@@ -184,6 +185,17 @@ def run_waves(
     shapes = jax.eval_shape(ask, jnp.int32(0))
     blank = jax.tree.map(lambda s: jnp.zeros((real.shape[0], *s.shape), s.dtype), shapes)
     return jax.lax.while_loop(going, advance, LoopState(span[0], jax.tree.map(jnp.asarray, state), blank))
+
+
+def _in_loop(model, wave):
+    """The model, with whose weights nothing is done before the loop gets to `wave`.
+
+    A TPU's compiler would take what every wave does alike ahead of the loop, and hold it: the last layer's weights,
+    gathered. That is 1.7 GiB per chip for the 72B model on `fsdp=16`.
+    """
+    wait = lambda array, wave: jax.lax.optimization_barrier((array, wave))[0]
+    held = functools.partial(jax.lax.platform_dependent, tpu=wait, default=lambda array, wave: array)
+    return jax.tree.map(lambda array: held(array, wave), model)
 
 
 def _wave_of(batch: PromptBatch, wave) -> PromptBatch:

@@ -241,9 +241,7 @@ def _staging_sharding(p: Parameter, sharding: Sharding) -> Sharding:
 @functools.partial(jax.jit, static_argnames=("group", "dtypes", "shardings"))
 def _arrange(staged, *, group, dtypes, shardings):
     """Stored tensors, reshaped to `split` -> our layout, dtype and sharding."""
-    arrays = [
-        _from_bits(bits, dtype) for bits, dtype in zip(map(_our_bits, group, staged, dtypes), dtypes, strict=True)
-    ]
+    arrays = [_moved(p.from_stored, x.astype(dtype)) for p, x, dtype in zip(group, staged, dtypes, strict=True)]
     return jax.lax.with_sharding_constraint(arrays, list(shardings))
 
 
@@ -259,25 +257,26 @@ def _set_layer(stacks, staged, layer, *, group, dtypes, shardings):
     """Sets one layer of every stack in place; the stacks' old buffers are given up."""
 
     def set_one(stack, p, x, dtype):
-        update = _our_bits(p, x, dtype)
-        return _from_bits(jax.lax.dynamic_update_index_in_dim(_bits(stack), update, layer, 0), dtype)
+        move = lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, p.from_stored(x), layer, 0)
+        return _moved(move, stack, x.astype(dtype))
 
     return jax.lax.with_sharding_constraint(list(map(set_one, stacks, group, staged, dtypes)), list(shardings))
 
 
-def _our_bits(p: Parameter, staged: jax.Array, dtype: np.dtype) -> jax.Array:
-    return p.from_stored(_bits(staged.astype(dtype)))
+def _moved(move, *arrays: jax.Array) -> jax.Array:
+    """`move` of arrays of one dtype, whose elements it only puts elsewhere.
+
+    XLA's CPU backend moves bfloat16 through float32, which alters NaNs and is slower, so there they are moved as integers.
+    A TPU's compiler would lay copies of whole stacks aside for that.
+    """
+    as_integers = lambda *arrays: jax.lax.bitcast_convert_type(move(*map(_bits, arrays)), arrays[0].dtype)
+    return jax.lax.platform_dependent(*arrays, cpu=as_integers, default=move)
 
 
-# Elements are moved as integers: XLA's CPU backend moves bfloat16 through float32, which alters NaNs and is slower. The
-# barrier keeps the compiler from taking a bitcast there and one back for nothing.
+# The barrier keeps the compiler from taking a bitcast there and one back for nothing.
 def _bits(array: jax.Array) -> jax.Array:
     integers = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
     return jax.lax.optimization_barrier(integers)
-
-
-def _from_bits(array: jax.Array, dtype: np.dtype) -> jax.Array:
-    return jax.lax.bitcast_convert_type(array, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,8 +335,8 @@ def _stored_layer(arrays, layer, *, group):
     """One layer of every stack in `group`, or the one parameter outside the stacks -> tensors as stored."""
 
     def stored(p, array):
-        bits = jax.lax.dynamic_index_in_dim(_bits(array), layer, 0, keepdims=False) if p.layers else _bits(array)
-        return _from_bits(p.to_stored(bits), array.dtype)
+        layer_of = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) if p.layers else x
+        return _moved(lambda x: p.to_stored(layer_of(x)), array)
 
     return list(map(stored, group, arrays))
 
