@@ -217,7 +217,7 @@ class SlotEncoder:
             patches = padded
         self._started[slots] = True
         model = self._model
-        encoded = encode_slots(model.module, _place(model, patches), height, width, model.vision_kernel)
+        encoded = encode_slots(model.module.vision, _place(model, patches), height, width, model.vision_kernel)
         return slots, sharding.everywhere(encoded, model.mesh)
 
     def _collect(self, slots: np.ndarray, encoded: jax.Array) -> None:

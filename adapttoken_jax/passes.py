@@ -15,10 +15,11 @@ import numpy as np
 from adapttoken_jax.compilation import compiled
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.geometry import window_layout
-from adapttoken_jax.model import Probe, Qwen25VL
+from adapttoken_jax.model import Probe
 from adapttoken_jax.model.generation import Sampling, generate
 from adapttoken_jax.model.kernels import XLA, Kernel
-from adapttoken_jax.model.text import Rows
+from adapttoken_jax.model.text import Rows, TextDecoder
+from adapttoken_jax.model.vision import VisionTower
 from adapttoken_jax.selection import reduce_relevance, token_certainty, token_entropy
 from adapttoken_jax.video import normalised
 
@@ -128,35 +129,35 @@ class PassSpec:
 
 
 def exact(function):
-    """Runs float32 models in true float32, where an accelerator would otherwise round the factors of a product."""
+    """Runs a function of a part of a float32 model in true float32: accelerators would round factors of products."""
 
     @functools.wraps(function)
-    def traced(model, *args, **kwargs):
-        wide = model.text.embedding.dtype == jnp.float32
+    def traced(part, *args, **kwargs):
+        wide = jax.tree.leaves(part)[0].dtype == jnp.float32
         with jax.default_matmul_precision("highest" if wide else "default"):
-            return function(model, *args, **kwargs)
+            return function(part, *args, **kwargs)
 
     return traced
 
 
 @compiled(static=("height", "width", "kernel"), tpu_options=TPU_OPTIONS, gpu_options=GPU_OPTIONS)
 @exact
-def encode_slots(model: Qwen25VL, patches: jax.Array, height: int, width: int, kernel: Kernel = XLA) -> jax.Array:
+def encode_slots(tower: VisionTower, patches: jax.Array, height: int, width: int, kernel: Kernel = XLA) -> jax.Array:
     """Patches of T slots -> visual tokens [T, M, D].
 
     Args:
-      model: whose vision tower encodes.
+      tower: the model's vision tower.
       patches: uint8 [T, height x width, 1176], pixels.
       height, width: in patches.
       kernel: what computes attention.
     """
     with jax.named_scope("vision"):
-        layout = window_layout(model.config.vision, height, width, kernel.pads_windows)
-        return model.vision(normalised(patches), layout, kernel=kernel)["features"]
+        layout = window_layout(tower.config, height, width, kernel.pads_windows)
+        return tower(normalised(patches), layout, kernel=kernel)["features"]
 
 
 @exact
-def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[str, jax.Array]:
+def prompts_pass(text: TextDecoder, batch: PromptBatch, spec: PassSpec) -> dict[str, jax.Array]:
     """Prefills every context once, runs every question against it and generates the answers (steps 4 to 6 and 11).
 
     With `spec.keep_share` below 1 the layers after the reference layer see only the most relevant visual tokens.
@@ -167,7 +168,7 @@ def prompts_pass(model: Qwen25VL, batch: PromptBatch, spec: PassSpec) -> dict[st
       bool[B, Q, A] (the answer's own tokens), "entropy" and "certainty" float32[B, Q, A] per token; with
       `spec.relevance` "relevance" float32[B, Q, M]; with `spec.keep_layer` "kept"[B, M, D].
     """
-    text, visual = model.text, _visual_rows(batch)
+    visual = _visual_rows(batch)
     hidden, pasts, found = _run_layers(text, batch, spec)
     with jax.named_scope("question"):
         last = jnp.take_along_axis(hidden, (batch.suffix_length - 1)[None, :, None, None], 2)[:, :, 0]

@@ -398,7 +398,7 @@ def final_reply(model, video, context, prompt, config, room: int = 0) -> Reply:
 
 def run_and_read(model: Model, batch: PromptBatch, spec: PassSpec, keep_logits=True) -> dict[str, np.ndarray]:
     """What `run_prompts` returns, on the host."""
-    out = to_read(run_prompts(model.module, batch, spec), keep_logits)
+    out = to_read(run_prompts(model.module.text, batch, spec), keep_logits)
     return jax.device_get(sharding.everywhere(out, model.mesh))
 
 

@@ -266,8 +266,8 @@ def _set_layer(stacks, staged, layer, *, group, dtypes, shardings):
 def _moved(move, *arrays: jax.Array) -> jax.Array:
     """`move` of arrays of one dtype, whose elements it only puts elsewhere.
 
-    XLA's CPU backend moves bfloat16 through float32, which alters NaNs and is slower, so there they are moved as integers.
-    A TPU's compiler would lay copies of whole stacks aside for that.
+    On a CPU they are moved as integers: XLA there moves bfloat16 through float32, which alters NaNs and is slower. A
+    TPU's compiler would lay copies of whole stacks aside for that.
     """
     as_integers = lambda *arrays: jax.lax.bitcast_convert_type(move(*map(_bits, arrays)), arrays[0].dtype)
     return jax.lax.platform_dependent(*arrays, cpu=as_integers, default=move)

@@ -61,11 +61,11 @@ def test_a_pass_without_relevance_and_entropy_says_the_same():
     shape = dataclasses.replace(SHAPES["needle"], groups=2, slots_per_group=3, budget=9)
     pair = speed.make_pair(shape, "float32")
     batch, spec = speed.wave_batch(pair, speed.encode_video(pair)), speed.group_spec(pair)
-    whole, bare = (run(pair.model.module, batch, spec) for run in (passes.run_prompts, speed.bare_pass))
+    whole, bare = (run(pair.model.module.text, batch, spec) for run in (passes.run_prompts, speed.bare_pass))
     assert {"relevance", "entropy"} <= set(whole) and set(bare) == {"first_logits", "tokens"}
     np.testing.assert_array_equal(bare["tokens"], whole["tokens"])
     np.testing.assert_allclose(bare["first_logits"], whole["first_logits"], atol=1e-5)
-    work = lambda run: run.lower(pair.model.module, batch, spec).compile().cost_analysis()["transcendentals"]
+    work = lambda run: run.lower(pair.model.module.text, batch, spec).compile().cost_analysis()["transcendentals"]
     assert work(speed.bare_pass) < work(passes.run_prompts)
 
 

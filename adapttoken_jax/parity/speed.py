@@ -20,7 +20,7 @@ from adapttoken_jax.compilation import compiled
 from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import SlotEncoder, VisualTokens, chunk_slots
 from adapttoken_jax.loading import Model
-from adapttoken_jax.model import Qwen25VL
+from adapttoken_jax.model.text import TextDecoder
 from adapttoken_jax.parity import pytorch_fast as fast
 from adapttoken_jax.parity import pytorch_method as plain
 from adapttoken_jax.parity.shapes import Shape, random_model
@@ -181,22 +181,21 @@ def prefill(pair: Pair, embeddings: jax.Array, position_ids: np.ndarray):
     Every layer runs on every row, as engines do it.
     """
     kernel = pair.model.kernel
-    return jax.block_until_ready(_prefill(pair.model.module, embeddings, jnp.asarray(position_ids), kernel=kernel))
+    return jax.block_until_ready(_prefill(pair.model.module.text, embeddings, jnp.asarray(position_ids), kernel=kernel))
 
 
 @functools.partial(jax.jit, static_argnames="kernel")
 @passes.exact
-def _prefill(model: Qwen25VL, embeddings, position_ids, kernel):
-    text = model.text
+def _prefill(text: TextDecoder, embeddings, position_ids, kernel):
     valid = jnp.ones(embeddings.shape[:2], bool)
-    last = model.config.text.layers - 1
+    last = text.config.layers - 1
     context, found = text.prefill(embeddings, position_ids, valid, keep_layer=last, kernel=kernel)
     return context, text.logits(found["kept"][:, -1])
 
 
-def _bare_pass(model: Qwen25VL, batch: passes.PromptBatch, spec: passes.PassSpec) -> dict[str, jax.Array]:
+def _bare_pass(text: TextDecoder, batch: passes.PromptBatch, spec: passes.PassSpec) -> dict[str, jax.Array]:
     """A pass that has neither relevance nor entropy: as it is not asked for, the compiler leaves it out."""
-    out = passes.prompts_pass(model, batch, dataclasses.replace(spec, relevance=None))
+    out = passes.prompts_pass(text, batch, dataclasses.replace(spec, relevance=None))
     return {name: out[name] for name in ("first_logits", "tokens")}
 
 
@@ -309,14 +308,14 @@ def stages(pair: Pair, answers: Answers) -> list[Stage]:
     prompts = [group_prompt(pair, features, slots) for slots in wave(pair)]
     embeddings = jnp.stack([jnp.asarray(rows.float().cpu().numpy(), pair.model.dtype) for rows, _ in prompts])
     ids = np.stack([ids for _, ids in prompts])
-    batch, spec = jax.device_put(wave_batch(pair, video)), group_spec(pair)
+    text, batch, spec = pair.model.module.text, jax.device_put(wave_batch(pair, video)), group_spec(pair)
     found = [
         Stage(VISION, lambda: encode(pair, slots, patches), lambda: fast.encode(model, rows, grid, pair.chunk), 0),
         Stage(UNCHANGED, lambda: encode(pair, slots, patches), lambda: encode_as_transformers(pair, rows, grid), 0),
         Stage(GROUP, lambda: pass_groups(pair, video),
               lambda: [fast.pass_group(model, inputs, features, slots, config) for slots in wave(pair)], 0),
-        Stage(RESIDENT, lambda: jax.block_until_ready(passes.run_prompts(pair.model.module, batch, spec)), None, 0),
-        Stage(BARE, lambda: jax.block_until_ready(bare_pass(pair.model.module, batch, spec)), None, 0),
+        Stage(RESIDENT, lambda: jax.block_until_ready(passes.run_prompts(text, batch, spec)), None, 0),
+        Stage(BARE, lambda: jax.block_until_ready(bare_pass(text, batch, spec)), None, 0),
         Stage(PREFILL, lambda: prefill(pair, embeddings, ids),
               lambda: [fast.prefill(model, *prompt) for prompt in prompts], 0),
         Stage(SELECT, lambda: pipeline.select_tokens(run),

@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 
 from adapttoken_jax import costs, parameters, sharding
 from adapttoken_jax.config import AdaptTokenConfig, ModelConfig
-from adapttoken_jax.device_scan import side_by_side
+from adapttoken_jax.device_scan import run_waves, side_by_side, waves_per_chunk
 from adapttoken_jax.encoding import chunk_slots
 from adapttoken_jax.loading import Model
 from adapttoken_jax.model import Qwen25VL
 from adapttoken_jax.model.kernels import Kernel, resolve, resolve_vision
 from adapttoken_jax.passes import PassSpec, PromptBatch, encode_slots, run_prompts
 from adapttoken_jax.scan import OPTION_STEP, context_size, question_rows, suffix_size
+from adapttoken_jax.selection.compiled_stopping import device_rule, start_state
 
 _END_IDS = (151645, 151643)  # any two tokens will do
 
@@ -105,7 +106,7 @@ def vision(model: Model, work: Work) -> Program:
     kernel = lambda: resolve_vision(model.dtype, c.head_dim, model.mesh, platform="tpu")  # of the chips, once lowered
     return Program(
         name="vision",
-        lower=lambda: encode_slots.lower(model.module, patches, height, width, kernel()),
+        lower=lambda: encode_slots.lower(model.module.vision, patches, height, width, kernel()),
         options=encode_slots.tpu_options,
         runs=-(-slots // size),
         groups=0,
@@ -115,18 +116,32 @@ def vision(model: Model, work: Work) -> Program:
 
 
 def group_pass(model: Model, work: Work) -> Program:
-    """`passes.run_prompts` on one wave of groups."""
+    """`device_scan.run_waves` on one chunk of groups; as a run of it counts one wave."""
     tokens = work.config.slots_per_group * work.grid[1] * work.grid[2] // model.config.vision.merge**2
     wave = model.wave if work.may_stop else side_by_side(model, tokens)
+    waves = 1 if work.may_stop else waves_per_chunk(model, wave * tokens)
     spec = PassSpec.answering(work.config, 1, _END_IDS, tpu_kernel(model)).of_groups(work.config)
-    return _prompts("group", model, work, spec, wave, tokens, work.questions, -(-work.groups // wave))
+    batch = abstract_batch(model, wave, tokens, work.prefix, work.question, question_rows(work.questions), waves)
+    inputs = (batch, *_loop_inputs(model, batch), spec, work.config.bottom_fraction)
+    runs = -(-work.groups // wave)
+    return _prompts("group", run_waves, inputs, model, work, spec, wave, tokens, work.questions, runs)
+
+
+def _loop_inputs(model: Model, batch: PromptBatch):
+    """What else `run_waves` is given: the real groups, the waves to run, the stop rule and its state."""
+    rows = len(batch.suffix_ids)
+    real, span = np.zeros(batch.visual.shape[:2], bool), np.zeros(2, np.int32)
+    inputs = real, span, device_rule(None, [None] * rows), start_state(rows, OPTION_STEP)
+    everywhere = sharding.replicated(model.mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), inputs)
 
 
 def final_pass(model: Model, work: Work) -> Program:
     """`passes.run_prompts` on the tokens that were selected, one question at a time."""
     tokens, config = context_size(work.final_tokens), work.config
     spec = PassSpec.answering(config, config.max_answer_tokens, _END_IDS, tpu_kernel(model)).final(config)
-    return _prompts("final", model, work, spec, 1, tokens, 1, work.questions)
+    batch = abstract_batch(model, 1, tokens, work.prefix, work.question, question_rows(1))
+    return _prompts("final", run_prompts, (batch, spec), model, work, spec, 1, tokens, 1, work.questions)
 
 
 def tpu_kernel(model: Model) -> Kernel:
@@ -134,38 +149,40 @@ def tpu_kernel(model: Model) -> Kernel:
     return resolve(model.dtype, model.config.text.head_dim, model.mesh, platform="tpu")
 
 
-def _prompts(name, model, work, spec, contexts, tokens, questions, runs) -> Program:
-    batch = abstract_batch(model, contexts, tokens, work.prefix, work.question, question_rows(questions))
+def _prompts(name, program, inputs, model, work, spec, contexts, tokens, questions, runs) -> Program:
     answered, context = spec.answer_tokens - 1, work.prefix + tokens  # the first token needs no further step
     pruned = costs.pruned(model.config, work.config, work.prefix, tokens) if spec.relevance else None
     in_loop = pruned.layer + 1 if pruned else model.config.text.layers - 1
     question = costs.question_flops(model.config, work.question, answered, context, pruned)
     return Program(
         name=name,
-        lower=lambda: run_prompts.lower(model.module, batch, spec),
-        options=run_prompts.tpu_options,
+        lower=lambda: program.lower(model.module.text, *inputs),
+        options=program.tpu_options,
         runs=runs,
         groups=contexts if spec.relevance else 0,
         flops=contexts * (costs.context_flops(model.config, context, pruned) + questions * question),
         absent="vision",
-        trips={"/answer/while": answered},
+        trips={"/answer/while": answered, "jit(run_waves)/while": 1},
         shares={"/probe/": 1 / in_loop},  # of the layers that may be probed one is
         visited={"/context/": 0.5},  # causal
     )
 
 
-def abstract_batch(model: Model, contexts: int, tokens: int, prefix: int, question: int, questions: int) -> PromptBatch:
+def abstract_batch(
+    model: Model, contexts: int, tokens: int, prefix: int, question: int, questions: int, waves: int | None = None
+) -> PromptBatch:
     """The `PromptBatch` of so many contexts of `tokens` visual tokens, in shape and place as of `scan.prompt_batch`."""
     B, Q, T = contexts, questions, suffix_size(question)
+    W = () if waves is None else (waves,)
     everywhere = sharding.replicated(model.mesh)
-    over_data = sharding.batch_sharding(model.mesh) if contexts % model.wave == 0 else everywhere
+    over_data = sharding.batch_sharding(model.mesh, axis=len(W)) if contexts % model.wave == 0 else everywhere
     key = jax.eval_shape(lambda: jax.random.key(0))
     split = {
-        "visual": ((B, tokens, model.config.text.width), model.dtype),
-        "visual_valid": ((B, tokens), bool),
-        "context_positions": ((B, 3, prefix + tokens), np.int32),
-        "suffix_start": ((B,), np.int32),
-        "answer_start": ((B, Q), np.int32),
+        "visual": ((*W, B, tokens, model.config.text.width), model.dtype),
+        "visual_valid": ((*W, B, tokens), bool),
+        "context_positions": ((*W, B, 3, prefix + tokens), np.int32),
+        "suffix_start": ((*W, B), np.int32),
+        "answer_start": ((*W, B, Q), np.int32),
     }
     shared = {
         "prefix_ids": ((prefix,), np.int32),

@@ -134,7 +134,7 @@ def loop(model, chunk, rule, first=0, last=None, state=None):
     held, spec = chunk
     state = state or start_state(len(QUESTIONS), held.batch.option_ids.shape[1])
     return device_scan.run_waves(
-        model.module, held.batch, held.real, np.asarray([first, held.waves if last is None else last], np.int32),
+        model.module.text, held.batch, held.real, np.asarray([first, held.waves if last is None else last], np.int32),
         device_rule(rule, [None] * len(QUESTIONS)), state, spec, 0.1,
     )  # fmt: skip
 
@@ -172,7 +172,7 @@ def test_a_visit_keeps_nothing_but_its_own(model):
 def test_only_the_last_position_reaches_the_head(model, chunk):
     held, spec = chunk
     batch = device_scan._wave_of(held.batch, 0)
-    jaxpr = jax.make_jaxpr(lambda module: run_prompts(module, batch, spec))(model.module)
+    jaxpr = jax.make_jaxpr(lambda text: run_prompts(text, batch, spec))(model.module.text)
     vocab = model.config.text.vocab
     head = {(vocab, model.config.text.width), (model.config.text.width, vocab)}
     logits = [result for *factors, result in _shapes(jaxpr.jaxpr, "dot_general") if head & set(factors)]

@@ -98,7 +98,7 @@ def passes(single):
             for g in indices
         ]
         batch = scan.prompt_batch(model, video, contexts, [prompt], config, size)
-        return jax.device_get(run_prompts(model.module, batch, scan.group_spec(model, [prompt], config)))
+        return jax.device_get(run_prompts(model.module.text, batch, scan.group_spec(model, [prompt], config)))
 
     return run, video.per_slot, [len(g) for g in groups]
 

@@ -245,7 +245,7 @@ def test_a_group_pass_with_splash_is_the_pass_with_xla(tmp_path):
     [chunk] = device_scan._chunks(model, video, log.groups, prompts, config, width=1)
     spec = scan.group_spec(model, prompts, config)
     run = lambda kernel: run_prompts(
-        model.module, device_scan._wave_of(chunk.batch, 0), dataclasses.replace(spec, kernel=kernel)
+        model.module.text, device_scan._wave_of(chunk.batch, 0), dataclasses.replace(spec, kernel=kernel)
     )
     ours, theirs = run(Kernel("splash")), run(XLA)
     for name in ("relevance", "entropy", "first_logits"):

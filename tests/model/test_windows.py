@@ -102,18 +102,18 @@ def test_the_tower_with_the_kernel_is_the_tower_without(model, grid, monkeypatch
     attend = windows.attend
     monkeypatch.setattr(windows, "attend", lambda *args, W, heads: taken.append(W) or attend(*args, W=W, heads=heads))
     patches = pixels(3, grid[0] * grid[1])
-    ours = encode_slots(model.module, patches, *grid, Kernel("windows"))
+    ours = encode_slots(model.module.vision, patches, *grid, Kernel("windows"))
     ((W, _),) = window_layout(model.config.vision, *grid).windows
     assert set(taken) == {W, 1}  # layers within windows, and within the slot
-    assert_same_features(ours, encode_slots(model.module, patches, *grid, XLA))
+    assert_same_features(ours, encode_slots(model.module.vision, patches, *grid, XLA))
 
 
 def test_what_does_not_suit_takes_the_path_of_xla(model, monkeypatch):
     monkeypatch.setattr(windows, "attend", None)
     patches = pixels(2, 6 * 6)
     small = dataclasses.replace(Kernel("windows"), largest=8)  # memory for half a window
-    ours = encode_slots(model.module, patches, 6, 6, small)
-    np.testing.assert_array_equal(ours, encode_slots(model.module, patches, 6, 6, XLA))
+    ours = encode_slots(model.module.vision, patches, 6, 6, small)
+    np.testing.assert_array_equal(ours, encode_slots(model.module.vision, patches, 6, 6, XLA))
 
 
 def test_on_a_mesh_every_device_has_slots_of_its_own(model):
@@ -121,9 +121,9 @@ def test_on_a_mesh_every_device_has_slots_of_its_own(model):
     patches = pixels(8, 24)
     place = lambda array, where: jax.device_put(array, where(mesh))
     module = jax.tree.map(lambda x: place(x, sharding.replicated), model.module)
-    ours = encode_slots(module, place(patches, sharding.slot_sharding), 6, 4, Kernel("windows", mesh))
+    ours = encode_slots(module.vision, place(patches, sharding.slot_sharding), 6, 4, Kernel("windows", mesh))
     assert ours.sharding.is_equivalent_to(sharding.slot_sharding(mesh), ours.ndim)
-    assert_same_features(ours, encode_slots(model.module, patches, 6, 4, XLA))
+    assert_same_features(ours, encode_slots(model.module.vision, patches, 6, 4, XLA))
 
 
 @pytest.mark.parametrize(("W", "U"), [(15, 64), (1, 880)])

@@ -100,7 +100,7 @@ def _answer(model: Model, batches: list[PromptBatch], config: AdaptTokenConfig) 
         answer_tokens=config.max_answer_tokens,
         end_ids=model.tokenizer.eos,
     )
-    out = jax.device_get(_run_many(model.module, stacked, spec))
+    out = jax.device_get(_run_many(model.module.text, stacked, spec))
     return [{name: value[i] for name, value in out.items()} for i in range(len(batches))]
 
 
@@ -108,6 +108,6 @@ _SPLIT = PromptBatch(**{field.name: None if field.name == "key" else 0 for field
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _run_many(module, batch, spec):
+def _run_many(text, batch, spec):
     """`prompts_pass` for batches with a leading axis, one after the other as far as numbers are concerned."""
-    return jax.vmap(lambda one: prompts_pass(module, one, spec), in_axes=(_SPLIT,))(batch)
+    return jax.vmap(lambda one: prompts_pass(text, one, spec), in_axes=(_SPLIT,))(batch)

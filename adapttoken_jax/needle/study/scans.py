@@ -131,7 +131,7 @@ def _encode(model, clip, slots) -> np.ndarray:
     for indices, patches in read_patches(clip, slots, _SLOTS_PER_ENCODING):
         padded = np.zeros((_SLOTS_PER_ENCODING, *patches.shape[1:]), patches.dtype)
         padded[: len(indices)] = patches
-        chunks.append(np.asarray(encode_slots(model.module, padded, height, width))[: len(indices)])
+        chunks.append(np.asarray(encode_slots(model.module.vision, padded, height, width))[: len(indices)])
     return np.concatenate(chunks)
 
 
