@@ -177,6 +177,7 @@ def run_waves(
       spec: what a group pass holds.
       bottom_fraction: share of an answer's least certain tokens that its entropy averages.
     """
+    text = text.as_it_lies(spec.kernel)
     # Traced once, for the shapes of its results and for the loop.
     ask = jax.jit(lambda wave: prompts_pass(_in_loop(text, wave), _wave_of(batch, wave), spec), inline=True)
 

@@ -1,5 +1,6 @@
 """Progress of a run on stderr: a bar per stage on a terminal, a line now and then elsewhere."""
 
+import os
 import sys
 import time
 from typing import TextIO
@@ -10,8 +11,9 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Called as `progress(stage, done, total)`; stages may overlap. Use it as a context manager.
 
-    On a terminal each stage has a bar. Elsewhere a stage writes a line every `SECONDS_BETWEEN_LINES` seconds, and one
-    at its end if it took that long: a short run that fails leaves its error alone on stderr.
+    On a terminal that can move its cursor each stage has a bar. Elsewhere a stage writes a line every
+    `SECONDS_BETWEEN_LINES` seconds, and one at its end if it took that long: a short run that fails leaves its error alone
+    on stderr.
     """
 
     def __init__(self, stream: TextIO | None = None):
@@ -29,7 +31,7 @@ class Progress:
         self._bars.clear()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._stream.isatty():
+        if self._stream.isatty() and os.environ.get("TERM") != "dumb":
             self._show_bar(stage, done, total)
         elif self._line_is_due(stage, done, total):
             print(f"{stage}: {done} of {total}", file=self._stream, flush=True)

@@ -702,7 +702,8 @@ def test_a_long_stage_shows_signs_of_life_and_its_end(monkeypatch):
     assert logged(monkeypatch, calls) == "groups: 2 of 5\ngroups: 4 of 5\ngroups: 5 of 5\n"
 
 
-def test_a_terminal_gets_a_bar_per_stage():
+def test_a_terminal_gets_a_bar_per_stage(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     with Progress(terminal) as progress:
         progress("encode", 1, 2)
@@ -710,3 +711,11 @@ def test_a_terminal_gets_a_bar_per_stage():
         progress("encode", 2, 2)
     text = terminal.getvalue()
     assert "encode" in text and "2/2" in text and "4/4" in text and "100%" in text
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_none(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Terminal()
+    with Progress(terminal) as progress:
+        progress("groups", 4, 4)
+    assert terminal.getvalue() == ""

@@ -690,9 +690,9 @@ def test_the_vision_towers_kernel_compiles_for_every_chip(name, kernels):
     assert text.count('custom_call_target="tpu_custom_call"') == kernels
 
 
-def _four_layers(topology):
-    """A planner of the 7B model with four layers, and two groups of work."""
-    full = SIZES["qwen2.5-vl-7b"]
+def _four_layers(topology, name="qwen2.5-vl-7b"):
+    """A planner of the model with four layers, and two groups of work."""
+    full = SIZES[name]
     config = dataclasses.replace(full, text=dataclasses.replace(full.text, layers=4))
     settings = AdaptTokenConfig.for_model(config, max_frames=256, reference_layer=2)
     _, work = estimate.workload(config, settings, "adapttoken", (560, 308), None, 1, 160)
@@ -765,6 +765,16 @@ def test_weights_are_gathered_within_the_loop_over_waves():
     module, entry = hlo.parse(group.lower().compile(compiler_options=dict(group.options)).as_text())
     gathers = {name for name, within in module.items() for it in within.values() if "all-gather" in it.opcode}
     assert gathers and entry not in gathers
+
+
+@NEEDS_LIBTPU
+def test_the_loop_over_waves_copies_no_stack_of_gate_kernels():
+    """Four layers of the 72B model in two parts: [8192, 14784], which a TPU keeps as [14784, 8192]."""
+    planner, work = _four_layers("v6e:2x2", "qwen2.5-vl-72b")
+    group = programs.group_pass(planner.model(sharding.MeshShape(2, 2)), work)
+    text = group.lower().compile(compiler_options=dict(group.options)).as_text()
+    stacks = re.findall(r"= bf16\[4,(?:8192,14784|14784,8192)\]\S* (\S+)\(", text)
+    assert "parameter" in stacks and "copy" not in stacks
 
 
 @NEEDS_LIBTPU

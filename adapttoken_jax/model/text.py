@@ -228,7 +228,7 @@ class TextDecoder(Block):
 
         For a loop within a loop: its compiler would lay copies of the whole stacks aside, in the order of their shape.
         """
-        if kernel.name != "splash" or not lies_turned(self.layers.gate_kernel.shape, kernel.mesh):
+        if self.layers.turned or kernel.name != "splash" or not lies_turned(self.layers.gate_kernel.shape, kernel.mesh):
             return self
         turned = jax.tree.map(lambda leaf: leaf, self)
         for name in _TURNED:
