@@ -12,8 +12,8 @@ class Progress:
     """Called as `progress(stage, done, total)`; stages may overlap. Use it as a context manager.
 
     On a terminal that can move its cursor each stage has a bar. Elsewhere a stage writes a line every
-    `SECONDS_BETWEEN_LINES` seconds, and one at its end if it took that long: a short run that fails leaves its error alone
-    on stderr.
+    `SECONDS_BETWEEN_LINES` seconds, and one at its end if it took that long: a short run that fails leaves its error
+    alone on stderr.
     """
 
     def __init__(self, stream: TextIO | None = None):

@@ -450,6 +450,15 @@ def test_shapes_are_those_of_the_scan(waves):
         assert (one.shape, one.dtype, one.sharding) == (other.shape, other.dtype, other.sharding), field.name
 
 
+def test_the_next_groups_wait_on_the_chip():
+    """40 groups of 256 tokens, 16 in a chunk: features, which are valid, position ids, and where two questions begin."""
+    many = dataclasses.replace(WORK, groups=40)
+    waiting = 16 * (256 * (128 * 4 + 1) + 3 * (16 + 256) * 4 + 4 + 2 * 4)
+    assert programs.group_pass(on_cpu(), many).next_chunk == waiting
+    for none in (WORK, dataclasses.replace(many, may_stop=True)):  # one chunk; none is made ahead
+        assert programs.group_pass(on_cpu(), none).next_chunk == 0
+
+
 def test_the_released_models_are_planned_with_the_kernel_of_a_tpu():
     mesh = sharding.MeshShape(1, 4).abstract
     for config in SIZES.values():

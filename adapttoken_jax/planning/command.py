@@ -63,7 +63,7 @@ def _row(program: ProgramEstimate) -> dict[str, object]:
         "runs": program.runs,
         "inputs GiB": gib("arguments") if compiled else None,
         "temporary GiB": gib("temporaries") if compiled else None,
-        "other weights GiB": gib("beside"),
+        "beside GiB": gib("beside"),
         "peak GiB": gib("peak"),
         "TFLOP": number(program.flops / 1e12) if compiled else None,
         "seconds": number(program.seconds["compiler"]) if compiled else None,

@@ -62,6 +62,7 @@ class Program:
       groups: that one run visits; 0 if it is not the group pass.
       flops: operations that the model needs for one run, on all chips together.
       absent: top level of the parameters that it does not use; they stay in memory beside it.
+      next_chunk: bytes per chip of what the host puts there for the next one while it runs.
       trips, shares, visited: see `hlo.program_cost`.
     """
 
@@ -72,6 +73,7 @@ class Program:
     groups: int
     flops: float
     absent: str
+    next_chunk: int = 0
     trips: Mapping[str, float] = dataclasses.field(default_factory=dict)
     shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
     visited: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -86,8 +88,11 @@ def abstract_model(config: ModelConfig, mesh: Mesh, dtype=jnp.bfloat16) -> Model
 
 def parameter_bytes(model: Model, tower: str) -> int:
     """Bytes of one tower's parameters ("vision" or "text") on each chip, as the model holds them."""
-    leaves = jax.tree.leaves(getattr(model.module, tower))
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return _bytes_per_chip(getattr(model.module, tower))
+
+
+def _bytes_per_chip(tree) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def programs(model: Model, work: Work) -> list[Program]:
@@ -124,7 +129,9 @@ def group_pass(model: Model, work: Work) -> Program:
     batch = abstract_batch(model, wave, tokens, work.prefix, work.question, question_rows(work.questions), waves)
     inputs = (batch, *_loop_inputs(model, batch), spec, work.config.bottom_fraction)
     runs = -(-work.groups // wave)
-    return _prompts("group", run_waves, inputs, model, work, spec, wave, tokens, work.questions, runs)
+    program = _prompts("group", run_waves, inputs, model, work, spec, wave, tokens, work.questions, runs)
+    ahead = _bytes_per_chip(batch.per_context) if runs > waves and not work.may_stop else 0
+    return dataclasses.replace(program, next_chunk=ahead)
 
 
 def _loop_inputs(model: Model, batch: PromptBatch):
