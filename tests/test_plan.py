@@ -451,7 +451,7 @@ def test_shapes_are_those_of_the_scan(waves):
 
 
 def test_the_next_groups_wait_on_the_chip():
-    """40 groups of 256 tokens, 16 in a chunk: features, which are valid, position ids, and where two questions begin."""
+    """40 groups of 256 tokens, 16 in a chunk: features, which count, position ids, where suffix and answers begin."""
     many = dataclasses.replace(WORK, groups=40)
     waiting = 16 * (256 * (128 * 4 + 1) + 3 * (16 + 256) * 4 + 4 + 2 * 4)
     assert programs.group_pass(on_cpu(), many).next_chunk == waiting

@@ -34,8 +34,8 @@ class ProgramEstimate:
       name: "vision", "group" or "final".
       runs: how often it runs for one video and all questions about it.
       groups: that one run of it visits; 0 if it is not the group pass.
-      memory: bytes of "arguments", "temporaries", "outputs", "code", "beside" (parameters that it does not use, and the next
-        chunk of groups) and "peak", the sum at the worst moment.
+      memory: bytes of "arguments", "temporaries", "outputs", "code", "beside" (parameters that it does not use, and
+        the next chunk of groups) and "peak", the sum at the worst moment.
       missing: bytes by which it does not fit.
       flops: operations compiled, per chip; `model_flops` is what the model needs on all chips together.
       collectives: kind -> {"times", "bytes"} per chip and run.
@@ -217,11 +217,11 @@ class _Planner:
         return self._known[shape, program.name]
 
     def _estimate(self, program: Program, model: Model) -> ProgramEstimate:
-        beside = parameter_bytes(model, program.absent) + program.next_chunk
-        own = parameter_bytes(model, {"text": "vision", "vision": "text"}[program.absent])
-        # Weights that leave no room need no compiler to say so.
-        room = self.holds_weights(model)
-        compiled = compile_program(program, self.topology.chip) if room else Compiled(peak=own)
+        beside = parameter_bytes(model, program.absent)
+        if self.holds_weights(model):
+            compiled, beside = compile_program(program, self.topology.chip), beside + program.next_chunk
+        else:  # which needs no compiler
+            compiled = Compiled(peak=parameter_bytes(model, {"text": "vision", "vision": "text"}[program.absent]))
         return estimate_program(program, compiled, beside, self.topology.chip, self.topology.chips)
 
     def holds_weights(self, model: Model) -> bool:
