@@ -1,4 +1,4 @@
-"""The programs that answer a question, as `encoding.py` and `scan.py` run them, in shapes without storage.
+"""The programs that answer a question, as `encoding`, `device_scan` and `scan` run them, in shapes without storage.
 
 Nothing is computed and no weights are needed: every array is a `jax.ShapeDtypeStruct` with its place on the mesh.
 """
@@ -129,9 +129,8 @@ def group_pass(model: Model, work: Work) -> Program:
     batch = abstract_batch(model, wave, tokens, work.prefix, work.question, question_rows(work.questions), waves)
     inputs = (batch, *_loop_inputs(model, batch), spec, work.config.bottom_fraction)
     runs = -(-work.groups // wave)
-    program = _prompts("group", run_waves, inputs, model, work, spec, wave, tokens, work.questions, runs)
     ahead = _bytes_per_chip(batch.per_context) if runs > waves and not work.may_stop else 0
-    return dataclasses.replace(program, next_chunk=ahead)
+    return _prompts("group", run_waves, inputs, spec, model, work, work.questions, runs, ahead)
 
 
 def _loop_inputs(model: Model, batch: PromptBatch):
@@ -148,7 +147,7 @@ def final_pass(model: Model, work: Work) -> Program:
     tokens, config = context_size(work.final_tokens), work.config
     spec = PassSpec.answering(config, config.max_answer_tokens, _END_IDS, tpu_kernel(model)).final(config)
     batch = abstract_batch(model, 1, tokens, work.prefix, work.question, question_rows(1))
-    return _prompts("final", run_prompts, (batch, spec), model, work, spec, 1, tokens, 1, work.questions)
+    return _prompts("final", run_prompts, (batch, spec), spec, model, work, 1, work.questions)
 
 
 def tpu_kernel(model: Model) -> Kernel:
@@ -156,7 +155,9 @@ def tpu_kernel(model: Model) -> Kernel:
     return resolve(model.dtype, model.config.text.head_dim, model.mesh, platform="tpu")
 
 
-def _prompts(name, program, inputs, model, work, spec, contexts, tokens, questions, runs) -> Program:
+def _prompts(name, program, inputs, spec, model, work, questions, runs, next_chunk=0) -> Program:
+    """What runs the decoder: `program` of it and of `inputs`, the first of which is a batch."""
+    contexts, tokens = inputs[0].visual.shape[-3:-1]
     answered, context = spec.answer_tokens - 1, work.prefix + tokens  # the first token needs no further step
     pruned = costs.pruned(model.config, work.config, work.prefix, tokens) if spec.relevance else None
     in_loop = pruned.layer + 1 if pruned else model.config.text.layers - 1
@@ -169,7 +170,8 @@ def _prompts(name, program, inputs, model, work, spec, contexts, tokens, questio
         groups=contexts if spec.relevance else 0,
         flops=contexts * (costs.context_flops(model.config, context, pruned) + questions * question),
         absent="vision",
-        trips={"/answer/while": answered, "jit(run_waves)/while": 1},
+        next_chunk=next_chunk,
+        trips={"/answer/while": answered, "jit(run_waves)/while": 1},  # of the waves of a chunk one
         shares={"/probe/": 1 / in_loop},  # of the layers that may be probed one is
         visited={"/context/": 0.5},  # causal
     )
