@@ -71,13 +71,13 @@ def run(directory, frames: int, seed: int, on_progress: OnProgress | None = None
 
 
 def questions(scene: needle.Scene, seed: int) -> Iterator[Asked]:
-    """Questions about a pair scene: both needles at once, each alone, and one in words."""
+    """Questions about a pair scene, from easy to hard: each needle alone, both at once, and both in words."""
     pair = scene.question
-    yield Asked(pair.text, pair.options, pair.letter, scene.needles)
     for number, one in enumerate(scene.needles):
         key, value = (one.shape, one.colour) if pair.asked == "colour" else (one.colour, one.shape)
         single = choice_question(np.random.default_rng([seed, number]), pair.asked, [key], [value])
         yield Asked(single.text, single.options, single.letter, (one,))
+    yield Asked(pair.text, pair.options, pair.letter, scene.needles)
     words = scene.open_question
     yield Asked(words.text, None, words.answer, scene.needles)
 

@@ -200,7 +200,7 @@ def test_the_demo_answers_every_question_by_every_method(tmp_path, capsys):
     first = Result.from_json((tmp_path / "demo" / "result.json").read_text())
     assert first.method == "adapttoken" and first.stop.groups_total == 16 and first.selected.count == 8
     page = (tmp_path / "demo" / "report.html").read_text()
-    # The open question has the words of the first, which has options.
+    # The open question has the words of the one before it, which has options.
     asked = list(dict.fromkeys(row["question"] for row in everything["rows"]))
     shown = [re.sub("<[^>]*>", "", entry) for entry in re.findall(r'<li><a href="#question-\d+".*?</li>', page)]
     assert len(asked) == 4 and shown == [html.escape(text) for text in asked]
