@@ -106,9 +106,8 @@ frames; *two needles* asks about two sprites in different places, and one of the
 - All arms put the same number of visual tokens, {study["settings"]["budget"]}, before the model for the final \
 answer. A group has \
 {study["settings"]["slots_per_group"]} slots of four tokens.
-- {about["questions"]} questions per cell, {about["per_video"]} about each video: the needles stand at other places \
-and take the \
-values of another option, the rest of the video is the same. Intervals are 95 % Wilson intervals with the number of \
+- {about["questions"]} questions per cell, {about["per_video"]} about each video, between which only the needles \
+change: their places, and which option they make the right one. Intervals are 95 % Wilson intervals with the number of \
 questions \
 divided by the estimated design effect; differences between arms are paired. What follows a ± is half of a 95 % \
 interval that is robust to shared videos.
@@ -364,9 +363,9 @@ def _options_part(main) -> str:
     ]
     return f"""## Options beyond the paper
 
-Coverage floor and debias are in the table above, adaptive temperature in the one before. "Consensus" is the mean of \
-what the groups say, weighted as the budget is; "pooled evidence" multiplies what they say, as if each had evidence of \
-its own (`selection.pooled_evidence`).
+Coverage floor and debias are in the table above, adaptive temperature is in those of "Temperature and the number of \
+groups". "Consensus" is the mean of what the groups say, weighted as the budget is; "pooled evidence" \
+multiplies what they say, as if each had evidence of its own (`selection.pooled_evidence`).
 
 {table(("option", "value", "task", "frames", "accuracy, %", "visited, %"), lines)}
 

@@ -198,26 +198,22 @@ def _lite(rows):
     frames = max(each["frames"] for each in rows)
     figure, panels = _panels(rows)
     for (axis,), task in panels:
-        own = by_key(rows, task=task, frames=frames, order="sequential")
-        kinds = list(dict.fromkeys((each["rule"], each["stop_groups"]) for each in own))
-        for colour, (rule, count) in zip(COLOURS, kinds, strict=False):
-            line = by_key(own, rule=rule, stop_groups=count)
-            label = (
-                f"{count} certain group{'' if count == 1 else 's'}"
-                if rule == "groups"
-                else f"asking again every {count} groups"
-            )
+        own = by_key(rows, task=task, frames=frames)
+        colours = dict(zip(dict.fromkeys((e["rule"], e["stop_groups"]) for e in own), COLOURS, strict=False))
+        for rule, count, order in dict.fromkeys((e["rule"], e["stop_groups"], e["order"]) for e in own):
+            line = by_key(own, rule=rule, stop_groups=count, order=order)
+            words = f"{count} certain group{'' if count == 1 else 's'}" if rule == "groups" else f"asking every {count}"
             axis.plot(
                 [e["groups_visited_share"] for e in line],
                 [e["accuracy"] for e in line],
-                color=colour,
+                color=colours[rule, count],
                 marker="o",
-                linestyle="-" if rule == "groups" else "--",
-                label=label,
+                linestyle="-" if order == "sequential" else "--",
+                label=words if order == "sequential" else f"{words}, {order.replace('_', ' ')}",
             )
         full = own[0]["accuracy"] - own[0]["gain"]
         axis.axhline(full, color="#000000", linestyle=":", linewidth=1)
-        axis.annotate("all groups", (0.02, full), va="bottom", fontsize=7, xycoords=("axes fraction", "data"))
+        axis.annotate("all groups", (0.28, full), va="top", fontsize=7, xycoords=("axes fraction", "data"))
         axis.set(
             xlim=(0, 1.03),
             xlabel="share of groups visited",
@@ -232,12 +228,14 @@ def _risk(curves):
     figure, panels = _panels(curves)
     for (axis,), task in panels:
         own = [each for each in by_key(curves, task=task) if each["frames"] == 1024 or each["difficulty"] != "normal"]
-        for colour, each in zip(COLOURS, own or by_key(curves, task=task), strict=False):
+        for place, (colour, each) in enumerate(zip(COLOURS, own or by_key(curves, task=task), strict=False)):
             label = f"{ARM_NAMES[each['arm']]}, {each['difficulty']}"
-            axis.plot(each["coverage"], each["risk"], color=colour, label=label)
+            # The first on top of the others, dashed, so that those show where lines meet.
+            first = {"zorder": 3, "linestyle": "--"} if place == 0 else {}
+            axis.plot(each["coverage"], each["risk"], color=colour, label=label, **first)
         axis.set(
             xlim=(0, 1.02),
-            ylim=(-0.02, 0.8),
+            ylim=(-0.02, 1.02),
             xlabel="share of questions answered, most certain first",
             ylabel="share wrong among them",
             title=TITLES[task],
