@@ -47,7 +47,7 @@ def row(plan: dict) -> tuple[str, ...]:
     names = (plan["model"], plan["topology"], plan["mesh"])
     size = f"{peak:.1f} of {plan['hbm'] / 2**30:.1f}"
     if not plan["fits"]:
-        return *names, size, *("does not fit",) * 2, "", "", ""
+        return *names, size, "does not fit", "", "", "", ""
     group = next(program for program in plan["programs"] if program["name"] == "group")
     seconds = (f"{plan['seconds'][name]:.3g}" for name in ("group", "question", "roofline_question"))
     return *names, size, *seconds, f"{group['share_of_peak']:.0%}", group["limit"]
