@@ -203,6 +203,7 @@ def test_the_demo_answers_every_question_by_every_method(tmp_path, capsys):
     # The open question has the words of the one before it, which has options.
     asked = list(dict.fromkeys(row["question"] for row in everything["rows"]))
     shown = [re.sub("<[^>]*>", "", entry) for entry in re.findall(r'<li><a href="#question-\d+".*?</li>', page)]
+    assert page.count("where questions share a scan") == 4
     assert len(asked) == 4 and shown == [html.escape(text) for text in asked]
     right = {
         method: sum(r["right"] for r in everything["rows"] if r["method"] == method)

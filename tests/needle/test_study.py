@@ -326,6 +326,18 @@ def test_the_page_says_what_was_measured(little_study, tmp_path):
     assert len(set(widths)) == 1
 
 
+def test_the_figure_of_stop_rules_draws_each_row_of_their_table(little_study):
+    rows = little_study["main"]["lite"]
+    figure = plots._lite(rows)
+    drawn = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+    assert {"sequential", "bit_reversed"} <= {row["order"] for row in rows}
+    page = document.evidence_page(little_study, [])
+    assert len(drawn) > 2 and all(page.count(f"\n| {line.get_label()} |") == 1 for line in drawn)
+    points = sorted((row["groups_visited_share"], row["accuracy"]) for row in rows)
+    assert sorted(point for line in drawn for point in zip(*line.get_data(), strict=True)) == points
+    plots.plt.close(figure)
+
+
 def test_the_figures_hide_nothing_of_themselves():
     """Lengths under the axis stay apart, and no legend lies over a line."""
     rows = [{"arm": "adapttoken", "task": task, "frames": frames, "accuracy": 0.5, "accuracy_low": 0.4,

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adapttoken_jax.needle.study.plots import ARM_NAMES, TITLES
+from adapttoken_jax.needle.study.plots import ARM_NAMES, TITLES, by_stop_rule
 from adapttoken_jax.needle.study.sections import by_key, chosen_settings
 from adapttoken_jax.result import plain_json
 
@@ -108,9 +108,8 @@ answer. A group has \
 {study["settings"]["slots_per_group"]} slots of four tokens.
 - {about["questions"]} questions per cell, {about["per_video"]} about each video, between which only the needles \
 change: their places, and which option they make the right one. Intervals are 95 % Wilson intervals with the number of \
-questions \
-divided by the estimated design effect; differences between arms are paired. What follows a ± is half of a 95 % \
-interval that is robust to shared videos.
+questions divided by the estimated design effect; differences between arms are paired. What follows a ± is half of a \
+95 % interval that is robust to shared videos.
 - Every group is visited once by the library's own pass, and arms, ablations and stop rules are replayed from that \
 log with the \
 library's own selection functions. Before anything is measured the replay is held against `adapttoken_jax.answer`: \
@@ -257,15 +256,8 @@ groups and stops when that answer is certain. In brackets `stop_groups` and the 
     for task, frames in dict.fromkeys((each["task"], each["frames"]) for each in main["lite"]):
         own = by_key(main["lite"], task=task, frames=frames)
         thresholds = list(dict.fromkeys(each["stop_entropy"] for each in own))
-        lines = []
-        for rule, count, order in dict.fromkeys((e["rule"], e["stop_groups"], e["order"]) for e in own):
-            line = by_key(own, rule=rule, stop_groups=count, order=order)
-            name = "certain groups" if rule == "groups" else "asking again"
-            shown = [
-                f"{100 * e['groups_visited_share']:.0f} · {_within(e['accuracy'], e['half_width'], _percent)}"
-                for e in line
-            ]
-            lines.append((f"{name} ({count}, {order.replace('_', ' ')})", *shown))
+        shown = lambda e: f"{100 * e['groups_visited_share']:.0f} · {_within(e['accuracy'], e['half_width'], _percent)}"
+        lines = [(name, *map(shown, line)) for name, line in by_stop_rule(own).items()]
         full = _percent(own[0]["accuracy"] - own[0]["gain"])
         out += f"\n{TITLES[task].capitalize()}, {frames} frames; all groups: {full}\n\n"
         out += table(("rule", *(f"≤ {t:g} nats" for t in thresholds)), lines) + "\n"
@@ -364,8 +356,8 @@ def _options_part(main) -> str:
     return f"""## Options beyond the paper
 
 Coverage floor and debias are in the table above, adaptive temperature is in those of "Temperature and the number of \
-groups". "Consensus" is the mean of what the groups say, weighted as the budget is; "pooled evidence" \
-multiplies what they say, as if each had evidence of its own (`selection.pooled_evidence`).
+groups". "Consensus" is the mean of what the groups say, weighted as the budget is; "pooled evidence" multiplies what \
+they say, as if each had evidence of its own (`selection.pooled_evidence`).
 
 {table(("option", "value", "task", "frames", "accuracy, %", "visited, %"), lines)}
 

@@ -54,6 +54,15 @@ _LINES = {
 }
 
 
+def by_stop_rule(rows) -> dict[str, list]:
+    """Rows of `main["lite"]` by the name of their stop rule: what it asks for, `stop_groups` and the visiting order."""
+    found: dict[str, list] = {}
+    for each in rows:
+        kind = "certain groups" if each["rule"] == "groups" else "asking again"
+        found.setdefault(f"{kind} ({each['stop_groups']}, {each['order'].replace('_', ' ')})", []).append(each)
+    return found
+
+
 def draw_all(study: Mapping, directory) -> list[str]:
     """Draws every figure whose numbers are there; returns the names of the files."""
     directory = pathlib.Path(directory)
@@ -200,16 +209,15 @@ def _lite(rows):
     for (axis,), task in panels:
         own = by_key(rows, task=task, frames=frames)
         colours = dict(zip(dict.fromkeys((e["rule"], e["stop_groups"]) for e in own), COLOURS, strict=False))
-        for rule, count, order in dict.fromkeys((e["rule"], e["stop_groups"], e["order"]) for e in own):
-            line = by_key(own, rule=rule, stop_groups=count, order=order)
-            words = f"{count} certain group{'' if count == 1 else 's'}" if rule == "groups" else f"asking every {count}"
+        for name, line in by_stop_rule(own).items():
+            rule, count, order = (line[0][key] for key in ("rule", "stop_groups", "order"))
             axis.plot(
                 [e["groups_visited_share"] for e in line],
                 [e["accuracy"] for e in line],
                 color=colours[rule, count],
                 marker="o",
                 linestyle="-" if order == "sequential" else "--",
-                label=words if order == "sequential" else f"{words}, {order.replace('_', ' ')}",
+                label=name,
             )
         full = own[0]["accuracy"] - own[0]["gain"]
         axis.axhline(full, color="#000000", linestyle=":", linewidth=1)
@@ -227,12 +235,12 @@ def _lite(rows):
 def _risk(curves):
     figure, panels = _panels(curves)
     for (axis,), task in panels:
-        own = [each for each in by_key(curves, task=task) if each["frames"] == 1024 or each["difficulty"] != "normal"]
-        for place, (colour, each) in enumerate(zip(COLOURS, own or by_key(curves, task=task), strict=False)):
+        every = by_key(curves, task=task)
+        own = [each for each in every if each["frames"] == 1024 or each["difficulty"] != "normal"] or every
+        widths = np.linspace(3.2, 1.2, len(own))  # each thinner than those under it, which show where lines meet
+        for colour, width, each in zip(COLOURS, widths, own, strict=False):
             label = f"{ARM_NAMES[each['arm']]}, {each['difficulty']}"
-            # The first on top of the others, dashed, so that those show where lines meet.
-            first = {"zorder": 3, "linestyle": "--"} if place == 0 else {}
-            axis.plot(each["coverage"], each["risk"], color=colour, label=label, **first)
+            axis.plot(each["coverage"], each["risk"], color=colour, linewidth=width, label=label)
         axis.set(
             xlim=(0, 1.02),
             ylim=(-0.02, 1.02),
