@@ -26,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import functools  # noqa: E402
 import gc  # noqa: E402
+import signal  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -34,6 +35,9 @@ import adapttoken_jax as at  # noqa: E402
 
 _MAPPINGS = pathlib.Path("/proc/self/maps")
 _MANY = 15_000  # Linux allows a process 65 530
+
+# Whoever runs the tests in the background has Ctrl-C ignored, and the processes that they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 gc.set_threshold(20_000, 20, 20)  # tracing makes many objects, and few of them die in cycles
 

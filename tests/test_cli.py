@@ -352,13 +352,7 @@ def test_ctrl_c_ends_the_process_with_130_and_no_traceback():
         "sys.exit(cli.main(['try'], [t.Command('try', '', (t.Flag('debug', bool, '', 'General'),), run)]))"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    # Whoever runs the tests in the background has Ctrl-C ignored, and a child would inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen([sys.executable, "-c", code], **pipes)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    with process:
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=120)[1] == "adapttoken try: interrupted\n"
@@ -419,11 +413,7 @@ def test_an_import_is_finished_before_a_signal_is_heard(capsys, tmp_path, monkey
         importlib.import_module(f"imported_{sent}")
         time.sleep(20)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
-    try:
-        assert cli.main(["try"], command(run)) == status
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert cli.main(["try"], command(run)) == status
     out, err = capsys.readouterr()
     assert out == "whole\n" and err.count("\n") == 1
 

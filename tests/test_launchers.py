@@ -117,12 +117,7 @@ def at_work(process, directory):
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads Linux's record of a process")
 def test_a_signal_is_one_line(tmp_path, number, status, word, there):
     words = line("needle_benchmark", f"--output={tmp_path}", "--videos=1000")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
-    try:
-        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    with process:
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         while not there(process, tmp_path):
             assert process.poll() is None
             time.sleep(0.01)
