@@ -8,17 +8,21 @@ Design decisions:
 - Nobody waits for a process that is lost. JAX notices it, by silence or by a collective that fails, and where no Python
   runs it ends the process by abort(); both become one line and the status `LOST`.
 - A process that fails waits a moment for others that may be failing alike, then leaves, and the others lose it.
-- Joining waits in a thread: signals are heard in the main one, which must not be in JAX for that.
+- Joining waits in a thread: signals are heard in the main one, which must not be in JAX for that, and which looks up
+  now and again: one that comes just before it waits, or to another thread, is heard after the wait only.
 """
 
 import concurrent.futures
 import contextlib
 import ctypes
+import math
 import os
 import re
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 
 from adapttoken_jax.errors import UserError
 
@@ -26,6 +30,7 @@ LOST = 4  # exit status of a process that was left alone
 LOST_AFTER = 60  # seconds without a sign of life
 JOIN_WITHIN = 300  # seconds from the first process to the last
 
+_GLANCE = 0.1  # seconds between two looks at what is waited for
 _MOMENT = 5.0  # seconds in which processes that fail alike find each other
 _PATIENCE = 7 * 24 * 3600  # seconds that a process waits at its end for others that are still at work
 
@@ -74,8 +79,9 @@ def start(
         jax.distributed.initialize, **known, initialization_timeout=join_within + LOST_AFTER,
         heartbeat_timeout_seconds=lost_after, shutdown_timeout_seconds=_PATIENCE,
     )  # fmt: skip
+    _wait(coming.done, join_within)
     try:
-        coming.result(join_within)
+        coming.result(0)
     except TimeoutError:
         flag = "--distributed" if process is None else f"--process={process}"
         raise UserError(f"{flag}: not all processes came within {join_within} s (--join_within); start all of them, "
@@ -163,10 +169,17 @@ def leave(status: int) -> int:
     farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     farewell.start()
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the wait
-        farewell.join(None if status == 0 else _MOMENT)
+        _wait(lambda: not farewell.is_alive(), math.inf if status == 0 else _MOMENT)
     if farewell.is_alive():
         _go(status)
     return status
+
+
+def _wait(done: Callable[[], bool], seconds: float) -> None:
+    """Waits until something is done, at most so long; signals are heard meanwhile."""
+    until = time.monotonic() + seconds
+    while not done() and time.monotonic() < until:
+        time.sleep(_GLANCE)
 
 
 def _go(status: int) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -18,6 +19,7 @@ from jax.sharding import NamedSharding
 from adapttoken_jax import cli, hosts, parameters, sharding
 from adapttoken_jax.config import read_model_config
 from adapttoken_jax.result import TRACE_ARRAYS
+from adapttoken_jax.signals import Terminated, Unwinding
 from adapttoken_jax.video import normalised, plan_clip, probe, read_patches
 from tests import hosts_run, media, tiny
 from tests.evaluation import bench
@@ -214,6 +216,16 @@ def test_a_process_that_waits_for_others_hears_signals(files, tmp_path, number, 
     sent = time.monotonic()
     assert finish([waiting], tmp_path) == [Ended(status, "", f"adapttoken answer: {word}\n")]
     assert time.monotonic() - sent < 30
+
+
+def test_a_signal_that_comes_to_another_thread_ends_the_wait():
+    """As one does that comes just before the wait: nothing wakes a main thread that waits for a lock."""
+    sent = threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+    begin = time.monotonic()
+    with pytest.raises(Terminated), Unwinding():
+        sent.start()
+        hosts._wait(lambda: False, _SECONDS)
+    assert time.monotonic() - begin < _SECONDS / 10
 
 
 def test_a_mesh_that_does_not_fit_is_one_line_in_every_process(files, tmp_path):
