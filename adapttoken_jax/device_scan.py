@@ -5,8 +5,8 @@ Design decisions:
   size. No shape depends on the video's length: after the first chunk nothing compiles again, and the device holds no
   more than two chunks of features.
 - Groups of few tokens run several side by side on each device, where products of one alone would not fill it, and so
-  do groups that weights are gathered for; not in a scan that may stop early, which would compute groups that it does
-  not visit.
+  do groups that weights are gathered for; in a scan that may stop early only such as nothing can stop between, or it
+  would compute groups that it does not visit.
 - The host puts the next chunk together while the device runs the current one. A scan that may stop early and whose
   slots are decoded on demand gets one wave per chunk, and none ahead: decoding what is not visited costs more.
 - Stopping is decided on the device (`selection.compiled_stopping`). The host then applies the rule itself to what was
@@ -112,7 +112,8 @@ def visit_groups(
     rule = device_rule(stop.rule if stop else None, filled_up(stop.blind) if stop else [None] * len(rows))
     hurried = stop is not None or time_is_up is not None
     on_demand = hurried and video.source is not None
-    width = model.wave if hurried else side_by_side(model, config.slots_per_group * video.per_slot)
+    stride = 1 if time_is_up else stop.rule.stride if stop else 0
+    width = side_by_side(model, config.slots_per_group * video.per_slot, stride)
     state, chunks = None, _chunks(model, video, log.groups, rows, config, width, 1 if on_demand else None)
     chunk = next(chunks, None)
     while chunk is not None:
@@ -236,15 +237,17 @@ def _chunks(
         yield _chunk(model, video, groups, order[start : start + step], (waves, width), prompts, config)
 
 
-def side_by_side(model: Model, size: int) -> int:
+def side_by_side(model: Model, size: int, stride: int = 0) -> int:
     """Groups of `size` visual tokens in a wave: as many on each place of the mesh's first axis as are worth it.
 
-    Where a group is cut into pieces, a place has no other.
+    Where a group is cut into pieces, a place has no other. Of a scan that may stop after every `stride` groups (0: it
+    visits all) a wave ends there too.
     """
     if model.kernel.pieces(model.wave, size).count > 1:
         return model.wave
     least = _PER_GATHER if sharding.gathers(model.mesh) else 1
-    return model.wave * max(least, _ROWS // size)
+    between = stride // model.wave if stride % model.wave == 0 else 1
+    return model.wave * max(n for n in range(1, max(least, _ROWS // size) + 1) if between % n == 0)
 
 
 def waves_per_chunk(model: Model, size: int) -> int:

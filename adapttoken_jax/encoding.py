@@ -14,6 +14,7 @@ Design decisions:
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -117,7 +118,7 @@ class SlotEncoder:
       order: in which slots are read; every slot once.
       keep_patches: whether to keep what the vision tower was fed with.
       on_progress: called with ("encode", slots that are there, all slots).
-      chunks: what has been read already: pairs of slots, `chunk_slots` of them, and their patches; None to read.
+      chunks: what somebody else reads, and comes first: pairs of slots, `chunk_slots` of them, and their patches.
       entry: features known from before, which are not computed again; what is new is added when the block ends well.
       scanned: whether the video has groups, as for `chunk_slots`.
 
@@ -148,7 +149,7 @@ class SlotEncoder:
         self._size = chunk_slots(model, clip, scanned)
         self._two_at_once = 2 * self._size <= most_gathered(model, clip)
         self.features = np.empty((slots, height * width // vision.merge**2, vision.out_width), model.dtype)
-        # What is kept or was read already is whole on every process.
+        # What is kept or read by somebody else is whole on every process.
         whole = keep_patches or chunks is not None
         mesh = None if whole else model.mesh
         self._own = sharding.own_rows(mesh, self._size, sharding.slot_sharding)
@@ -159,7 +160,7 @@ class SlotEncoder:
         self.patches: list[np.ndarray] = []
         self.seconds = {"decode": 0.0, "vision": 0.0, "waiting": 0.0}
         self._reading = self._read(order)
-        self._chunks = self._reading if chunks is None else _timed(chunks, self.seconds, "decode")
+        self._chunks = itertools.chain(_timed(chunks or (), self.seconds, "decode"), self._reading)
         self.encoded = 0
 
     def __enter__(self):
@@ -190,7 +191,7 @@ class SlotEncoder:
         The patches are those of the slots that this process's devices encode.
         """
         for part in order:
-            slots, busy = part.slots[~self._there[part.slots]], self.seconds["decode"]
+            slots, busy = part.slots[~self._started[part.slots]], self.seconds["decode"]
             chunks = [slots[start : start + self._size] for start in range(0, len(slots), self._size)]
             own = [chunk[self._own[self._rows(len(chunk))]] for chunk in chunks]
             with SlotPatches(self._clip, np.concatenate([slots[:0], *own]), part.ahead) as reader:
@@ -241,9 +242,13 @@ def stream_video(
     on_progress: OnProgress | None = None,
     entry: Entry | None = None,
     scanned: bool = False,
+    chunks: Iterable | None = None,
 ) -> Iterator[VisualTokens]:
-    """Visual tokens that are decoded and encoded when they are asked for; leaving the block ends that."""
-    with SlotEncoder(model, clip, order, on_progress=on_progress, entry=entry, scanned=scanned) as source:
+    """Visual tokens that are encoded when they are asked for, decoded then or before; leaving the block ends that.
+
+    The arguments are those of `SlotEncoder`.
+    """
+    with SlotEncoder(model, clip, order, False, on_progress, chunks, entry, scanned) as source:
         yield VisualTokens(source.features, clip, None, source.seconds, source)
 
 

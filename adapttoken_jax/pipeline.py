@@ -21,6 +21,7 @@ from adapttoken_jax.config import METHODS, AdaptTokenConfig, ModelConfig, read_m
 from adapttoken_jax.encoding import OnProgress, VisualTokens, encode_video, stream_video
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.feature_cache import FeatureCache
+from adapttoken_jax.geometry import round_up
 from adapttoken_jax.loading import Model
 from adapttoken_jax.prompt import Ask, Prompt, build_prompt, check_question
 from adapttoken_jax.record import make_result, make_trace
@@ -191,8 +192,9 @@ def slot_order(
     least = [config.stop_groups] if method == "lite" else []
     least += [config.give_up_groups + 1] if method == "lite" and config.give_up_groups else []
     least += [1] if deadline is not None else []
-    wave = config.slots_per_group * model.wave
-    return reading_order(plan.clip, visits, min(least, default=None), wave)
+    at_least = round_up(min(least), model.wave) if least else None
+    stride = StopRule.of(config).stride if method == "lite" and deadline is None else 1
+    return reading_order(plan.clip, visits, at_least, config.slots_per_group * round_up(stride, model.wave))
 
 
 def _open_tokens(model, plan, order, trace, cache, on_progress) -> contextlib.AbstractContextManager[VisualTokens]:
@@ -254,16 +256,16 @@ def _stopping(runs: list[Run]) -> Stopping:
 
 
 def _stop_reason(run: Run, visits: list[Visit]) -> str:
-    """Step 7 after these visits. An answer asked for on the way is kept in `run.asked`."""
+    """Step 7 after these visits, which begin with those of the call before; `run` keeps what was asked on the way."""
+    run.answers.extend(agreed_answer(run.model, run.prompt, v.reply) for v in visits[len(run.answers) :])
 
     def ask_again() -> float:
         run.asked[len(visits)] = conclude(run.after(visits))
         return run.asked[len(visits)].reply.entropy
 
     return StopRule.of(run.config).reason(
-        [v.reply.entropy for v in visits], [agreed_answer(run.model, run.prompt, v.reply) for v in visits],
-        blind=run.blind.entropy if run.blind else None, rerun=ask_again,
-    )  # fmt: skip
+        [v.reply.entropy for v in visits], run.answers, run.blind.entropy if run.blind else None, ask_again
+    )
 
 
 def conclude(run: Run) -> Outcome:

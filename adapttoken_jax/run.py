@@ -61,6 +61,7 @@ class Run:
       blind: the answer to the question alone, if the stop rule asked for it.
       loop: `device` or `host`, as in `pipeline.LOOPS`.
       asked: {groups visited: outcome} of the times that the stop rule asked again over the tokens selected so far.
+      answers: what the groups that the stop rule has seen answered, as `scan.agreed_answer` says it.
     """
 
     model: Model
@@ -74,6 +75,7 @@ class Run:
     blind: Reply | None = None
     loop: str = "device"
     asked: dict[int, Outcome] = dataclasses.field(default_factory=dict)
+    answers: list[str | None] = dataclasses.field(default_factory=list)
 
     def after(self, visits: list[Visit]) -> "Run":
         """This run as if the scan had ended with these visits."""

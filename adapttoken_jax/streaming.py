@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from adapttoken_jax.geometry import round_up
 from adapttoken_jax.video import Clip, decoding_cost
 
 # If every group will be visited, group by group may cost this much more: the passes over groups then start earlier.
@@ -19,13 +20,21 @@ _SLACK = 1.1
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Slots, int64 [n], that are read one after the other; `ahead` bounds how many are decoded before they are wanted.
+    """Slots that are read one after the other.
 
-    None: as many as memory allows.
+    Attributes:
+      slots: int64 [n].
+      ahead: how many are decoded before they are wanted, at most; None: as many as memory allows.
+      certain: how many of them, from the first on, will be wanted for certain; None: all.
     """
 
     slots: np.ndarray
     ahead: int | None = None
+    certain: int | None = None
+
+    def certain_slots(self, step: int) -> np.ndarray:
+        """Those of the slots that will be wanted for certain, in whole steps of so many, as they are encoded."""
+        return self.slots[: None if self.certain is None else round_up(self.certain, step)]
 
 
 def one_pass(clip: Clip) -> list[Part]:
@@ -56,7 +65,7 @@ def reading_order(clip: Clip, visits: Sequence[np.ndarray], at_least: int | None
     alone = int(np.searchsorted(np.cumsum(each), whole, side="right"))
     if alone < min(at_least, len(visits)):
         return one_pass(clip)
-    parts = [Part(np.concatenate(visits[:alone]), ahead)]
+    parts = [Part(np.concatenate(visits[:alone]), ahead, sum(map(len, visits[:at_least])))]
     return parts + ([Part(np.sort(np.concatenate(visits[alone:])))] if alone < len(visits) else [])
 
 

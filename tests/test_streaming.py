@@ -73,6 +73,11 @@ def test_lite_reads_groups_alone_until_that_costs_one_pass():
     assert np.mean(cost) == pytest.approx(8 * (16 + 25 + 5), rel=0.1)
     assert sum(cost) <= 64000 < sum(cost) + decoding_frames(clip, visits[len(cost)])
     assert alone.ahead == 8 and rest.ahead is None
+    assert alone.certain == 24 and rest.certain is None
+    # Three groups, and what is encoded in one call with the last of them; of what is certain altogether, all.
+    assert [len(alone.certain_slots(step)) for step in (8, 10, 32)] == [24, 30, 32]
+    np.testing.assert_array_equal(alone.certain_slots(32), alone.slots[:32])
+    np.testing.assert_array_equal(rest.certain_slots(32), rest.slots)
     assert (np.diff(rest.slots) > 0).all()
     np.testing.assert_array_equal(np.sort(slots_of([alone, rest])), np.arange(clip.grid[0]))
     np.testing.assert_array_equal(read, visits[: len(read)])
@@ -96,7 +101,10 @@ def test_what_may_stop_a_scan_first_decides_how_it_is_read():
     assert_one_pass(read("lite", **late), clip)
     assert_one_pass(read("lite", give_up_groups=affordable, **late), clip)
     alone = read("lite", stop_groups=1)
-    assert alone[0].ahead == 8
+    assert (alone[0].ahead, alone[0].certain) == (8, 8)
+    model.wave = 2  # groups that a mesh runs at once: of three groups that it begins with it visits a fourth
+    assert (read("lite", stop_groups=3)[0].ahead, read("lite", stop_groups=3)[0].certain) == (16, 32)
+    model.wave = 1
     sooner = [read("lite", give_up_groups=1, **late), read("lite", 5.0, **late), read("adapttoken", 5.0, **late)]
     for parts in sooner:
         np.testing.assert_array_equal(parts[0].slots, alone[0].slots)
@@ -164,6 +172,26 @@ def test_the_order_does_not_change_a_bit(model, clip, everything, order):
             tokens.read_slots(slots, copied)
             np.testing.assert_array_equal(copied, expected)
     np.testing.assert_array_equal(tokens.features, everything)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 9, 17])
+@pytest.mark.parametrize("order", [one_pass, by_group, partly_by_group])
+def test_what_was_read_before_is_not_read_again(model, clip, everything, monkeypatch, order, count):
+    """The last chunk is still on the device when reading goes on."""
+    part, read = order(clip)[0], []
+    before = list(read_patches(clip, part.slots[: 4 * count], 4))
+
+    class Watched(SlotPatches):
+        def __init__(self, clip, slots, *args):
+            super().__init__(clip, slots, *args)
+            read.extend(slots)
+
+    monkeypatch.setattr("adapttoken_jax.encoding.SlotPatches", Watched)
+    with stream_video(model, clip, order(clip), chunks=iter(before)) as tokens:
+        for group in group_slots(clip.grid[0], 8):
+            tokens.ensure(group)
+    np.testing.assert_array_equal(tokens.features, everything)
+    assert sorted([*part.slots[: 4 * count], *read]) == list(range(66))
 
 
 def test_no_more_is_encoded_than_calls_that_hold_what_was_asked_for(model, clip):

@@ -6,7 +6,8 @@ opened, indexed and planned ahead as well, which takes seconds where a video is 
 until its turn comes.
 
 Only decoding runs ahead. The accelerator is driven from the main thread alone, so that on a mesh every program starts
-in the same order on every device. Lite reads a video itself: which of its groups it will want nobody knows ahead.
+in the same order on every device. Of a video that Lite scans the groups that it visits in any case are decoded ahead;
+which others it will want nobody knows.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from adapttoken_jax.config import AdaptTokenConfig
 from adapttoken_jax.encoding import chunk_slots
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.loading import Model
-from adapttoken_jax.pipeline import plan_run
+from adapttoken_jax.pipeline import plan_run, slot_order
 from adapttoken_jax.run import Plan
 from adapttoken_jax.video import read_patches
 from adapttoken_jax.video.ahead import raise_and_forget
@@ -31,11 +32,6 @@ _VIDEOS_AHEAD = 16  # indexed and planned before their turn: what decodes nothin
 def memory_for_chunks() -> int:
     """Bytes of decoded patches that may wait: 8 GiB, or a quarter of the machine's memory if that is less."""
     return min(8 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
-
-
-def reads_ahead(plan: Plan, method: str) -> bool:
-    """Whether a video is decoded before its turn comes."""
-    return method != "lite" or not plan.scanned
 
 
 class DecodedVideo:
@@ -54,7 +50,7 @@ class DecodedVideo:
         return self._next()
 
     def chunks(self) -> Iterator:
-        """What `encode_video` takes in place of decoding."""
+        """What `stream_video` takes: the slots that are wanted for certain."""
         while (chunk := self._next()) is not _END:
             yield chunk
 
@@ -145,14 +141,15 @@ class DecodeAhead:
         if video is None:
             raise UserError("no video file in the data directory")
         plan = plan_run(self._model.config, video, self._config, self._method)
-        wanted = self._put(plan)
+        if not self._put(plan):
+            return False
         size = chunk_slots(self._model, plan.clip, scanned=plan.scanned)
+        first = slot_order(self._model, plan, self._config, self._method)[0]
         useless = lambda: self._closed or number < self._given_up
-        if wanted and reads_ahead(plan, self._method):
-            for chunk in read_patches(plan.clip, chunk_slots=size, cancelled=useless):
-                if not self._put(chunk):
-                    return False
-        return wanted and self._put(_END)
+        for chunk in read_patches(plan.clip, first.certain_slots(size), size, cancelled=useless):
+            if not self._put(chunk):
+                return False
+        return self._put(_END)
 
 
 def _size(made) -> int:

@@ -88,10 +88,11 @@ def replayed(model: Model, config: AdaptTokenConfig, method: str, replay: Replay
     """
 
     def answer(plan, tokens, prompts, items, begin):
-        seconds = {stage: tokens.seconds[stage] for stage in ("decode", "vision")} | {"groups": 0.0}
-        runs = [Run(model, plan, tokens, config, method, prompt, seconds=dict(seconds)) for prompt in prompts]
         chosen = [_chosen(replay.selections, item.id, tokens) for item in items]
         chosen = [each.best(config.budget) if config.budget < replay.budget else each.tokens for each in chosen]
+        tokens.ensure(np.unique(np.concatenate(chosen)[:, 0]))
+        seconds = {stage: tokens.seconds[stage] for stage in ("decode", "vision")} | {"groups": 0.0}
+        runs = [Run(model, plan, tokens, config, method, prompt, seconds=dict(seconds)) for prompt in prompts]
         return [_result(run, each, begin) for run, each in zip(runs, chosen, strict=True)]
 
     return answer

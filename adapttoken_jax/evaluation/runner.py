@@ -4,7 +4,6 @@ The unit of work is the video. Its questions are answered together and written t
 depend on where a run was interrupted: a video whose lines are not all there is answered again, whole.
 """
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +13,9 @@ import jax
 
 from adapttoken_jax import memory
 from adapttoken_jax.config import AdaptTokenConfig
-from adapttoken_jax.encoding import VisualTokens, encode_video, stream_video
+from adapttoken_jax.encoding import VisualTokens, stream_video
 from adapttoken_jax.errors import UserError
-from adapttoken_jax.evaluation.ahead import DecodeAhead, DecodedVideo, reads_ahead
+from adapttoken_jax.evaluation.ahead import DecodeAhead, DecodedVideo
 from adapttoken_jax.evaluation.samples import answered_sample, broken_sample, costs
 from adapttoken_jax.evaluation.saved_selection import saved_selection
 from adapttoken_jax.loading import Model
@@ -151,7 +150,8 @@ def _answer_video(
     items = [item for _, item in video.questions]
     plan = decoded.plan()
     prompts = [build_prompt(model.tokenizer, wording(item, plan.clip)) for item in items]
-    with _open_tokens(model, plan, decoded, config, method) as tokens:
+    order = slot_order(model, plan, config, method)
+    with stream_video(model, plan.clip, order, scanned=plan.scanned, chunks=decoded.chunks()) as tokens:
         results = answerer(plan, tokens, prompts, items, begin)
     merge = model.config.vision.merge
     return Records(
@@ -160,9 +160,3 @@ def _answer_video(
         [saved_selection(result, merge).to_record(item.id) for item, result in zip(items, results, strict=True)],
         costs(items, results, time.perf_counter() - begin),
     )  # fmt: skip
-
-
-def _open_tokens(model, plan, decoded, config, method) -> contextlib.AbstractContextManager[VisualTokens]:
-    if reads_ahead(plan, method):
-        return contextlib.nullcontext(encode_video(model, plan.clip, chunks=decoded.chunks(), scanned=plan.scanned))
-    return stream_video(model, plan.clip, slot_order(model, plan, config, method), scanned=plan.scanned)

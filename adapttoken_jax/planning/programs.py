@@ -21,6 +21,7 @@ from adapttoken_jax.model import Qwen25VL
 from adapttoken_jax.model.kernels import Kernel, resolve, resolve_vision
 from adapttoken_jax.passes import PassSpec, PromptBatch, encode_slots, run_prompts
 from adapttoken_jax.scan import OPTION_STEP, context_size, question_rows, suffix_size
+from adapttoken_jax.selection import StopRule
 from adapttoken_jax.selection.compiled_stopping import device_rule, start_state
 
 _END_IDS = (151645, 151643)  # any two tokens will do
@@ -123,7 +124,7 @@ def vision(model: Model, work: Work) -> Program:
 def group_pass(model: Model, work: Work) -> Program:
     """`device_scan.run_waves` on one chunk of groups; as a run of it counts one wave."""
     tokens = work.config.slots_per_group * work.grid[1] * work.grid[2] // model.config.vision.merge**2
-    wave = model.wave if work.may_stop else side_by_side(model, tokens)
+    wave = side_by_side(model, tokens, StopRule.of(work.config).stride if work.may_stop else 0)
     waves = 1 if work.may_stop else waves_per_chunk(model, wave * tokens)
     spec = PassSpec.answering(work.config, 1, _END_IDS, tpu_kernel(model)).of_groups(work.config)
     batch = abstract_batch(model, wave, tokens, work.prefix, work.question, question_rows(work.questions), waves)

@@ -61,6 +61,11 @@ class StopRule:
             agreement=config.stop_agreement, gain=config.stop_gain, give_up=config.give_up_groups,
         )  # fmt: skip
 
+    @property
+    def stride(self) -> int:
+        """After how many groups it may stop first, and after how many more each time."""
+        return self.groups if self.rule == "rerun" and not self.give_up else 1
+
     def reason(
         self,
         entropies: Sequence[float],

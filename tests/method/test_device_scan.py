@@ -1,5 +1,7 @@
 """The compiled loop over groups against the loop on the host: same visits, same numbers, nothing compiled twice."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 import adapttoken_jax as at
 from adapttoken_jax import device_scan, scan
 from adapttoken_jax.encoding import encode_video
+from adapttoken_jax.model.kernels import XLA
 from adapttoken_jax.passes import run_prompts
 from adapttoken_jax.pipeline import LOOPS, plan_run
 from adapttoken_jax.prompt import build_prompt
@@ -95,6 +98,31 @@ def test_many_chunks_one_after_the_other_are_the_host_loop(model, monkeypatch, m
     visited = max(result.stop.groups_visited for result in device)
     assert {len(each.real) for each in made} == {1 if method == "lite" else 2}
     assert len(made) == (visited if method == "lite" else 7) and (visited < 14) == (method == "lite")
+
+
+@pytest.mark.parametrize(
+    ("rows", "wave", "stride", "width"),
+    [
+        (256, 1, 0, 8), (24, 1, 0, 1), (256, 3, 0, 24),  # 32 tokens of 256: eight a device
+        (256, 1, 1, 1), (256, 1, 4, 4), (64, 1, 4, 2), (256, 1, 6, 6), (160, 1, 6, 3), (256, 1, 16, 8),
+        (256, 2, 4, 4), (256, 2, 1, 2), (256, 2, 3, 2), (256, 4, 4, 4), (24, 2, 8, 2),
+    ],
+)  # fmt: skip
+def test_no_more_go_side_by_side_than_end_where_the_scan_may(monkeypatch, rows, wave, stride, width):
+    monkeypatch.setattr(device_scan, "_ROWS", rows)
+    assert device_scan.side_by_side(types.SimpleNamespace(wave=wave, mesh=None, kernel=XLA), 32, stride) == width
+
+
+@pytest.mark.parametrize(("entropy", "visited"), [(9.0, [4]), (0.0, [4, 4, 4, 2])])
+def test_groups_that_nothing_can_stop_between_go_side_by_side(model, monkeypatch, entropy, visited):
+    monkeypatch.setattr(device_scan, "_ROWS", 1000)
+    made, chunk = [], device_scan._chunk
+    monkeypatch.setattr(device_scan, "_chunk", lambda *args: made.append(chunk(*args)) or made[-1])
+    config = settings(model, stop_rule="rerun", stop_groups=4, stop_entropy=entropy)
+    device, host = (at.answer(model, random_video(106), QUESTION, OPTIONS, config, "lite", loop=loop) for loop in LOOPS)
+    assert (device.answer, device.stop, device.selected) == (host.answer, host.stop, host.selected)
+    assert [len(each.groups) for each in made] == visited and {each.real.shape for each in made} == {(1, 4)}
+    assert device.stop.groups_visited == sum(visited)
 
 
 @pytest.mark.parametrize("loop", ["device", "host"])

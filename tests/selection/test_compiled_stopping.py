@@ -84,6 +84,8 @@ def test_what_only_the_host_can_tell_is_asked_at_the_right_visits():
         start_state(QUESTIONS, OPTIONS), entropies, options, real,
     )  # fmt: skip
     assert (np.asarray(rerun.stop) == Stop.ASK_HOST).all(1).tolist() == [False] * 3 + [True] * 6
+    assert StopRule("rerun", 4, 0.1, True).stride == 4
+    assert StopRule("rerun", 4, 0.1, True, give_up=3).stride == StopRule("groups", 4, 0.1, True).stride == 1
     assert (np.asarray(rerun.visited[-1]) == GROUPS).all()  # the host may let it go on: what came meanwhile counts
     opened = run(
         device_rule(StopRule("groups", 2, 0.25, True), [None] * QUESTIONS),
