@@ -219,11 +219,9 @@ def _count_wave(rule, state, out, option_ids, real, bottom_fraction) -> StopStat
 
 
 def _chosen_option(out, option_ids) -> jax.Array:
-    """The option that each answer names, int32[w, Q]: the letter it begins with, else the likeliest; -1 if open."""
-    is_letter = (out["tokens"][..., :1] == option_ids) & (option_ids >= 0)
+    """The likeliest letter of each answer, int32[w, Q]: a greedy one that begins with a letter has it; -1 if open."""
     likeliest = jnp.where(option_ids >= 0, out["option_logits"], -jnp.inf).argmax(-1)
-    option = jnp.where(is_letter.any(-1), is_letter.argmax(-1), likeliest)
-    return jnp.where((option_ids >= 0).any(-1), option, -1)
+    return jnp.where((option_ids >= 0).any(-1), likeliest, -1)
 
 
 def _chunks(

@@ -78,13 +78,19 @@ def test_each_question_stops_on_its_own_within_one_loop(model):
     assert len(set(visited)) > 1
 
 
+@pytest.fixture
+def made(monkeypatch):
+    """Every chunk that is put together."""
+    chunks, chunk = [], device_scan._chunk
+    monkeypatch.setattr(device_scan, "_chunk", lambda *args: chunks.append(chunk(*args)) or chunks[-1])
+    return chunks
+
+
 @pytest.mark.parametrize("method", ["adapttoken", "lite"])
-def test_many_chunks_one_after_the_other_are_the_host_loop(model, monkeypatch, method):
+def test_many_chunks_one_after_the_other_are_the_host_loop(model, monkeypatch, made, method):
     """As users get it: slots are encoded as the scan asks for them, and Lite has a chunk for every wave."""
     monkeypatch.setattr(device_scan, "_MOST_WAVES", 2)
     monkeypatch.setattr(device_scan, "_ROWS", 24)  # a group's tokens: none goes side by side
-    made, chunk = [], device_scan._chunk
-    monkeypatch.setattr(device_scan, "_chunk", lambda *args: made.append(chunk(*args)) or made[-1])
     config = settings(model, stop_groups=4, stop_entropy=4.0, stop_agreement=False)
     device, host = (
         at.answer(model, random_video(106), QUESTIONS, CHOICES, config, method, loop=loop) for loop in LOOPS
@@ -114,15 +120,18 @@ def test_no_more_go_side_by_side_than_end_where_the_scan_may(monkeypatch, rows, 
 
 
 @pytest.mark.parametrize(("entropy", "visited"), [(9.0, [4]), (0.0, [4, 4, 4, 2])])
-def test_groups_that_nothing_can_stop_between_go_side_by_side(model, monkeypatch, entropy, visited):
+def test_groups_that_nothing_can_stop_between_go_side_by_side(model, monkeypatch, made, entropy, visited):
     monkeypatch.setattr(device_scan, "_ROWS", 1000)
-    made, chunk = [], device_scan._chunk
-    monkeypatch.setattr(device_scan, "_chunk", lambda *args: made.append(chunk(*args)) or made[-1])
     config = settings(model, stop_rule="rerun", stop_groups=4, stop_entropy=entropy)
     device, host = (at.answer(model, random_video(106), QUESTION, OPTIONS, config, "lite", loop=loop) for loop in LOOPS)
     assert (device.answer, device.stop, device.selected) == (host.answer, host.stop, host.selected)
     assert [len(each.groups) for each in made] == visited and {each.real.shape for each in made} == {(1, 4)}
     assert device.stop.groups_visited == sum(visited)
+
+
+def test_with_a_deadline_no_group_is_put_together_before_its_wave(model, made):
+    result = at.answer(model, random_video(106), QUESTION, OPTIONS, settings(model), deadline=0.0)
+    assert result.stop.groups_visited == 1 and [each.real.shape for each in made] == [(1, 1)]
 
 
 @pytest.mark.parametrize("loop", ["device", "host"])
