@@ -195,6 +195,9 @@ def test_a_reply_is_read_from_the_answers_own_tokens():
     certain = scan.reply(out | {"entropy": np.zeros((1, 1, 3))}, 0, 0, at.AdaptTokenConfig())
     assert str(certain.entropy) == "0.0"  # and not -0.0
     assert (reply.entropy, reply.certainty) == pytest.approx((0.3, 0.7))
+    for name in ("entropy", "certainty"):  # that of the options alone has none to divide among, say
+        with pytest.raises(at.UserError, match=r"^--dtype: the model's logits are not finite"):
+            scan.reply(out | {name: np.full((1, 1, 3), np.nan)}, 0, 0, at.AdaptTokenConfig())
 
 
 def test_replies_agree_by_their_option_or_by_their_text_without_capitals(model):
@@ -207,6 +210,15 @@ def test_replies_agree_by_their_option_or_by_their_text_without_capitals(model):
 
     assert agreed(opened, "The Video ") == agreed(opened, "the video") == "the video" and agreed(opened, " ") is None
     assert [agreed(closed, text) for text in ("C", "the old dog", "hm")] == ["C", "B", "B"]
+
+
+def test_slots_are_renumbered_where_others_went(model):
+    times = lambda method, positions: at.answer(
+        model, VIDEO, QUESTION, OPTIONS, settings(model, final_positions=positions), method, trace=True
+    ).trace["final_position_ids"][0]
+    for whole in ("full", "uniform"):
+        np.testing.assert_array_equal(times(whole, "compact"), times(whole, "original"))
+    assert (times("adapttoken", "compact") != times("adapttoken", "original")).any()
 
 
 # Deadlines and abstaining
