@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 import weakref
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import adapttoken_jax as at
 from adapttoken_jax import costs, encoding, pipeline
 from adapttoken_jax.config import SIZES, AdaptTokenConfig
 from adapttoken_jax.encoding import encode_video, stream_video
@@ -280,6 +282,16 @@ def test_seconds_are_counted_where_they_are_spent(model, clip):
         tokens.ensure(range(66))
     assert spent["waiting"] >= spent["vision"] > 0 and spent["decode"] > 0
     assert (tokens.seconds["vision"], tokens.seconds["decode"]) == (spent["vision"], spent["decode"])
+
+
+def test_the_scans_seconds_are_without_those_of_the_slots_it_waits_for(model, monkeypatch):
+    start = encoding.SlotEncoder._start
+    monkeypatch.setattr(encoding.SlotEncoder, "_start", lambda *args: time.sleep(0.1) or start(*args))
+    frames = Frames(np.random.default_rng(0).integers(0, 256, (64, 56, 56, 3), np.uint8), 4.0)
+    config = AdaptTokenConfig.for_model(model.config, slots_per_group=4, budget=16, max_pixels=56 * 56)
+    seconds = at.answer(model, frames, "What is it?", config=config).cost.seconds
+    assert seconds.vision > 0.1 * 32 / 4
+    assert seconds.groups + seconds.vision + seconds.final <= seconds.total  # one thread spends them all
 
 
 def test_damage_ends_the_stream_with_one_line_and_without_threads(model, tmp_path):

@@ -251,6 +251,17 @@ def test_no_video_of_the_same_frame_size_compiles_again(tmp_path, lowered, mesh)
     assert len(lowered) == first > 0
 
 
+def test_scans_that_end_sooner_or_later_share_the_final_pass(tmp_path, lowered):
+    """Two groups of 24 tokens and four need rooms of 64 and 128; the budget's is the latter."""
+    model, counts = at.load(tiny.write_checkpoint(tmp_path, tiny.SHAPES["tied"])), []
+    for groups in (4, 2):
+        config = settings(model, budget=100, stop_groups=groups, stop_entropy=9.0, stop_agreement=False)
+        result = at.answer(model, random_video(140), QUESTION, OPTIONS, config, "lite")
+        assert len(result.selected.slots) == groups * 24
+        counts.append(len(lowered))
+    assert counts[0] == counts[1] > 0
+
+
 def test_long_questions_share_programs(tmp_path, lowered):
     """As subtitles make them: no two are equally long, and each length of its own would compile two programs."""
     model = at.load(tiny.write_checkpoint(tmp_path, tiny.SHAPES["tied"]))
