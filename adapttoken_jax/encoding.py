@@ -175,15 +175,23 @@ class SlotEncoder:
     def encode(self, slots: Sequence[int], soon: Sequence[int] = ()) -> None:
         """Reads on until `slots` are encoded; what comes `soon` keeps the device busy while these are collected."""
         begin = time.perf_counter()
-        wanted = np.concatenate([slots, soon if self._two_at_once else []]).astype(np.int64)
+        wanted = np.concatenate([slots, soon]).astype(np.int64)
         while not self._there[slots].all():
             chunk = None if self._started[wanted].all() else next(self._chunks)
             before = time.perf_counter()
-            previous, self._on_device = self._on_device, self._start(*chunk) if chunk else None
-            if previous:
-                self._collect(*previous)
+            self._hand_over(chunk)
             self.seconds["vision"] += time.perf_counter() - before
         self.seconds["waiting"] += time.perf_counter() - begin
+
+    def _hand_over(self, chunk: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """Starts a chunk, if there is one, and collects the one before: first, if not both may lie on the devices."""
+        previous, self._on_device = self._on_device, None
+        if previous and not self._two_at_once:
+            self._collect(*previous)
+        if chunk:
+            self._on_device = self._start(*chunk)
+        if previous and self._two_at_once:
+            self._collect(*previous)
 
     def _read(self, order: Sequence[Part]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (slots, uint8 [n, h w, 1176] patches), no more than a call of the vision tower takes.

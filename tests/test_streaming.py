@@ -107,6 +107,9 @@ def test_what_may_stop_a_scan_first_decides_how_it_is_read():
     model.wave = 2  # groups that a mesh runs at once: of three groups that it begins with it visits a fourth
     assert (read("lite", stop_groups=3)[0].ahead, read("lite", stop_groups=3)[0].certain) == (16, 32)
     model.wave = 1
+    # Nothing can stop it between two checks: so many groups are decoded ahead.
+    again = {"stop_rule": "rerun", "stop_groups": affordable}
+    assert (read("lite", **again)[0].ahead, read("lite", 5.0, **again)[0].ahead) == (8 * affordable, 8)
     sooner = [read("lite", give_up_groups=1, **late), read("lite", 5.0, **late), read("adapttoken", 5.0, **late)]
     for parts in sooner:
         np.testing.assert_array_equal(parts[0].slots, alone[0].slots)
@@ -252,12 +255,18 @@ def test_a_call_is_on_its_way_while_the_one_before_is_collected(model, clip, eve
             seen.append("collect")
             super()._collect(slots, encoded)
 
+    def read():
+        seen.clear()
+        with stream_video(model, clip, by_group(clip)) as tokens:
+            for group in groups:
+                tokens.ensure(group, soon=np.concatenate(groups))
+        np.testing.assert_array_equal(tokens.features, everything)
+        return seen
+
     monkeypatch.setattr(encoding, "SlotEncoder", Watched)
-    with stream_video(model, clip, by_group(clip)) as tokens:
-        for group in groups:
-            tokens.ensure(group, soon=np.concatenate(groups))
-    assert seen == ["start", *["start", "collect"] * 16, "collect"]
-    np.testing.assert_array_equal(tokens.features, everything)
+    assert read() == ["start", *["start", "collect"] * 16, "collect"]
+    monkeypatch.setattr(encoding, "most_gathered", lambda *_: 7)  # the features of two calls are of 8 slots
+    assert read() == ["start", "collect"] * 17
 
 
 def test_no_more_is_decoded_than_one_group_ahead(model, clip, monkeypatch):

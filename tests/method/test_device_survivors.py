@@ -18,7 +18,7 @@ SETTINGS = {
     "full_group": {"coverage": 0.3, "temperature": 1e-3},
     "hidden": {"similarity": "reference_layer", "proximity": "window", "proximity_scale": 0.7, "over_selection": 1.5},
     "lite": {"stop_groups": 2, "stop_agreement": False, "stop_entropy": 9.0, "budget": 60},
-    "flexselect": {},
+    "flexselect": {"coverage": 0.3, "debias": True, "over_selection": 1.5, "temperature_target": 2.0},  # and heeds none
     "everything": {"over_selection": 100.0, "max_frames": 64},  # more candidates than the longest video has tokens
 }
 
