@@ -243,6 +243,7 @@ def test_replay_answers_again_from_the_same_tokens_or_the_best_of_them(places, t
     for before, after in zip(lines(whole), lines(tmp_path / "same"), strict=True):
         assert {name: before[name] for name in same} == {name: after[name] for name in same}
         assert after["visual_tokens"]["prefilled"] == 20 and after["stop"] == "replayed selection"
+    assert all(cost["seconds"]["vision"] > 0 == cost["seconds"]["groups"] for cost in lines(tmp_path / "same", "costs"))
     run(
         capsys, bench.evaluate_flags(data, model, tmp_path / "less", f"--replay={whole}", "--budget=7", "--prompt=qwen")
     )
