@@ -175,7 +175,8 @@ class SlotEncoder:
     def encode(self, slots: Sequence[int], soon: Sequence[int] = ()) -> None:
         """Reads on until `slots` are encoded; what comes `soon` keeps the device busy while these are collected."""
         begin = time.perf_counter()
-        wanted = np.concatenate([slots, soon]).astype(np.int64)
+        # Where one call's features are as many as may lie on the devices, none wait there beside a group pass.
+        wanted = np.concatenate([slots, soon if self._two_at_once else []]).astype(np.int64)
         while not self._there[slots].all():
             chunk = None if self._started[wanted].all() else next(self._chunks)
             before = time.perf_counter()
