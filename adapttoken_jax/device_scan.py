@@ -110,9 +110,8 @@ def visit_groups(
     log = ScanLog.start(video, prompts, config, stop)
     rows = filled_up(prompts)
     rule = device_rule(stop.rule if stop else None, filled_up(stop.blind) if stop else [None] * len(rows))
-    hurried = stop is not None or time_is_up is not None
-    on_demand = hurried and video.source is not None
     stride = 1 if time_is_up else stop.rule.stride if stop else 0
+    on_demand = stride > 0 and video.source is not None
     width = side_by_side(model, config.slots_per_group * video.per_slot, stride)
     state, chunks = None, _chunks(model, video, log.groups, rows, config, width, 1 if on_demand else None)
     chunk = next(chunks, None)

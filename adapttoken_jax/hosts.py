@@ -8,8 +8,8 @@ Design decisions:
 - Nobody waits for a process that is lost. JAX notices it, by silence or by a collective that fails, and where no Python
   runs it ends the process by abort(); both become one line and the status `LOST`.
 - A process that fails waits a moment for others that may be failing alike, then leaves, and the others lose it.
-- Joining waits in a thread: signals are heard in the main one, which must not be in JAX for that, and which looks up
-  now and again: one that comes just before it waits, or to another thread, is heard after the wait only.
+- Joining waits in a thread: signals are heard in the main one, which must not be in JAX for that. Nor may it wait for a
+  lock: a signal that came just before, or to another thread, would not wake it. It looks up now and again instead.
 """
 
 import concurrent.futures
