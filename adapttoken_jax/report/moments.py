@@ -18,13 +18,16 @@ _HEAT_OPACITY = 0.6
 # Neighbouring slots show nearly the same picture: one moment speaks for this share of the video on either side.
 _APART = 1 / 40
 _THUMB_WIDTH, _LEAST_THUMB_WIDTH = 384, 96
+_CHANGED = 16  # of 255, the mean over a cell's pixels: more than noise and compression do
 _SMALL_FRAME = 160  # pixels; up to here a frame is drawn with hard edges, and kept exactly where that fits
 _QUALITIES = (78, 66, 54, 42, 30)
 
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """One frame. `heat` is an image of rows x cols pixels (None without relevance), `outline` a path in cells."""
+    """One slot. `images` are (seconds, frame) of those that tell something, `heat` is an image of rows x cols pixels
+    (None without relevance), `outline` a path in cells.
+    """
 
     number: int
     slot: int
@@ -32,23 +35,25 @@ class Moment:
     tokens: int
     group: int | None
     where: str
-    image: str
+    images: tuple[tuple[float, str], ...]
     hard_edges: bool
     heat: str | None
     outline: str
 
 
 def moments(entry: ReportEntry, most: int, image_bytes: int) -> tuple[Moment, ...]:
-    """At most `most` moments in video order, each image at most about `image_bytes` long."""
+    """At most `most` moments in video order, the images of each at most about `image_bytes` long."""
     if entry.clip is None:
         return ()
     slots = chosen_slots(entry, most)
     group_of = {slot: group.index for group in entry.result.groups for slot in group.slots}
     heat, rows_cols = heat_of_slots(entry, slots), entry.merged_grid
     found = []
-    for number, (slot, image) in enumerate(zip(slots, read_images(entry.clip, slots), strict=True), 1):
+    for number, (slot, images) in enumerate(zip(slots, read_images(entry.clip, slots), strict=True), 1):
         cells = selected_cells(entry, slot)
         whole = cells.all()
+        shown = telling_frames(images, cells) if entry.result.groups else [0]
+        times = entry.clip.frame_times[slot * len(images) :]
         found.append(
             Moment(
                 number=number,
@@ -57,8 +62,8 @@ def moments(entry: ReportEntry, most: int, image_bytes: int) -> tuple[Moment, ..
                 tokens=int(cells.sum()),
                 group=group_of.get(int(slot)),
                 where="" if whole else where(cells),
-                image=frame_uri(image, image_bytes),
-                hard_edges=image.shape[1] <= _SMALL_FRAME,
+                images=tuple((float(times[k]), frame_uri(images[k], image_bytes // len(shown))) for k in shown),
+                hard_edges=images.shape[2] <= _SMALL_FRAME,
                 heat=heat_uri(heat[int(slot)].reshape(rows_cols)) if int(slot) in heat else None,
                 outline="" if whole and not entry.result.groups else outline(cells),
             )
@@ -102,6 +107,21 @@ def selected_cells(entry: ReportEntry, slot: int) -> np.ndarray:
     cells = np.zeros(entry.merged_grid, bool)
     cells[np.asarray(selected.rows)[here], np.asarray(selected.cols)[here]] = True
     return cells
+
+
+def telling_frames(images: np.ndarray, cells: np.ndarray) -> list[int]:
+    """Which of a slot's frames, uint8 [F, H, W, 3], to show: the first, and each in which a true cell has changed.
+
+    A token stands for all frames of its slot; what it was selected for may be in the last one alone.
+    """
+    rows, cols = cells.shape
+    shown = [0]
+    for k in range(1, len(images)):
+        change = np.abs(images[k].astype(np.int16) - images[shown[-1]])
+        of_cells = change.reshape(rows, change.shape[0] // rows, cols, -1).mean((1, 3))
+        if (of_cells[cells] > _CHANGED).any():
+            shown.append(k)
+    return shown
 
 
 def where(cells: np.ndarray) -> str:

@@ -89,16 +89,17 @@ def _chunks_of_patches(clip, slots: np.ndarray, size: int, cancelled) -> Iterato
 
 
 def read_images(clip: Clip, slots: Sequence[int]) -> np.ndarray:
-    """The first frame of each slot as the model sees it before normalisation: uint8 [n, height, width, 3].
+    """The frames of each slot as the model sees them before normalisation: uint8 [n, temporal_patch, height, width, 3].
 
     Raises:
       UserError: a file that ends early or is damaged.
       ValueError: a slot that the clip does not have.
     """
-    frames = clip.slot_frames[_checked(clip, slots)][:, :1]
-    with ReadAhead(clip.info, frames, lambda images: _resized(next(images), clip), len(frames)) as images:
-        taken = images.take(len(frames))
-    return np.stack([np.zeros((clip.height, clip.width, 3), np.uint8), *taken])[1:]
+    frames = clip.slot_frames[_checked(clip, slots)]
+    resized = lambda images: np.stack([_resized(image, clip) for image in images])
+    with ReadAhead(clip.info, frames, resized, len(frames)) as reader:
+        taken = reader.take(len(frames))
+    return np.stack([np.zeros((frames.shape[1], clip.height, clip.width, 3), np.uint8), *taken])[1:]
 
 
 def cut_patches(frames: Sequence[np.ndarray], vision: VisionConfig) -> np.ndarray:

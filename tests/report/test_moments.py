@@ -16,8 +16,10 @@ from adapttoken_jax.report.moments import (
     moments,
     outline,
     selected_cells,
+    telling_frames,
     where,
 )
+from adapttoken_jax.video import Frames
 from tests.report import samples
 
 
@@ -83,6 +85,31 @@ def test_a_moment_says_where_its_tokens_are(entry):
         assert {tuple(cell) for cell in np.argwhere(cells)} == expected and moment.tokens == len(expected)
         assert moment.slot in entry.result.groups[moment.group].slots
         assert moment.time_s == pytest.approx(entry.clip.slot_times[moment.slot])
+
+
+def test_a_frame_that_changes_a_kept_cell_is_shown_too():
+    still = np.random.default_rng(0).integers(0, 200, (56, 84, 3), dtype=np.uint8)
+    noisy, changed = still + np.uint8(9), still.copy()
+    changed[28:, 28:56] += 55  # the cell in the second row and column
+    cells = np.zeros((2, 3), bool)
+    cells[1, 1] = True
+    assert telling_frames(np.stack([still, noisy]), cells) == [0]
+    assert telling_frames(np.stack([still, changed]), cells) == [0, 1]
+    assert telling_frames(np.stack([changed, still]), cells) == [0, 1]
+    assert telling_frames(np.stack([still, noisy, changed, changed]), cells) == [0, 2]
+    assert telling_frames(np.stack([still, changed]), ~cells) == [0]
+
+
+def test_frames_of_a_moment_have_their_own_times_and_share_its_bytes():
+    images = np.repeat(samples.film(1).images, 32, 0)
+    images[11, :56] = 255 - images[11, :56]  # the second frame of slot 5
+    clip = samples.clip_of(Frames(images, 4.0))
+    result = samples.grouped(clip, samples.config(slots_per_group=4, budget=clip.tokens), seed=3)
+    shown = {moment.slot: moment for moment in moments(samples.entry(result, clip), 16, 12_000)}
+    assert sorted(shown) == list(range(16))
+    assert [times for times, _ in shown[5].images] == clip.frame_times[10:12].tolist()
+    assert sum(len(picture(uri)[1]) for _, uri in shown[5].images) <= 12_000
+    assert all([times for times, _ in shown[s].images] == [clip.slot_times[s]] for s in shown if s != 5)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_from_file_to_rows(clip):
     assert clip.grid == (20, 4, 6)
     rows = all_patches(clip)
     assert rows.shape == (20, 24, 1176)
-    images = np.stack([read_images(clip, [slot])[0] for slot in range(20)])
+    images = np.stack([read_images(clip, [slot])[0, 0] for slot in range(20)])
     assert [media.read_stamp(image) for image in images] == clip.frame_indices[::2].tolist()
     first_frame = rows_by_loops(images[7:8], 14, 2)
     np.testing.assert_allclose(
@@ -189,9 +189,10 @@ def test_a_chunk_holds_a_slot():
 
 def test_read_images(clip):
     images = read_images(clip, [12, 2])
-    assert images.dtype == np.uint8 and images.shape == (2, 56, 84, 3)
-    assert [media.read_stamp(image) for image in images] == clip.frame_indices[[24, 4]].tolist()
-    assert read_images(clip, []).shape == (0, 56, 84, 3)
+    assert images.dtype == np.uint8 and images.shape == (2, 2, 56, 84, 3)
+    stamps = [media.read_stamp(image) for image in images.reshape(4, 56, 84, 3)]
+    assert stamps == clip.frame_indices[[24, 25, 4, 5]].tolist()
+    assert read_images(clip, []).shape == (0, 2, 56, 84, 3)
 
 
 @pytest.mark.parametrize("preset", ["qwen-vl-utils", "flexselect", "hf"])
@@ -227,14 +228,14 @@ def test_repeated_frames_cross_chunks(tmp_path):
     clip = plan_clip(probe(path), VISION, **SMALL)
     assert clip.frame_indices.tolist() == [0, 4, 4, 5, 5, 5]
     np.testing.assert_array_equal(all_patches(clip, chunk_slots=1), all_patches(clip))
-    assert [media.read_stamp(image) for image in read_images(clip, [1, 2])] == [4, 5]
+    assert [media.read_stamp(image) for image in read_images(clip, [1, 2])[:, 0]] == [4, 5]
 
 
 def test_upright_video(tmp_path):
     path = media.turned(media.write(tmp_path / "a.mp4", 4, (64, 96)), tmp_path / "b.mp4", (0, 1, -1, 0))
     clip = plan_clip(probe(path), VISION, max_pixels=56 * 84)
     assert (clip.height, clip.width) == (84, 56)
-    turned_back = np.rot90(read_images(clip, [1])[0])
+    turned_back = np.rot90(read_images(clip, [1])[0, 0])
     assert media.read_stamp(turned_back) == clip.frame_indices[2]
 
 
@@ -252,7 +253,7 @@ def test_other_vision_sizes(tmp_path):
     assert (clip.height, clip.width, clip.grid) == (64, 96, (5, 16, 24))
     rows = all_patches(clip)
     assert rows.shape == (5, 16 * 24, vision.patch_features)
-    images = read_images(clip, [2])
+    images = read_images(clip, [2])[:, 0]
     np.testing.assert_allclose(
         normalised(rows)[2].reshape(-1, 3, 4, 16)[:, :, 0], rows_by_loops(images, 4, 2).reshape(-1, 3, 16), atol=2e-6
     )
