@@ -112,12 +112,14 @@ def timeline(entry: ReportEntry) -> Timeline:
 
 
 def density(edges: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens per second in at most `_MOST_BINS` bins of equally many slots: (float64[b + 1] edges, float64[b] rates).
+    """Tokens per second in at most `_MOST_BINS` bins of whole slots: (float64[b + 1] edges, float64[b] rates).
 
-    Bins hold whole slots; bins of fixed seconds would hold one slot here and two there, and show ripples that are not
-    in the data.
+    Of these each has as many as another, or one less; a token would stand out in a last bin of what is left over. Bins
+    of fixed seconds would hold one slot here and two there, and show ripples that are not in the data.
     """
-    starts = np.arange(0, len(counts), -(-len(counts) // _MOST_BINS))
+    slots = len(counts)
+    count = -(-slots // -(-slots // _MOST_BINS))
+    starts = np.arange(count) * slots // count
     bins = np.append(edges[starts], edges[-1])
     # Two slots of one time (a frame that stays on screen) must not divide by zero.
     return bins, np.add.reduceat(counts, starts) / np.maximum(np.diff(bins), 1e-3)

@@ -101,7 +101,7 @@ def test_slots_end_where_the_video_does():
     np.testing.assert_allclose(slot_edges(np.array([0.0, 170.5]), 256.0), [0, 170.5, 256])
 
 
-@pytest.mark.parametrize("slots", [1, 2, 119, 120, 121, 5000])
+@pytest.mark.parametrize("slots", [1, 2, 119, 120, 121, 512, 5000])
 def test_density_keeps_every_token(slots):
     rng = np.random.default_rng(slots)
     edges = slot_edges(np.cumsum(rng.uniform(0.1, 0.6, slots)), 0.0)
@@ -110,6 +110,8 @@ def test_density_keeps_every_token(slots):
     assert len(rates) == len(bins) - 1 <= 120 and (bins[0], bins[-1]) == (edges[0], edges[-1])
     assert (rates * np.diff(bins)).sum() == pytest.approx(counts.sum())
     assert set(np.round(bins, 9)) <= set(np.round(edges, 9))
+    of_bins = np.diff(np.searchsorted(edges, bins))
+    assert np.ptp(of_bins) <= 1 and of_bins.max() == -(-slots // 120)
 
 
 def test_slots_of_one_time_do_not_divide_by_zero():
