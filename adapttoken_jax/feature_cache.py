@@ -117,7 +117,6 @@ def _model_hash(model: Model) -> str:
     devices = jax.devices()[:1] if model.mesh is None else model.mesh.devices.flat
     computed = f"{model.dtype.name} {model.vision_kernel.name} {len(devices)} x {devices[0].device_kind}"
     digest = hashlib.sha256(f"{model.config.vision} {computed} {sorted(library_versions().items())}".encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.module.vision):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
+    for leaf in jax.tree.leaves(model.module.vision):
         digest.update(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data)
     return digest.hexdigest()

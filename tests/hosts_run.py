@@ -14,6 +14,8 @@ import traceback
 import adapttoken_jax as at
 from adapttoken_jax import encoding, hosts
 from adapttoken_jax.calibration import model_fingerprint
+from adapttoken_jax.errors import UserError
+from adapttoken_jax.feature_cache import FeatureCache
 from checkpoints_convert import safetensors_file
 
 QUESTIONS = ["What is in the video?", "Where does it end?"]
@@ -31,9 +33,13 @@ CASES = {
 
 
 def answers(directory: pathlib.Path, mesh: str | None, cases) -> dict[str, list[dict]]:
-    """The content of `result.json` of both questions, by case, and the model's fingerprint."""
+    """The content of `result.json` of both questions, by case, the model's fingerprint, and what a cache says."""
     model = at.load(directory / "model", mesh=mesh)
-    found = {"fingerprint": model_fingerprint(model)}
+    found = {"fingerprint": model_fingerprint(model), "cache": ""}
+    try:
+        FeatureCache(directory / "cache", model)
+    except UserError as error:
+        found["cache"] = str(error)
     for name in cases:
         settings, arguments = CASES[name]
         config = at.AdaptTokenConfig.for_model(model.config, **SMALL, **settings)

@@ -139,7 +139,7 @@ def test_whatever_features_depend_on_is_in_the_name(model, path, cache, tmp_path
     changed = images.copy()
     changed[7, 3, 3, 1] ^= 1
     other = small_model()
-    other.module.vision.merger_out_bias = other.module.vision.merger_out_bias + 1e-6
+    other.module.vision.merger_out_bias[...] += 1e-6
     names = [
         cache.entry(clip_of(path, model)),
         cache.entry(clip_of(path, model, max_frames=20)),

@@ -102,6 +102,7 @@ def test_processes_on_one_mesh_equal_one_process(files, alone, count, devices, m
     found = [json.loads((files / f"result-{index}.json").read_text()) for index in range(count)]
     for own in found:
         assert own["fingerprint"] == alone["fingerprint"]
+        assert own["cache"].startswith("--feature_cache: works on one host only") and not alone["cache"]
         for case in set(cases) - {"no time"}:
             for ours, theirs in zip(own[case], alone[case], strict=True):
                 assert_same(ours, theirs)

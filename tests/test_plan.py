@@ -90,10 +90,12 @@ def test_an_unknown_slice_is_refused_with_those_that_exist(text, words):
 
 
 def test_shapes_tell_bytes_and_memory():
-    first, second, third = hlo.shapes("(f32[7,512]{1,0:T(8,128)S(1)}, /*index=1*/bf16[2,3]{1,0:T(8,128)(2,1)}, pred[])")
+    text = "(f32[7,512]{1,0:T(8,128)S(1)}, /*index=1*/bf16[2,3]{1,0:T(8,128)(2,1)}, pred[], pred[8,2]{1,0}, s4[6])"
+    first, second, third, *others = hlo.shapes(text)
     assert first == hlo.Shape((7, 512), 4 * 7 * 512, in_hbm=False)
     assert second == hlo.Shape((2, 3), 12, in_hbm=True)
     assert third == hlo.Shape((), 1, in_hbm=True)
+    assert [each.bytes for each in others] == [16, 3]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,8 @@ def test_a_loop_without_a_bound_is_an_error_that_names_it():
 
 def test_instructions_broken_over_lines_are_put_together():
     module, entry = hlo.parse(PROGRAM)
-    assert entry == "main"
+    before, main, after = PROGRAM.partition("ENTRY")
+    assert entry == "main" and hlo.parse(main + after + before)[1] == "main"
     assert module["open_condition"]["end"].scope == "x"
 
 
@@ -287,13 +290,18 @@ def test_instructions_broken_over_lines_are_put_together():
             "%c = bf16[14095,64,1]{1,0,2} convolution(%m, %o), window={size=7}, dim_labels=b0f_0io->bf0",
             2 * 14095 * 64 * 7 * 128,
         ),
+        # A kernel of four steps over five, with three before the first and none after the last: 1, 2, 3, 4 and 4 meet.
+        (
+            "%c = f32[2,3,5]{2,1,0} convolution(%d, %e), window={size=4 pad=3_0}, dim_labels=bf0_io0->bf0",
+            2 * 2 * 3 * 6 * (1 + 2 + 3 + 4 + 4),
+        ),
         ("%c = f32[4,6]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 2 * 4 * 6 * 5),
     ],
 )  # fmt: skip
 def test_flops_of_one_product(line, flops):
     operands = {
         "x": "bf16[14095,3584,1]", "w": "bf16[3584,7,128]", "m": "bf16[14095,7,128]", "o": "bf16[7,128,64]",
-        "a": "f32[4,5]", "b": "f32[5,6]",
+        "a": "f32[4,5]", "b": "f32[5,6]", "d": "f32[2,6,5]", "e": "f32[6,3,4]",
     }  # fmt: skip
     text = "\n".join(f"  %{name} = {kind} parameter({i})" for i, (name, kind) in enumerate(operands.items()))
     module, _ = hlo.parse(f"ENTRY %main () -> () {{\n{text}\n  {line}\n}}")
@@ -362,6 +370,15 @@ ENTRY %main (w: f32[28,64,64], i: s32[], b: f32[100,64]) -> f32[100,64] {
 }
 """
     assert program_cost(text).bytes == 4 * (64 * 64 + 64)
+    alone = """
+ENTRY %main (b: f32[100,64], row: f32[1,64], i: s32[]) -> f32[100,64] {
+  %b = f32[100,64]{1,0} parameter(0)
+  %row = f32[1,64]{1,0:S(1)} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  ROOT %new = f32[100,64]{1,0} dynamic-update-slice(%b, %row, %i)
+}
+"""
+    assert program_cost(alone).bytes == 4 * 64
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.prompt import Ask, ChatTokenizer, build_prompt, parse_option, plain_ask
@@ -236,6 +236,8 @@ def test_texts_are_whole_and_unpadded_whatever_the_file_asks_for(tmp_path):
     tokenizer = qwen_like_tokenizer()
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=64)
+    first = ("<|im_start|>", tokenizer.token_to_id("<|im_start|>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{first[0]} $A", special_tokens=[first])
     write_checkpoint(tmp_path, tokenizer)
     text = "Where is the red car that I saw?"
     assert ChatTokenizer.from_directory(tmp_path).encode(text) == rendered(text)
