@@ -31,7 +31,7 @@ def coverage_tokens(slots, score, num_slots: int, count: int) -> np.ndarray:
     if count == 0:
         return marked
     stretch = slots * count // num_slots
-    best_first = np.lexsort((np.arange(len(score)), -score, stretch))
+    best_first = np.lexsort((-score, stretch))  # stable: equals stay in order
     _, first = np.unique(stretch[best_first], return_index=True)
     marked[best_first[first]] = True
     return marked
