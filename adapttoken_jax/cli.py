@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 
 from adapttoken_jax import config as configs
-from adapttoken_jax import hosts
+from adapttoken_jax import hosts, parity
 from adapttoken_jax.errors import UserError
 from adapttoken_jax.terminal import (
     DIFFERENT,
@@ -333,16 +333,12 @@ _COMPARE_FLAGS = (
 
 
 def _compare(values: flags.FlagValues) -> int:
-    try:
+    with parity.needed_by("compare"):
         from adapttoken_jax.parity.compare import compare
 
         rows, passed = compare(
             values.model, values.video, values.question, values.option, given_settings(values), values.tolerance
         )
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers"):
-            raise
-        raise UserError(f"compare needs {error.name}; in the source tree: pip install -e '.[test]'") from None
     sys.stdout.write(table(rows))
     verdict = "all stages are within" if passed else "some stage is above"
     print(f"{verdict} --tolerance={values.tolerance:g}", file=sys.stderr)

@@ -20,7 +20,7 @@ from importlib import metadata
 
 from absl import flags
 
-from adapttoken_jax import terminal
+from adapttoken_jax import parity, terminal
 from adapttoken_jax.errors import UserError
 from experiments import command
 
@@ -224,15 +224,16 @@ def run() -> int:
     """The whole run, from flags to files; status 1 where the two sides differ.
 
     Raises:
-      UserError: a model or an element type that there is not.
+      UserError: a model or an element type that there is not, or PyTorch is not installed.
     """
     terminal.check_outputs({"json": _JSON.value})
     for dtype in _TYPES.value:
         if dtype not in _DTYPES:
             raise UserError(f"--dtypes={dtype}: choose from {', '.join(_DTYPES)}")
-    threads = limit_threads(_THREADS.value)
-    for name in _MODELS.value:
-        chosen_shape(name)
+    with parity.needed_by("benchmark"):
+        threads = limit_threads(_THREADS.value)
+        for name in _MODELS.value:
+            chosen_shape(name)
     content = {"about": about(threads), "models": []}
     time_models(itertools.product(_MODELS.value, _TYPES.value), content, _JSON.value)
     command.show(content, _JSON.value, document(content))

@@ -24,9 +24,25 @@ runpy.run_module("experiments.benchmark", run_name="__main__")
 """
 
 
-def run(*arguments):
-    command = [sys.executable, "-c", _BARE, *arguments]
+def run(*arguments, code=_BARE):
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("experiments.benchmark", []),
+        ("adapttoken_jax.cli", ["compare", "--model=needle", "--video=a.mp4", "--question=Where?"]),
+    ],
+)
+def test_without_pytorch_one_line_says_what_to_install(module, words, missing):
+    code = f"import runpy, sys; sys.modules[{missing!r}] = None; runpy.run_module({module!r}, run_name='__main__')"
+    ended = run(*words, code=code)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.endswith(f" needs {missing}; in the source tree: pip install -e '.[test]'\n")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_a_row_by_hand():
